@@ -1,0 +1,424 @@
+"""The decoder: Llama 2/3.x, Qwen2/2.5 and Qwen3 in one file, read top to bottom in the order in which a token flows.
+
+    python -c "import minem, torch; m, t = minem.load('toy'); print(m(torch.tensor([t.encode('2 + 2')])).shape)"
+
+Tokens travel *packed*: one flat row of N tokens from any number of sequences, [N, D], with no batch dimension and no
+padding. Only attention cares which token belongs to which sequence, so the model takes attention as a function
+(`Attend`): packed causal attention for training, the same plus a write into the cache for prefill, attention over the
+cache for decoding. The rest of the network is written once and does not know which of the three it serves.
+
+Shape suffixes: N packed tokens, D width, H query heads, K key/value heads, C channels of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minem.errors import UserError
+from minem.kernels import linear_cross_entropy
+
+# (layer index, q [N, H, C], k [N, K, C], v [N, K, C]) -> [N, H, C]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: its base and how it is stretched beyond the length seen in pre-training."""
+
+    theta: float = 10_000.0
+    type: str = "default"  # "default" | "linear" | "llama3" | "yarn"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_length: int = 0  # llama3, yarn: positions seen in pre-training
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole channels
+    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by this
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, in the field names of Hugging Face's config.json where those are shared."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face config.json.
+
+        Args:
+            raw: the parsed file.
+            source: its path, for messages.
+        Raises:
+            UserError: a field is missing, of the wrong kind, or asks for something that this decoder does not do.
+        """
+        _refuse_unsupported(raw, source)
+        kind = raw["model_type"]
+        heads = _positive(raw, "num_attention_heads", source)
+        width = _positive(raw, "hidden_size", source)
+        # Qwen3's own default is 128 whatever the width; the others divide the width among the heads.
+        default_head_dim = 128 if kind == "qwen3" else width // heads
+        bias = bool(raw.get("attention_bias", False))
+        config = cls(
+            model_type=kind,
+            vocab_size=_positive(raw, "vocab_size", source),
+            hidden_size=width,
+            intermediate_size=_positive(raw, "intermediate_size", source),
+            num_hidden_layers=_positive(raw, "num_hidden_layers", source),
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(raw, "num_key_value_heads", source, heads),
+            head_dim=_positive(raw, "head_dim", source, default_head_dim),
+            rms_norm_eps=_number(raw, "rms_norm_eps", source, 1e-6),
+            max_position_embeddings=_positive(raw, "max_position_embeddings", source, 2048),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or bias,
+            o_bias=kind != "qwen2" and bias,
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            rope=_read_rope(raw, source),
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise UserError(
+                f"{source}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
+                f"({config.num_key_value_heads})"
+            )
+        if config.head_dim % 2:
+            raise UserError(f"{source}: head_dim must be even for rotary embedding, not {config.head_dim}")
+        return config
+
+
+def _number(raw: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{source}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _positive(raw: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise UserError(f"{source}: {key} must be a positive whole number, not {value!r}")
+    return value
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
+    """Name the first field that asks for what this decoder does not compute; approximating it would be a lie."""
+    if raw.get("model_type") not in ARCHITECTURES:
+        raise UserError(f"{source}: model_type {raw.get('model_type')!r} is not one of {', '.join(ARCHITECTURES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu' is")
+    for key, harmless in (("attention_dropout", 0), ("quantization_config", None), ("partial_rotary_factor", 1)):
+        if raw.get(key) not in (None, harmless):
+            raise UserError(f"{source}: {key} = {raw[key]!r} is not supported; use a checkpoint without it")
+    window = raw.get("sliding_window")
+    layers = raw.get("layer_types") or []
+    windowed = "sliding_attention" in layers or (
+        not layers and raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+    )
+    if windowed and window is not None and window < raw.get("max_position_embeddings", 2048):
+        raise UserError(f"{source}: sliding_window = {window} would bite; only full attention is supported")
+    if set(layers) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{source}: layer_types may only hold 'full_attention', not {sorted(set(layers))}")
+
+
+def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
+    """Rotary settings, written as rope_theta + rope_scaling or as transformers 5's rope_parameters."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source}: {key} must be an object, not {rope!r}")
+    where = f"{source}: {key}"
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"{where}: rope_type {kind!r} is not one of default, linear, llama3, yarn")
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported")
+    theta = _number(rope, "rope_theta", where) if "rope_theta" in rope else _number(raw, "rope_theta", source, 10_000.0)
+    if kind == "default":
+        return RopeConfig(theta)
+    factor = _number(rope, "factor", where)
+    if kind == "linear":
+        return RopeConfig(theta, kind, factor)
+    # A length beside the rope settings (Phi-style) outranks the one inside, as in transformers.
+    holder = raw if raw.get("original_max_position_embeddings") else rope
+    original = _positive(
+        holder, "original_max_position_embeddings", where, _positive(raw, "max_position_embeddings", source, 2048)
+    )
+    if kind == "llama3":
+        low, high = _number(rope, "low_freq_factor", where), _number(rope, "high_freq_factor", where)
+        return RopeConfig(theta, kind, factor, low, high, original)
+    return RopeConfig(
+        theta,
+        kind,
+        factor,
+        original_length=original,
+        beta_fast=_number(rope, "beta_fast", where, 32.0),
+        beta_slow=_number(rope, "beta_slow", where, 1.0),
+        truncate=bool(rope.get("truncate", True)),
+        attention_factor=_yarn_attention_factor(rope, factor, where),
+    )
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float, where: str) -> float:
+    if rope.get("attention_factor") is not None:
+        return _number(rope, "attention_factor", where)
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+    return scale(1.0)
+
+
+# ------------------------------------------------------------------------------------------- rotary embedding
+
+
+@lru_cache(maxsize=16)
+def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
+    """Angle per position of each channel pair, float32 [C/2]: theta^(-2i/C), stretched as `rope.type` says."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float()
+    frequency = 1.0 / rope.theta ** (channels / head_dim)
+    if rope.type == "linear":
+        return frequency / rope.factor
+    if rope.type == "llama3":
+        # Short wavelengths stay, long ones are divided, those between are blended (Llama 3.1's model card).
+        wavelength = 2 * math.pi / frequency
+        blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        return frequency * (blend.clamp(0, 1) + (1 - blend.clamp(0, 1)) / rope.factor)
+    if rope.type == "yarn":
+        # Peng et al. 2023, arXiv 2309.00071, section 3.2: interpolate the channels that turn less than `beta_slow`
+        # times within the original length, keep those that turn more than `beta_fast` times, ramp between.
+        def channel_turning(times: float) -> float:
+            return head_dim * math.log(rope.original_length / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low, high = channel_turning(rope.beta_fast), channel_turning(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 if low == high else 0  # as transformers: a ramp of no width would divide by zero
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+        return frequency * (1 - ramp) + frequency / rope.factor * ramp
+    return frequency
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [N, H, C]; channel i turns with channel i + C/2, by cos and sin [N, 1, C/2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+class PackedAttention:
+    """Causal attention inside each of several packed sequences; none can see another. An `Attend`.
+
+    Sequences are gathered into rectangles, one for each power of two of their length, so that padding at most doubles
+    the arithmetic however uneven they are. Padding stands to the right of a causal row, where no real token sees it:
+    the result is exact. Sequences of one length need no gather at all.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str):
+        self.lengths = list(lengths)
+        self.uniform = len(set(self.lengths)) == 1
+        if self.uniform:
+            return
+        starts = torch.tensor([0, *self.lengths]).cumsum(0)
+        groups: dict[int, list[int]] = {}
+        for sequence, length in enumerate(self.lengths):
+            groups.setdefault((length - 1).bit_length(), []).append(sequence)
+        gathers, kept, order = [], [], []
+        for members in groups.values():
+            length = torch.tensor([self.lengths[i] for i in members])[:, None]
+            step = torch.arange(int(length.max()))[None, :]
+            index = starts[members][:, None] + torch.minimum(step, length - 1)  # padding repeats the last token
+            gathers.append(index)
+            kept.append((step < length).flatten().nonzero().squeeze(1))
+            order.append(index[step < length])
+        self.gathers = [index.to(device) for index in gathers]
+        self.kept = [index.to(device) for index in kept]
+        self.restore = torch.cat(order).argsort().to(device)
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.uniform:
+            shape = (len(self.lengths), self.lengths[0])
+            return self._rectangle(*(x.unflatten(0, shape) for x in (q, k, v))).flatten(0, 1)
+        parts = [
+            self._rectangle(q[index], k[index], v[index]).flatten(0, 1)[kept]
+            for index, kept in zip(self.gathers, self.kept, strict=True)
+        ]
+        return torch.cat(parts)[self.restore]
+
+    @staticmethod
+    def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal grouped-query attention over [B, T, H, C] and [B, T, K, C]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with one merged projection for queries, keys and values."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads, self.channels = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        merged = (self.heads + 2 * self.kv_heads) * self.channels
+        self.qkv = nn.Linear(config.hidden_size, merged, bias=config.qkv_bias)
+        self.o = nn.Linear(self.heads * self.channels, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.channels))  # [N, H + 2K, C]
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.heads, self.kv_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
+        return self.o(attend(self.layer, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) with one merged projection for gate and up (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Model(nn.Module):
+    """A decoder-only language model. Its merged projections are the real parameters; see weights.py for the files."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final normed hidden states [N, D] of packed tokens [N] at their positions [N], both int64."""
+        rope = self.config.rope
+        angle = positions.float()[:, None] * inverse_frequencies(rope, self.config.head_dim, self.device)
+        cos = (angle.cos() * rope.attention_factor).to(self.dtype)[:, None]
+        sin = (angle.sin() * rope.attention_factor).to(self.dtype)[:, None]
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+        return self.norm(x)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int] | None = None,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> Any:
+        """Logits of a rectangle of tokens, or the loss of packed sequences.
+
+        Args:
+            input_ids: int64 [B, T], or packed [N] when `lengths` is given.
+            lengths: lengths of the packed sequences, summing to N. They cannot see each other.
+            rows: int64 [R], the packed positions whose hidden state predicts a supervised token. Only these reach
+                the head, inside forward, so that hooks of wrapped models fire around all parameters.
+            targets: int64 [R], the supervised tokens.
+            token_weights: [R], the weight of each log-probability; all 1 where absent.
+        Returns:
+            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) where
+            loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
+        """
+        if lengths is None:
+            batch, steps = input_ids.shape
+            hidden = self._packed_hidden(input_ids.flatten(), [steps] * batch)
+            return self.head(hidden).unflatten(0, (batch, steps))
+        hidden = self._packed_hidden(input_ids, lengths)
+        if rows is not None:
+            hidden = hidden[rows]
+        return linear_cross_entropy(hidden, self.head.weight, targets, token_weights)
+
+    def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
+        return self.hidden(input_ids, positions, PackedAttention(lengths, input_ids.device))
