@@ -1,0 +1,103 @@
+"""The plan of an M-step: complete, within capacity, deterministic, and shuffled before it is packed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minem.errors import UserError
+from minem.packing import Example, best_fit_decreasing, pack, plan, shuffle
+
+plans = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 50), min_size=1, max_size=60),
+        "batch_size": st.integers(1, 70),
+        "pack_tokens": st.integers(1, 100),
+        "epochs": st.integers(1, 3),
+        "seed": st.integers(0, 2**40),
+        "iteration": st.integers(0, 5),
+    }
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(plans)
+def test_every_example_once_per_epoch_in_even_steps_within_capacity(arguments):
+    lengths = arguments["lengths"]
+    steps = plan(**arguments)
+    for epoch in range(arguments["epochs"]):
+        sizes = [len(step.examples) for step in steps if step.epoch == epoch]
+        assert len(sizes) == -(-len(lengths) // arguments["batch_size"])
+        assert max(sizes) - min(sizes) <= 1
+        assert max(sizes) <= arguments["batch_size"]
+        assert sorted(i for step in steps if step.epoch == epoch for i in step.examples) == list(range(len(lengths)))
+    for micro_batch in (m for step in steps for m in step.micro_batches):
+        assert micro_batch
+        assert len(micro_batch) == 1 or sum(lengths[i] for i in micro_batch) <= arguments["pack_tokens"]
+    assert [step.epoch for step in steps] == sorted(step.epoch for step in steps)
+    assert steps == plan(**arguments)
+
+
+@settings(max_examples=50, deadline=None)
+@given(plans, st.integers(1, 100))
+def test_capacity_changes_no_optimizer_step(arguments, pack_tokens):
+    steps = plan(**arguments)
+    others = plan(**{**arguments, "pack_tokens": pack_tokens})
+    assert [step.examples for step in steps] == [step.examples for step in others]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 100), max_size=60))
+def test_bins_are_at_most_half_empty_but_for_one(lengths):
+    bins = best_fit_decreasing(lengths, 100)
+    loads = sorted(sum(lengths[i] for i in one) for one in bins)
+    # No two bins would fit into one: otherwise best fit would not have opened the second.
+    assert all(loads[i] + loads[j] > 100 for i in range(len(loads)) for j in range(i))
+
+
+def test_best_fit_decreasing_by_hand():
+    # 6 | 5 | 4 into 6 (fullest that fits) | 3 into 5 | 2 into 5+3 | 2 opens a third; 12 is longer than any bin.
+    lengths = [2, 3, 6, 12, 4, 5, 2]
+    assert best_fit_decreasing(lengths, 10) == [[3], [2, 4], [5, 1, 0], [6]]
+
+
+def test_shuffles_depend_on_seed_iteration_and_epoch_and_are_unbiased():
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1), (1, 0, 1)]
+    orders = {tuple(shuffle(20, *key)) for key in keys}
+    assert len(orders) == len(keys)
+    counts = torch.zeros(4, 4)
+    for seed in range(2000):
+        for position, item in enumerate(shuffle(4, seed, 1, 0)):
+            counts[position, item] += 1
+    chi_square = ((counts - 500) ** 2 / 500).sum()
+    assert chi_square < 27.9  # 0.1 % point of chi-square with (4 - 1) * (4 - 1) = 9 degrees of freedom
+
+
+def test_the_shuffle_is_the_same_on_every_machine():
+    # Written down once: a run that is continued after an update of a library must not change its order.
+    assert shuffle(8, 0, 1, 0) == [0, 2, 6, 4, 3, 7, 5, 1]
+
+
+def test_pack_supervises_the_sampled_tokens_only():
+    first = Example("a", [1, 2, 3], [7, 8, 9], weight=0.5)
+    second = Example("b", [4], [5])
+    packed = pack([first, second])
+    assert packed.input_ids.tolist() == [1, 2, 3, 7, 8, 4]  # the last sampled token (EOS) is a target, never an input
+    assert packed.lengths == [5, 1] == [len(first), len(second)]
+    assert packed.rows.tolist() == [2, 3, 4, 5]
+    assert packed.targets.tolist() == [7, 8, 9, 5]
+    assert packed.token_weights.tolist() == [0.5, 0.5, 0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_ids": []}, "example 'q': prompt_ids is empty"),
+        ({"token_ids": []}, "example 'q': token_ids is empty"),
+        ({"weight": float("nan")}, "example 'q': weight is nan"),
+        ({"weight": 0.0}, "example 'q': weight is 0.0"),
+    ],
+)
+def test_bad_examples_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        Example(**({"id": "q", "prompt_ids": [1], "token_ids": [2]} | changes))
