@@ -70,6 +70,7 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     rope: RopeConfig = field(default_factory=RopeConfig)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as it was read
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
@@ -105,6 +106,7 @@ class ModelConfig:
             mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
             qk_norm=kind == "qwen3",
             rope=_read_rope(raw, source),
+            raw=raw,
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise UserError(

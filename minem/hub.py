@@ -1,0 +1,52 @@
+"""Files from the Hugging Face hub, with its many ways of failing told in one sentence each.
+
+The token comes from the environment (HF_TOKEN) or from `hf auth login`; with HF_HUB_OFFLINE=1 only the cache is read.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from minem.errors import UserError
+
+
+def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str], revision: str | None = None) -> Path:
+    """The local folder that holds the files of a repository that match `patterns`, downloading what is not cached.
+
+    Raises:
+        UserError: the repository is missing, gated or out of reach; the sentence says what to do.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    what = f"{kind} {repo_id!r}"
+    try:
+        return Path(snapshot_download(repo_id, repo_type=kind, allow_patterns=patterns, revision=revision))
+    except GatedRepoError as error:
+        page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
+        raise UserError(f"{what} is gated: accept its terms at {page}, then set HF_TOKEN to your token") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{what} does not exist on the hub, or is private and HF_TOKEN gives no access to it"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{what} has no revision {revision!r}; see its branches and tags on the hub") from error
+    except HFValidationError as error:
+        raise UserError(f"{what} is not a valid hub id, which looks like owner/name") from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise UserError(
+            f"{what} is not in the local cache and the hub cannot be reached: connect once to download it, "
+            f"or give the path of a local folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{what} could not be downloaded ({reason}); try again, or give a local folder") from error

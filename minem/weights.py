@@ -1,0 +1,234 @@
+"""A Hugging Face checkpoint folder <-> a `Model` and a `Tokenizer`.
+
+    python -c "import minem; m, t = minem.load('toy'); minem.save(m, t, '/tmp/copy')"
+
+Reading goes tensor by tensor from the memory-mapped safetensors file into the model's own parameters, so there is
+never a second copy of the weights in anonymous memory. Queries, keys and values are one merged parameter here and
+three tensors in the file; `checkpoint_views` says which slice is which, and both directions use it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minem.errors import UserError
+from minem.model import ARCHITECTURES, Model, ModelConfig
+from minem.tokenizer import Tokenizer
+
+TOY = Path(__file__).parent / "data" / "toy" / "model"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+SHARD_BYTES = 5 * 2**30
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def load(
+    folder_or_hub_id: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> tuple[Model, Tokenizer]:
+    """Load a model and its tokenizer, ready for evaluation and for training.
+
+    Args:
+        folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
+        device: where the weights go.
+        dtype: what the weights become, whatever the file holds.
+        revision: branch, tag or commit on the hub.
+    Raises:
+        UserError: no such folder or repository, a broken or missing file, tensors that do not match the config.
+    """
+    folder = resolve(folder_or_hub_id, revision)
+    return load_model(folder, device, dtype), Tokenizer.from_folder(folder)
+
+
+def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
+    """The model of a local folder; see `load`."""
+    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    with torch.device("meta"):
+        model = Model(config).to(dtype)
+    model.to_empty(device=device)
+    if config.tie_word_embeddings:
+        model.head.weight = model.embed.weight  # to_empty gave each its own storage
+    read_weights(model, folder)
+    return model.eval()
+
+
+def read_weights(model: Model, folder: Path) -> None:
+    """Overwrite the parameters of `model` in place with those of a checkpoint folder of the same shape.
+
+    Raises:
+        UserError: a missing, unexpected or misshapen tensor (all of them are listed), or a broken file.
+    """
+    views = checkpoint_views(model)
+    ignored = re.compile(r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if model.config.tie_word_embeddings else ""))
+    found: set[str] = set()
+    problems: list[str] = []
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                shape = tuple(file.get_slice(name).get_shape())
+                if name in views and shape == tuple(views[name].shape):
+                    with torch.no_grad():
+                        views[name].copy_(file.get_tensor(name))
+                    found.add(name)
+                elif name in views:
+                    problems.append(f"{name} has shape {shape} but config.json asks for {tuple(views[name].shape)}")
+                    found.add(name)
+                elif not ignored.search(name):
+                    problems.append(f"unexpected {name}")
+    problems += [f"missing {name}" for name in views.keys() - found]
+    if problems:
+        shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise UserError(f"{folder}: the weights do not fit config.json: {shown}")
+
+
+def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write a Hugging Face folder: transformers loads it to the same logits, ids, EOS and chat template.
+
+    The tokenizer's files, generation_config.json and config.json are those the model came with, byte for byte, but
+    for config.json's dtype, which says what the weights are now. Files of 5 GiB at most, with an index where several.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = dict(model.config.raw)
+    raw["architectures"] = raw.get("architectures") or [ARCHITECTURES[model.config.model_type]]
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    tokenizer.save(folder)
+    generation = tokenizer.folder / "generation_config.json"
+    if generation.exists() and generation.resolve() != (folder / generation.name).resolve():
+        shutil.copyfile(generation, folder / generation.name)
+    _write_weights({name: view.detach() for name, view in checkpoint_views(model).items()}, folder)
+
+
+def checkpoint_views(model: Model) -> dict[str, Tensor]:
+    """Each tensor of the checkpoint, by its Hugging Face name, as a view of the model's parameters.
+
+    Views of the first dimension are contiguous, so both copying in and writing out need no other layout.
+    """
+    config = model.config
+    parameters = dict(model.named_parameters())  # a tied head appears once, as embed.weight
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    merged = {
+        "attention.qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv)),
+        "mlp.gate_up": (("mlp.gate_proj", "mlp.up_proj"), (config.intermediate_size,) * 2),
+    }
+    renamed = {
+        "embed": "model.embed_tokens",
+        "norm": "model.norm",
+        "head": "lm_head",
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attention.o": "self_attn.o_proj",
+        "attention.q_norm": "self_attn.q_norm",
+        "attention.k_norm": "self_attn.k_norm",
+        "mlp.down": "mlp.down_proj",
+    }
+    views: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        layer = re.match(r"layers\.\d+\.", name)
+        prefix = f"model.{layer[0]}" if layer else ""
+        module, kind = name[len(layer[0]) if layer else 0 :].rsplit(".", 1)
+        if module in merged:
+            parts, sizes = merged[module]
+            for part, view in zip(parts, parameter.split(sizes), strict=True):
+                views[f"{prefix}{part}.{kind}"] = view
+        else:
+            views[f"{prefix}{renamed[module]}.{kind}"] = parameter
+    return views
+
+
+def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The local folder of a model: "toy", a folder, or a hub id whose needed files are downloaded or in the cache.
+
+    Raises:
+        UserError: neither a folder nor a repository that can be had; the sentence says what to do.
+    """
+    if str(folder_or_hub_id) == "toy":
+        return TOY
+    path = Path(folder_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)):
+        raise UserError(
+            f"model {str(folder_or_hub_id)!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct"
+        )
+    from minem.hub import download
+
+    return download(str(folder_or_hub_id), "model", HUB_FILES, revision)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of at most 64 MiB.
+
+    Raises:
+        UserError: the file is missing, too large, or not a JSON object.
+    """
+    if not path.is_file():
+        raise UserError(f"{path.parent}: {path.name} is missing; a Hugging Face model folder has one")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no such file needs")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise UserError(f"{folder}: model.safetensors is missing (other formats are not read; convert to safetensors)")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+        raise UserError(f"{index}: weight_map must map tensor names to file names")
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        return
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, {"format": "pt"})
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
