@@ -1,0 +1,356 @@
+"""The M-step: raise the log-probability of the kept samples, exactly the same however they are cut into micro-batches.
+
+    mstep = MStep(model, MStepConfig(lr=1e-5))
+    summary = mstep.run(examples, seed=0, iteration=1, on_step=print)
+
+Watch it at work with `minem train --samples FILE.jsonl`.
+
+The loss of an optimizer step is -sum(weight * log pi(token)) over its sampled tokens, divided by one constant for the
+whole iteration: its supervised tokens / its optimizer steps. Dividing by the tokens of each step (or micro-batch)
+instead would weigh long rationales down, and the sum would no longer be the gradient that EM asks for.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minem.errors import GuardError, UserError
+from minem.model import Model
+from minem.packing import Example, Step, pack, plan
+
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+@dataclass(frozen=True)
+class MStepConfig:
+    """How one M-step trains. The defaults suit full fine-tuning of a pretrained model of 0.5-8B parameters."""
+
+    lr: float = 1e-5  # the highest learning rate, reached after the warm-up
+    epochs: int = 1  # passes over the accepted samples of the iteration
+    batch_size: int = 32  # most examples in an optimizer step
+    pack_tokens: int = 8192  # most tokens in a micro-batch: memory and speed only, never the result
+    warmup: float = 0.1  # share of the iteration's steps
+    schedule: str = "cosine"  # after the warm-up: "cosine" or "linear" towards 0, or "constant"
+    weight_decay: float = 0.0  # of matrices only; norms and biases are never decayed
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+
+    def __post_init__(self) -> None:
+        rules = {
+            "lr": (self.lr >= 0 and math.isfinite(self.lr), "a finite number, 0 or more"),
+            "epochs": (self.epochs >= 1, "1 or more"),
+            "batch_size": (self.batch_size >= 1, "1 or more"),
+            "pack_tokens": (self.pack_tokens >= 1, "1 or more"),
+            "warmup": (0 <= self.warmup <= 1, "a share of the steps, between 0 and 1"),
+            "schedule": (self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
+            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "beta1": (0 <= self.beta1 < 1, "at least 0 and less than 1"),
+            "beta2": (0 <= self.beta2 < 1, "at least 0 and less than 1"),
+            "clip": (self.clip >= 0, "0 (off) or more"),
+        }
+        for name, (valid, wanted) in rules.items():
+            if not valid:
+                raise UserError(f"mstep.{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+
+def learning_rate(config: MStepConfig, step: int, steps: int) -> float:
+    """The rate of update `step` of `steps` (counted from 0): no update is wasted on a rate of exactly 0."""
+    warm = math.ceil(config.warmup * steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    left = 1 - (step - warm) / (steps - warm)
+    if config.schedule == "linear":
+        return config.lr * left
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 - math.cos(math.pi * left))
+    return config.lr
+
+
+def loss_divisor(examples: Sequence[Example], steps_per_epoch: int) -> float:
+    """The one constant that every loss of an iteration is divided by: its supervised tokens / its optimizer steps.
+
+    All epochs have the same tokens and the same number of steps, so one epoch gives the iteration's ratio.
+    """
+    return sum(len(example.token_ids) for example in examples) / steps_per_epoch
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over the supervised tokens of an optimizer step."""
+
+    loss: float  # -sum(weight * logprob), not divided
+    entropy: float  # nats
+    tokens: int  # that entered the model
+    supervised: int
+    weight: float
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(
+            self.loss + other.loss,
+            self.entropy + other.entropy,
+            self.tokens + other.tokens,
+            self.supervised + other.supervised,
+            self.weight + other.weight,
+        )
+
+
+class MStep:
+    """Trains a model in place. Keeps float32 master weights from one iteration to the next.
+
+    At learning rates of 1e-6 an update is far below the spacing of bfloat16 numbers and would be lost, so AdamW works
+    on float32 masters and the working weights are their rounded copy. A float32 model is its own master.
+    Frozen parameters (requires_grad False) are left alone.
+    """
+
+    def __init__(self, model: Model, config: MStepConfig) -> None:
+        self.model = model
+        self.config = config
+        self.working = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters: dict[str, torch.Tensor] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Take the model's present weights as the masters; call it whenever someone else has written the weights."""
+        self.masters = {
+            name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
+            for name, p in self.working.items()
+        }
+
+    @property
+    def separate_masters(self) -> bool:
+        """Whether the masters hold more than the working weights do, and so must be saved for a run to be continued."""
+        return any(master is not self.working[name] for name, master in self.masters.items())
+
+    def save_masters(self, path: Path | str) -> None:
+        """Write the float32 masters to one safetensors file, under the names of the model's parameters."""
+        save_file({name: master.detach().contiguous() for name, master in self.masters.items()}, path)
+
+    @torch.no_grad()
+    def load_masters(self, path: Path | str) -> None:
+        """Read what `save_masters` wrote and round it into the working weights. UserError if it does not fit."""
+        stored = load_file(path)
+        wanted = {name: master.shape for name, master in self.masters.items()}
+        found = {name: tensor.shape for name, tensor in stored.items()}
+        if wanted != found:
+            odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            raise UserError(f"{path}: master weights of another model; these names or shapes differ: {_some(odd)}")
+        for name, master in self.masters.items():
+            master.copy_(stored[name])
+        self._publish()
+
+    def run(
+        self,
+        examples: Sequence[Example],
+        seed: int,
+        iteration: int,
+        on_step: Callable[[dict[str, Any]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Train on the examples for the configured epochs, with a fresh AdamW state.
+
+        Args:
+            on_step: called after every update with its metrics: loss and entropy per supervised token (nats; the loss
+                weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included).
+
+        Returns:
+            The same metrics over the whole M-step, with its counts and seconds.
+
+        Raises:
+            GuardError: nothing to train on; or a loss or gradient is not finite (before the weights are touched).
+            UserError: token ids that the model does not have.
+        """
+        self._check(examples)
+        config = self.config
+        steps = plan(
+            [len(example) for example in examples],
+            batch_size=config.batch_size,
+            pack_tokens=config.pack_tokens,
+            epochs=config.epochs,
+            seed=seed,
+            iteration=iteration,
+        )
+        divisor = loss_divisor(examples, len(steps) // config.epochs)
+        optimizer = self._optimizer()
+        history: list[dict[str, Any]] = []
+        began = time.perf_counter()
+        with self._gradients_to_masters():
+            for number, step in enumerate(steps):
+                started = time.perf_counter()
+                rate = learning_rate(config, number, len(steps))
+                totals = self.accumulate(examples, step, divisor)
+                norm = self._guarded_norm(examples, step, totals)
+                self._update(optimizer, norm, rate)
+                row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
+                row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": float(norm)}
+                row |= _metrics(totals, time.perf_counter() - started)
+                history.append(row)
+                if on_step is not None:
+                    on_step(row)
+        return _summary(examples, steps, history, time.perf_counter() - began)
+
+    def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
+        """Add the gradient of loss / divisor over all micro-batches of a step to what the masters hold in `.grad`."""
+        device = next(iter(self.working.values())).device
+        losses, entropies, tokens, supervised, weight = [], [], 0, 0, 0.0
+        for micro_batch in step.micro_batches:
+            members = [examples[i] for i in micro_batch]
+            packed = pack(members).to(device)
+            loss, _, entropy = self.model(
+                packed.input_ids,
+                lengths=packed.lengths,
+                rows=packed.rows,
+                targets=packed.targets,
+                token_weights=packed.token_weights,
+            )
+            (loss / divisor).backward()
+            # Kept as tensors: reading a number here would make the host wait for the device at every micro-batch.
+            losses.append(loss.detach().double())
+            entropies.append(entropy.double().sum())
+            tokens += sum(packed.lengths)
+            supervised += len(packed.targets)
+            weight += sum(example.weight * len(example.token_ids) for example in members)
+        return Totals(float(sum(losses)), float(sum(entropies)), tokens, supervised, weight)
+
+    def _check(self, examples: Sequence[Example]) -> None:
+        if not examples:
+            raise GuardError("no sample was accepted, so there is nothing to train on")
+        vocabulary = self.model.config.vocab_size
+        for example in examples:
+            highest = max(max(example.prompt_ids), max(example.token_ids))
+            lowest = min(min(example.prompt_ids), min(example.token_ids))
+            if highest >= vocabulary or lowest < 0:
+                wrong = highest if highest >= vocabulary else lowest
+                raise UserError(
+                    f"example {example.id!r}: token id {wrong} is outside the model's vocabulary of {vocabulary}; "
+                    "the samples must come from a model with the same tokenizer"
+                )
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        matrices = [m for m in self.masters.values() if m.ndim >= 2]
+        others = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        betas = (self.config.beta1, self.config.beta2)
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=self.config.lr, betas=betas, fused=True)
+
+    @contextmanager
+    def _gradients_to_masters(self) -> Iterator[None]:
+        """While open, each working gradient moves to its float32 master as soon as autograd has finished it.
+
+        So micro-batches are summed in float32, and no complete set of low-precision gradients ever exists.
+        """
+
+        def move(master: torch.Tensor) -> Callable[[torch.Tensor], None]:
+            def hook(parameter: torch.Tensor) -> None:
+                assert parameter.grad is not None
+                if master.grad is None:
+                    master.grad = parameter.grad.float()
+                else:
+                    master.grad += parameter.grad
+                parameter.grad = None
+
+            return hook
+
+        self._clear_gradients()
+        handles = [
+            parameter.register_post_accumulate_grad_hook(move(self.masters[name]))
+            for name, parameter in self.working.items()
+            if self.masters[name] is not parameter
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._clear_gradients()
+
+    def _clear_gradients(self) -> None:
+        for tensor in (*self.masters.values(), *self.working.values()):
+            tensor.grad = None
+
+    def _norm(self) -> torch.Tensor:
+        return nn.utils.get_total_norm([m.grad for m in self.masters.values() if m.grad is not None])
+
+    def _guarded_norm(self, examples: Sequence[Example], step: Step, totals: Totals) -> torch.Tensor:
+        """The norm of the step's gradient; a GuardError that names the examples if it or the loss is not finite."""
+        norm = self._norm()
+        if math.isfinite(totals.loss) and math.isfinite(norm):
+            return norm
+        culprits = [i for i in step.examples if not self._finite_alone(examples, i)] or step.examples
+        raise GuardError(
+            f"loss {totals.loss:g} and gradient norm {float(norm):g} are not both finite, so the weights were not "
+            f"updated; examples at fault: {_some([examples[i].id for i in culprits])}"
+        )
+
+    def _finite_alone(self, examples: Sequence[Example], index: int) -> bool:
+        self._clear_gradients()
+        totals = self.accumulate(examples, Step(0, ((index,),)), 1.0)
+        return math.isfinite(totals.loss) and math.isfinite(self._norm())
+
+    def _update(self, optimizer: torch.optim.AdamW, norm: torch.Tensor, rate: float) -> None:
+        if self.config.clip > 0:
+            nn.utils.clip_grads_with_norm_(self.masters.values(), self.config.clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Round the masters into the working weights."""
+        for name, master in self.masters.items():
+            if master is not self.working[name]:
+                self.working[name].copy_(master)
+
+
+def _metrics(totals: Totals, seconds: float) -> dict[str, Any]:
+    return {
+        "loss": totals.loss / totals.weight,
+        "entropy": totals.entropy / totals.supervised,
+        "tokens": totals.tokens,
+        "supervised_tokens": totals.supervised,
+        "tokens_per_second": totals.tokens / seconds,
+    }
+
+
+def _some(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _summary(
+    examples: Sequence[Example], steps: Sequence[Step], history: Sequence[dict[str, Any]], seconds: float
+) -> dict[str, Any]:
+    supervised = sum(row["supervised_tokens"] for row in history)
+    tokens = sum(row["tokens"] for row in history)
+
+    def per_token(key: str) -> float:
+        return sum(row[key] * row["supervised_tokens"] for row in history) / supervised
+
+    return {
+        "examples": len(examples),
+        "steps": len(steps),
+        "micro_batches": sum(len(step.micro_batches) for step in steps),
+        "tokens": tokens,
+        "supervised_tokens": supervised,
+        "loss": per_token("loss"),
+        "loss_first": history[0]["loss"],
+        "loss_last": history[-1]["loss"],
+        "entropy": per_token("entropy"),
+        "grad_norm": sum(row["grad_norm"] for row in history) / len(history),
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+    }
