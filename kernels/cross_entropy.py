@@ -1,0 +1,170 @@
+"""Linear layer and cross-entropy in one, without ever holding the [N, V] logits.
+
+    loss = -sum_n weight_n * log softmax(hidden_n @ W.T)[target_n]
+
+The per-token weights (EM's responsibilities) are inputs, known in the forward pass. So the gradient of the logits,
+weight_n * (softmax - onehot), is known as soon as a chunk of logits is, and forward and backward together need three
+matrix products of 2 N V D operations: the logits, the gradient of `hidden`, and the gradient of `W`. An implementation
+that hands out per-token losses first must build the logits again in its backward pass: a fourth.
+
+    one chunk of rows:  logits [C, V] = hidden @ W.T                                  product 1
+                        one row pass: log-probability of the target, entropy,
+                        and, in place over the logits, their gradient
+                        grad_hidden [C, D] = grad_logits @ W                          product 2
+                        grad_W [V, D] (fp32) += grad_logits.T @ hidden                product 3
+
+    python -m pytest tests/kernels/test_cross_entropy.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minem.kernels.backend import pick
+
+# How large one chunk of logits may be, in bytes, unless the caller says `chunk_rows`. Every chunk reads and writes the
+# whole gradient of W once more, so chunks are as large as memory comfortably allows.
+CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    token_weights: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    chunk_rows: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted negative log-likelihood of `targets` under softmax(hidden @ weight.T).
+
+    hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants: they get
+    no gradient), all ones where None. Rows whose target is `ignore_index` or whose weight is 0 give 0 everywhere.
+    chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows). backend: "eager", "triton", None (by
+    device).
+
+    Returns (loss [], token_logprobs [N], token_entropy [N]) in float32 (float64 for float64 inputs), in nats.
+    loss = -sum(token_weights * token_logprobs), undivided; the other two are detached. Gradients flow to hidden and
+    weight only and only once; the weight's is accumulated in fp32 over chunks and handed on in `weight.grad_dtype`.
+    Without gradients to compute (no_grad, or nothing requires them) only the first product is done.
+
+    Raises ValueError for shapes or dtypes that do not fit and IndexError (eager) for a target outside [0, V).
+    """
+    _check(hidden, weight, targets, token_weights, chunk_rows)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    active = targets != ignore_index
+    weights = active.to(wide) if token_weights is None else token_weights.to(wide).masked_fill(~active, 0.0)
+    targets = targets.masked_fill(~active, 0)
+    if chunk_rows is None:
+        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
+        chunk_rows = max(64, budget // (weight.shape[0] * weight.element_size()))
+    grads = torch.is_grad_enabled()
+    needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
+    result = _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_rows, needs, pick(backend, hidden))
+    return result[0], result[1], result[2]
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, chunk_rows: int | None
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden [N, D] and weight [V, D] must share D; got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight must have one floating dtype; got {hidden.dtype} and {weight.dtype}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets must be int64 [{hidden.shape[0]}]; got {targets.dtype} {list(targets.shape)}")
+    if token_weights is not None and token_weights.shape != targets.shape:
+        raise ValueError(f"token_weights must be [{hidden.shape[0]}]; got {list(token_weights.shape)}")
+    if token_weights is not None and token_weights.requires_grad:
+        raise ValueError("token_weights are constants of the loss; pass them detached")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes the gradients in the forward pass, where the logits are; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        chunk_rows: int,
+        needs: tuple[bool, bool],
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+        grad_weight = torch.zeros(weight.shape, dtype=weights.dtype, device=weight.device) if needs[1] else None
+        logprobs, entropy = torch.empty_like(weights), torch.empty_like(weights)
+        row_pass = _row_pass_eager
+        for start in range(0, hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            logits = hidden[rows] @ weight.t()
+            grad_logits = row_pass(logits, targets[rows], weights[rows], logprobs[rows], entropy[rows], any(needs))
+            del logits  # the row pass may have worked in place; the name must not keep a second chunk alive
+            if grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _accumulate(grad_weight, grad_logits, hidden[rows])
+            del grad_logits
+        loss = -(weights * logprobs).sum()
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_grad_dtype = getattr(weight, "grad_dtype", None) or weight.dtype
+        ctx.mark_non_differentiable(logprobs, entropy)
+        return loss, logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:  # scaled and cast in one pass over [V, D]
+            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_grad_dtype)
+            grad_weight = torch.mul(grad_weight, grad_loss, out=scaled)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _row_pass_eager(
+    logits: Tensor, targets: Tensor, weights: Tensor, logprobs: Tensor, entropy: Tensor, needs_grad: bool
+) -> Tensor:
+    """Fill logprobs and entropy [C]; return the gradient of the logits [C, V] in their dtype (if needs_grad).
+
+    Holds two buffers of [C, V] at most: shifted logits and their exponentials.
+    """
+    shifted = logits.to(weights.dtype)  # fp32 logits are overwritten: they are this function's to use up
+    shifted -= shifted.amax(dim=-1, keepdim=True)
+    exps = shifted.exp()
+    total = exps.sum(dim=-1)
+    log_total = total.log()
+    # sum(exps * shifted) as one dot product per row: no third [C, V] buffer
+    dot = torch.bmm(exps.unsqueeze(1), shifted.unsqueeze(2)).view(-1)
+    index = targets.unsqueeze(1)
+    ignored = weights == 0
+    logprobs.copy_(shifted.gather(1, index).squeeze(1) - log_total).masked_fill_(ignored, 0.0)
+    entropy.copy_(log_total - dot / total).masked_fill_(ignored, 0.0)
+    if not needs_grad:
+        return logits
+    del shifted
+    grad = exps.mul_((weights / total).unsqueeze(1))
+    grad.scatter_add_(1, index, -weights.unsqueeze(1))
+    return grad.to(logits.dtype)
+
+
+def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
+    """grad_weight [V, D] += grad_logits.T @ hidden, the sum over chunks held in fp32 whatever the inputs' dtype."""
+    if grad_weight.dtype == hidden.dtype:
+        grad_weight.addmm_(grad_logits.t(), hidden)
+    elif hidden.is_cuda:
+        torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
+    else:
+        grad_weight += grad_logits.t() @ hidden
