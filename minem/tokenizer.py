@@ -79,9 +79,8 @@ class Tokenizer:
         if "added_tokens_decoder" not in config:
             config |= _read_optional(folder / "special_tokens_map.json")
         special_tokens = _add_special_tokens(backend, config, folder)
-        eos_ids: set[int] = set()
-        if "eos_token" in special_tokens:
-            eos_ids.add(backend.token_to_id(special_tokens["eos_token"]))
+        own_eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
+        eos_ids = set() if own_eos is None else {own_eos}
         for name in ("generation_config.json", "config.json"):
             eos_ids |= _eos_ids(_read_optional(folder / name), folder / name)
         return cls(folder, backend, special_tokens, _read_template(folder, config), frozenset(eos_ids))

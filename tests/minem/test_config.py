@@ -1,0 +1,337 @@
+"""The config: what is written is what is read back, flags win over files, and every mistake is one helpful sentence."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minem
+from minem.config import FLAGS, SECTIONS, Config, difference, load_config, to_toml
+from minem.data.prompts import HINTS
+from minem.errors import UserError
+from minem.mstep import SCHEDULES
+
+KEYS = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in typing.get_type_hints(kind)]
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_the_fixed_keys_exist() -> None:
+    assert list(SECTIONS) == ["model", "task", "sampler", "mstep", "eval", "run"]
+    fixed = "model.id task.name task.limit sampler.name sampler.budget mstep.lr run.iterations run.seed"
+    assert set(fixed.split()) <= set(KEYS)
+    assert set(FLAGS) <= set(KEYS)
+
+
+def test_the_toy_is_where_a_bare_command_starts(tmp_path: Path) -> None:
+    toy = Path(minem.__file__).parent / "configs" / "toy.toml"
+    assert load_config() == load_config(toy) != Config()
+    assert load_config(flags={"model.id": "some/model"}).mstep == Config().mstep
+    assert load_config(overrides=["model.id=some/model"]).mstep == Config().mstep
+    assert load_config(write(tmp_path, "")) == Config()
+
+
+def test_every_shipped_config_loads_and_opens_with_its_command() -> None:
+    paths = sorted((Path(minem.__file__).parent / "configs").glob("*.toml"))
+    assert "toy.toml" in [path.name for path in paths]
+    for path in paths:
+        load_config(path)
+        head = [line for line in path.read_text().splitlines()[:10] if line.startswith("#")]
+        assert any(line.removeprefix("#").strip().startswith("minem ") for line in head), path
+
+
+def test_flags_win_over_set_and_file(tmp_path: Path) -> None:
+    path = write(tmp_path, '[sampler]\nname = "star"\nbudget = 5\n[mstep]\nlr = 1\n')
+    assert load_config(path).sampler.budget == 5
+    assert load_config(path).mstep.lr == 1.0
+    config = load_config(path, ["mstep.lr=3e-4", "sampler.draws=all"], {"sampler.budget": 9, "run.seed": None})
+    assert (config.sampler.name, config.sampler.budget, config.sampler.draws) == ("star", 9, "all")
+    assert (config.mstep.lr, config.run.seed) == (3e-4, 0)
+
+
+@pytest.mark.parametrize(("name", "budget"), [("rsm", 8), ("star", 2), ("pps", 1), ("my.module:Sampler", 8)])
+def test_budgets_left_open_are_resolved(name: str, budget: int) -> None:
+    config = load_config(flags={"sampler.name": name})
+    assert config.sampler.budget == budget
+    assert f"budget = {budget}\n" in to_toml(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("model.id=Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
+        ("model.id = 'quoted # not a comment'", "quoted # not a comment"),
+        ("model.id=7", "7"),
+        ("model.id=a=b", "a=b"),
+        ("model.revision=2024-01-01", "2024-01-01"),
+        ("model.id=x\nbudget=3", "x\nbudget=3"),
+        ("sampler.drop_leaks=true", True),
+        ("run.slots=16", 16),
+        ("mstep.lr=1", 1.0),
+        ("mstep.lr=2e-5", 2e-5),
+    ],
+)
+def test_overrides_are_toml_or_bare_text(override: str, value: Any) -> None:
+    section, _, key = override.partition("=")[0].strip().partition(".")
+    read = getattr(getattr(load_config(overrides=[override]), section), key)
+    assert read == value
+    assert type(read) is type(value)
+
+
+MISTAKES = {
+    "unknown key": ("[sampler]\nbuget = 8", "there is no key sampler.buget; did you mean sampler.budget?"),
+    "key of another section": ("[run]\nlr = 1e-3", "there is no key run.lr; did you mean mstep.lr?"),
+    "key of two sections": (
+        "[run]\nmax_new_tokens = 9",
+        "no key run.max_new_tokens; did you mean eval.max_new_tokens or sampler.max_new_tokens?",
+    ),
+    "key like no other": ("[eval]\nzzzzzz = 1", "the keys of [eval] are max_new_tokens, samples"),
+    "unknown section": ("[smapler]\nbudget = 8", "no section [smapler]; it must be one of [model], [task], [sampler]"),
+    "near section": ("[samplers]\nbudget = 8", "(did you mean [sampler]?)"),
+    "section as a value": ("run = 3", "run must be a section, [run], not a value"),
+    "bare key": ("seed = 3", "no section [seed]"),
+    "text for a number": ('[run]\nseed = "3"', 'run.seed is "3"; it must be a whole number'),
+    "float for a whole number": ("[run]\niterations = 2.5", "run.iterations is 2.5; it must be a whole number"),
+    "bool for a number": ("[run]\nseed = true", "run.seed is true; it must be a whole number"),
+    "number for a bool": ("[sampler]\ndrop_leaks = 1", "sampler.drop_leaks is 1; it must be true or false"),
+    "list": ("[task]\nname = ['toy']", "task.name is ['toy']; it must be a text"),
+    "empty text": ('[task]\nname = ""', "valid Unicode and not empty"),
+    "infinite": ("[mstep]\nlr = inf", "mstep.lr is inf; it must be a finite number"),
+    "not a number": ("[sampler]\ntemperature = nan", "sampler.temperature is nan; it must be a finite number"),
+    "zero temperature": ("[sampler]\ntemperature = 0", "sampler.temperature is 0.0; it must be above 0"),
+    "top_p": ("[sampler]\ntop_p = 1.5", "sampler.top_p is 1.5; it must be above 0 and at most 1"),
+    "negative": ("[mstep]\nlr = -1", "mstep.lr is -1.0; it must be"),
+    "no iterations": ("[run]\niterations = 0", "run.iterations is 0; it must be 1 or more"),
+    "seed": ("[run]\nseed = 9223372036854775808", "it must be between 0 and 2^63 - 1"),
+    "number of many digits": ("[run]\nseed = 0x1" + "0" * 9000, "it must be between 0 and 2^63 - 1"),
+    "budget": ("[sampler]\nbudget = 0", "sampler.budget is 0; it must be 1 or more"),
+    "limit": ("[task]\nlimit = 0", "task.limit is 0; it must be 1 or more"),
+    "choice": (
+        '[sampler]\ndraws = "frist"',
+        'sampler.draws is "frist"; it must be one of first, all (did you mean first?)',
+    ),
+    "sampler": ('[sampler]\nname = "rms"', "must be one of rsm, star, pps or module:Class (did you mean rsm?)"),
+    "hint": ('[sampler]\nhint = "forwards"', "(did you mean forward?)"),
+    "verdict": ('[task]\nverdict = "my_check"', 'task.verdict is "my_check"; it must be written as module:function'),
+    "device": ('[run]\ndevice = "gpu"', 'run.device is "gpu"; it must be one of auto, cpu, cuda'),
+    "schedule": ('[mstep]\nschedule = "cos"', "mstep.schedule"),
+    "not TOML": ("[run\nseed = 3", "is not valid TOML"),
+    "twice": ("[run]\nseed = 3\nseed = 4", "is not valid TOML"),
+    "deep": ("[run]\nseed = " + "[" * 100_000, "is not valid TOML"),
+    "huge": ("#" * (2**20 + 1), "a config has at most"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_mistake_in_a_file_is_one_sentence_with_the_files_name(tmp_path: Path, case: str) -> None:
+    text, expected = MISTAKES[case]
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    message = str(caught.value)
+    assert expected in message
+    assert str(path) in message
+    assert "\n" not in message
+    assert len(message) < 600 + len(str(path))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "flags", "expected"),
+    [
+        (["run.seed"], {}, "--set run.seed: write it as section.key=value"),
+        (["run.seed="], {}, "write it as section.key=value"),
+        (["seed=3"], {}, "--set: there is no key seed; did you mean run.seed?"),
+        (["zzz=3"], {}, "the sections are model, task"),
+        (["mstep.lrr=3"], {}, "did you mean mstep.lr?"),
+        (["run.seed=three"], {}, '--set: run.seed is "three"; it must be a whole number'),
+        (["run.seed=3"], {"run.seed": 4}, "run.seed is given twice on the command line, by --seed and --set"),
+        (["run.seed=3", "run.seed=4"], {}, "given twice on the command line, by --set and --set"),
+        ([], {"sampler.budget": 0}, "--budget: sampler.budget is 0; it must be 1 or more"),
+        ([], {"sampler.name": "srar"}, '--sampler: sampler.name is "srar"; it must be'),
+        ([], {"model.id": "half a pair \ud83d"}, "--model: model.id is"),
+    ],
+)
+def test_a_mistake_on_the_command_line_names_the_flag(
+    overrides: list[str], flags: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, overrides, flags)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.toml", "."])
+def test_a_file_that_is_none(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"^config .* cannot be read: "):
+        load_config(tmp_path / name)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="is not valid TOML"):
+        load_config(tmp_path / "config.toml")
+
+
+def texts() -> st.SearchStrategy[str]:
+    return st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+def floats(low: float, high: float, **bounds: bool) -> st.SearchStrategy[float]:
+    return st.floats(low, high, allow_nan=False, **bounds)
+
+
+# Values that each key may take; the rest follows from the types.
+ALLOWED: dict[str, st.SearchStrategy[Any]] = {
+    "task.verdict": st.sampled_from(["a:b", "my.module:check"]),
+    "sampler.name": st.sampled_from(["rsm", "star", "pps", "mine:Sampler"]),
+    "sampler.hint": st.sampled_from(sorted(HINTS)),
+    "sampler.temperature": floats(1e-9, 1e9),
+    "sampler.top_p": floats(0, 1, exclude_min=True),
+    "sampler.min_p": floats(0, 1),
+    "mstep.schedule": st.sampled_from(SCHEDULES),
+    "mstep.warmup": floats(0, 1),
+    "mstep.beta1": floats(0, 1, exclude_max=True),
+    "mstep.beta2": floats(0, 1, exclude_max=True),
+    "run.seed": st.integers(0, 2**63 - 1),
+}
+BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
+    str: texts(),
+    int: st.integers(1, 2**62),
+    float: floats(0, 1e300),
+    bool: st.booleans(),
+    type(None): st.none(),
+}
+
+
+def values(key: str, hint: Any) -> st.SearchStrategy[Any]:
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from(typing.get_args(hint))
+    alternatives = typing.get_args(hint) or (hint,)
+    free = [BY_TYPE[kind] for kind in alternatives if not (key in ALLOWED and kind is not type(None))]
+    return st.one_of(*free, *([ALLOWED[key]] if key in ALLOWED else []))
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    return Config(
+        **{
+            section: kind(**{n: draw(values(f"{section}.{n}", h)) for n, h in typing.get_type_hints(kind).items()})
+            for section, kind in SECTIONS.items()
+        }
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(config=configs())
+def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
+    path = tmp_path_factory.mktemp("config") / "config.toml"
+    path.write_text(to_toml(config), encoding="utf-8", newline="")
+    assert load_config(path) == config
+    assert difference(config, load_config(path)) == []
+
+
+@settings(max_examples=300, deadline=None)
+@given(old=configs(), new=configs())
+def test_the_difference_names_exactly_the_keys_that_differ(old: Config, new: Config) -> None:
+    lines = difference(old, new)
+    flat = [
+        {f"{s}.{k}": v for s, section in dataclasses.asdict(c).items() for k, v in section.items()} for c in (old, new)
+    ]
+    assert [line.partition(": ")[0] for line in lines] == [key for key in KEYS if flat[0][key] != flat[1][key]]
+    assert all("\n" not in line for line in lines)
+
+
+def test_the_difference_reads_well() -> None:
+    old = load_config(flags={"task.limit": 64})
+    new = load_config(flags={"sampler.budget": 4, "sampler.name": "star"})
+    assert difference(old, new) == [
+        "task.limit: 64 -> not set",
+        'sampler.name: "rsm" -> "star"',
+        "sampler.budget: 8 -> 4",
+    ]
+
+
+TOML_VALUES = st.recursive(
+    st.one_of(st.integers(), st.booleans(), st.floats(), st.text(st.characters(exclude_categories=["Cs"]), max_size=9)),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def as_toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_toml, value)) + "]"
+    if isinstance(value, str):
+        return '"' + "".join(f"\\U{ord(c):08x}" for c in value) + '"'
+    return str(value).lower()
+
+
+@settings(max_examples=1000, deadline=None)
+@given(key=st.sampled_from(KEYS), value=TOML_VALUES)
+def test_any_value_is_taken_or_refused_in_one_sentence(key: str, value: Any) -> None:
+    text = as_toml(value)
+    assert repr(tomllib.loads(f"v = {text}")["v"]) == repr(value)
+    section, _, name = key.partition(".")
+    refusal = None
+    try:
+        taken = getattr(getattr(load_config(overrides=[f"{key}={text}"]), section), name)
+    except UserError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert taken in (value, text)
+    else:
+        assert key in refusal
+        assert "\n" not in refusal
+        assert len(refusal) < 600
+
+
+@settings(max_examples=1000, deadline=None)
+@given(text=st.text(max_size=60))
+def test_any_file_is_read_or_refused_in_one_sentence(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    refusal = None
+    try:
+        load_config(path)
+    except UserError as error:
+        refusal = str(error)
+    assert refusal is None or (str(path) in refusal and "\n" not in refusal)
+
+
+def keys_read(source: str) -> set[str]:
+    """The "section.key" that some Python reads as `anything.section.key` or `section.key`, and bare `.key` as "key"."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            section = (
+                owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+            )
+            found |= {f"{section}.{node.attr}"}
+            found |= {node.attr}
+    return found
+
+
+@pytest.mark.xfail(reason="the loop that reads them is being written", strict=True)
+def test_every_key_is_read() -> None:
+    """No key is there for show: each is read as config.section.key, those of [mstep] inside minem/mstep.py."""
+    root = Path(minem.__file__).parent
+    read: set[str] = set()
+    for path in root.glob("*.py"):
+        if path.name != "config.py":
+            read |= keys_read(path.read_text())
+    in_mstep = keys_read((root / "mstep.py").read_text())
+    unread = [k for k in KEYS if k not in read and not (k.startswith("mstep.") and k.partition(".")[2] in in_mstep)]
+    assert unread == []
