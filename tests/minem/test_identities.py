@@ -1,4 +1,4 @@
-"""The mathematics of EM, proved exactly: every outcome of every attempt is enumerated over a policy small enough to list.
+"""The mathematics of EM, proved exactly: every outcome of every attempt of a policy small enough to list.
 
 The policy writes at most three tokens of {A, B} and EOS, from a table of logits in float64. Nothing here is sampled:
 minem's own samplers are asked what to try next after every possible history, the gradient of each kept sample is
@@ -106,7 +106,9 @@ class World:
         sampler = make_sampler(name, budget, draws)
         chances = {"plain": list(self.plain.items()), "hinted": list(self.hinted.items())}
         verdicts = {
-            (prompt, o): Attempt(prompt, accepted(o), answer=None, status="accepted" if accepted(o) else "wrong", text="")
+            (prompt, o): Attempt(
+                prompt, accepted(o), answer=None, status="accepted" if accepted(o) else "wrong", text=""
+            )
             for prompt in chances
             for o in OUTCOMES
         }
@@ -189,6 +191,11 @@ def test_2_keeping_every_accepted_draw(world, budget):
 def test_3_self_taught_reasoner(world, budget):
     saved = (1 - world.p) * (1 - (1 - world.a) ** (budget - 1))
     close(world.expected_gradient("star", budget), world.grad_accuracy() + saved * world.hinted_gradient())
+
+
+def test_3_keeping_every_accepted_draw_still_hints_only_where_the_model_failed(world):
+    hinted = (1 - world.p) * 2 * world.a
+    close(world.expected_gradient("star", 3, "all"), world.grad_accuracy() + hinted * world.hinted_gradient())
 
 
 @pytest.mark.parametrize("budget", [1, 3])
