@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
+jit: Callable[[Any], Any]
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # triton is for Linux; elsewhere the kernels stay unused Python functions
+    triton = tl = None
+
+    def jit(function: Any) -> Any:
+        return function
 
 
 def pick(backend: str | None, tensor: torch.Tensor) -> str:
     """Return "eager" or "triton" for an operation on `tensor`; `backend` None means: by its device.
 
+    float64 is the eager references' own (they are checked in it); the kernels compute in fp32.
     Raises ValueError for a name that is neither, and for "triton" where it cannot run.
     """
-    if backend is None:
-        return "triton" if tensor.is_cuda and HAS_TRITON else "eager"
-    if backend not in ("eager", "triton"):
+    if backend not in ("eager", "triton", None):
         raise ValueError(f'backend must be "eager", "triton" or None (by device), not {backend!r}')
+    if backend is None:
+        return "triton" if triton is not None and tensor.is_cuda and tensor.dtype != torch.float64 else "eager"
     if backend == "triton":
-        if not HAS_TRITON:
+        if triton is None:
             raise ValueError('backend "triton" needs the triton package; pass backend="eager" or None')
+        if tensor.dtype == torch.float64:
+            raise ValueError('backend "triton" does not compute in float64; pass backend="eager" or None')
         if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError('backend "triton" needs a CUDA tensor (or TRITON_INTERPRET=1, which is for tests)')
     return backend
