@@ -87,13 +87,13 @@ def loss_divisor(examples: Sequence[Example], steps_per_epoch: int) -> float:
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over the supervised tokens of an optimizer step."""
+    """Sums over the supervised tokens of one optimizer step, or of many."""
 
-    loss: float  # -sum(weight * logprob), not divided
-    entropy: float  # nats
-    tokens: int  # that entered the model
-    supervised: int
-    weight: float
+    loss: float = 0.0  # -sum(weight * logprob), not divided
+    entropy: float = 0.0  # nats
+    tokens: int = 0  # that entered the model
+    supervised: int = 0
+    weight: float = 0.0
 
     def __add__(self, other: Totals) -> Totals:
         return Totals(
@@ -163,7 +163,8 @@ class MStep:
                 weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included).
 
         Returns:
-            The same metrics over the whole M-step, with its counts and seconds.
+            loss, entropy, tokens_per_second over the whole M-step, the mean grad_norm, the loss of the first and the
+            last step, and counts: examples, steps, micro_batches, tokens, supervised_tokens, seconds.
 
         Raises:
             GuardError: nothing to train on; or a loss or gradient is not finite (before the weights are touched).
@@ -181,7 +182,7 @@ class MStep:
         )
         divisor = loss_divisor(examples, len(steps) // config.epochs)
         optimizer = self._optimizer()
-        history: list[dict[str, Any]] = []
+        history: list[tuple[Totals, float]] = []
         began = time.perf_counter()
         with self._gradients_to_masters():
             for number, step in enumerate(steps):
@@ -190,16 +191,28 @@ class MStep:
                 totals = self.accumulate(examples, step, divisor)
                 norm = self._guarded_norm(examples, step, totals)
                 self._update(optimizer, norm, rate)
-                row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
-                row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": float(norm)}
-                row |= _metrics(totals, time.perf_counter() - started)
-                history.append(row)
+                history.append((totals, float(norm)))
                 if on_step is not None:
-                    on_step(row)
-        return _summary(examples, steps, history, time.perf_counter() - began)
+                    row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
+                    row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": float(norm)}
+                    on_step(row | _metrics(totals, time.perf_counter() - started))
+        seconds = time.perf_counter() - began
+        return {
+            "examples": len(examples),
+            "steps": len(steps),
+            "micro_batches": sum(len(step.micro_batches) for step in steps),
+            "seconds": seconds,
+            "loss_first": history[0][0].loss / history[0][0].weight,
+            "loss_last": history[-1][0].loss / history[-1][0].weight,
+            "grad_norm": sum(norm for _, norm in history) / len(history),
+            **_metrics(sum((totals for totals, _ in history), Totals()), seconds),
+        }
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
-        """Add the gradient of loss / divisor over all micro-batches of a step to what the masters hold in `.grad`."""
+        """Add the gradient of loss / divisor, over all micro-batches of a step, to `.grad`; the weights stay as they are.
+
+        Inside `run` that is the masters' `.grad`, otherwise the working weights'.
+        """
         device = next(iter(self.working.values())).device
         losses, entropies, tokens, supervised, weight = [], [], 0, 0, 0.0
         for micro_batch in step.micro_batches:
@@ -329,28 +342,3 @@ def _metrics(totals: Totals, seconds: float) -> dict[str, Any]:
 def _some(names: Sequence[str], most: int = 5) -> str:
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
-
-
-def _summary(
-    examples: Sequence[Example], steps: Sequence[Step], history: Sequence[dict[str, Any]], seconds: float
-) -> dict[str, Any]:
-    supervised = sum(row["supervised_tokens"] for row in history)
-    tokens = sum(row["tokens"] for row in history)
-
-    def per_token(key: str) -> float:
-        return sum(row[key] * row["supervised_tokens"] for row in history) / supervised
-
-    return {
-        "examples": len(examples),
-        "steps": len(steps),
-        "micro_batches": sum(len(step.micro_batches) for step in steps),
-        "tokens": tokens,
-        "supervised_tokens": supervised,
-        "loss": per_token("loss"),
-        "loss_first": history[0]["loss"],
-        "loss_last": history[-1]["loss"],
-        "entropy": per_token("entropy"),
-        "grad_norm": sum(row["grad_norm"] for row in history) / len(history),
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-    }

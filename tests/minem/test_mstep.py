@@ -65,7 +65,7 @@ def make_examples(n: int, seed: int = 0) -> list[Example]:
 
 
 def reference_sums(model, examples) -> tuple[torch.Tensor, torch.Tensor]:
-    """-sum(weight * log p) of the sampled tokens (EOS too, the prompt not), and their entropies; one by one, unpacked."""
+    """-sum(weight * log p) of the sampled tokens (EOS too, the prompt not), and their entropies; one by one."""
     loss, entropy = torch.zeros(()), torch.zeros(())
     for example in examples:
         sequence = torch.tensor([example.prompt_ids + example.token_ids])
@@ -143,7 +143,7 @@ def test_micro_batches_do_not_change_the_trajectory(folders, pack_tokens):
         losses.append(torch.tensor([row["loss"] for row in rows], dtype=torch.float64))
     whole, cut = losses
     assert len(whole) == 30
-    assert whole[-1] < whole[0] - 0.3  # it is a trajectory that goes somewhere
+    assert whole[25:].mean() < whole[:5].mean() - 0.2  # the last epoch against the first: it goes somewhere
     assert (whole - cut).abs().max() < 1e-5
     assert (whole - cut).abs().mean() < 1e-6
 
@@ -200,7 +200,10 @@ def test_the_summary_counts_what_was_trained(model):
     assert summary["tokens"] == 2 * sum(len(e) for e in examples)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
-    assert summary["loss_last"] < summary["loss_first"]
+    assert (summary["loss_first"], summary["loss_last"]) == (rows[0]["loss"], rows[-1]["loss"])
+    assert sum(row["loss"] for row in rows[3:]) < sum(row["loss"] for row in rows[:3])
+    for key in ("loss", "entropy"):
+        assert min(row[key] for row in rows) < summary[key] < max(row[key] for row in rows)
     assert 0 < summary["entropy"] < math.log(SHAPE["vocab_size"])
 
 
