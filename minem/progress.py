@@ -1,0 +1,193 @@
+"""What a person sees while a run works: one line per stage, on stderr.
+
+    minem train                     # a terminal: one live line, which stays when its stage is done
+    minem train 2> train.log        # anything else: plain lines, at most one every ten seconds
+
+        progress = Progress()
+        with progress.stage("iteration 1/4 E-step", total=512) as line:
+            line.update(120, accepted=percent(0.61), tokens_per_s=5300.0)
+
+    iteration 1/4 E-step  ━━━━╸───────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
+
+Nothing shown is trusted: names, answers and texts come from files and models, so `clean` takes out whatever a terminal
+would obey instead of print, and markup is never interpreted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich import box
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+BAR_WIDTH = 20
+# Characters that reorder the text around them, so that a line reads as what it is not.
+BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+class Line:
+    """The line of one running stage; `Progress.stage` hands it out."""
+
+    def __init__(self, name: str, total: int | None, clock: Callable[[], float]) -> None:
+        self.name = clean(name)
+        self.total = total
+        self.done = 0
+        self.facts: dict[str, str | float] = {}
+        self._clock = clock
+        self._start = clock()
+        self._on_update: Callable[[], None] = lambda: None
+
+    def update(self, done: int | None = None, **facts: str | float) -> None:
+        """Set how much is done (in the units of `total`) and the latest numbers; those not named stay as they are.
+
+        Facts are shown by their name ("tokens_per_s" as "tokens/s"): texts as given, numbers to three digits.
+        """
+        self.done = self.done if done is None else done
+        self.facts |= facts
+        self._on_update()
+
+    def text(self, ending: str | None = None) -> str:
+        """The line as it stands, or with `ending` ("done", "stopped") the one that stays."""
+        elapsed = self._clock() - self._start
+        parts = [self.name]
+        if self.total is not None:
+            parts.append(f"{self.done:,}/{self.total:,}")
+        parts += [f"{_label(name)} {_shown(value)}" for name, value in self.facts.items()]
+        if ending:
+            parts.append(f"{ending} after {duration(elapsed)}")
+        elif self.total and 0 < self.done <= self.total:
+            left = elapsed * (self.total - self.done) / self.done
+            parts.append(f"{duration(elapsed)}, {duration(left)} left")
+        else:
+            parts.append(duration(elapsed))
+        return "  ".join(parts)
+
+    def __rich__(self) -> Text:
+        text = self.text()
+        bar = ""
+        if self.total:
+            filled = min(self.done, self.total) * BAR_WIDTH // self.total
+            bar = "  " + "━" * filled + "─" * (BAR_WIDTH - filled)
+        # Cut rather than wrapped: a live line that wraps leaves its old halves behind.
+        return Text(self.name + bar + text[len(self.name) :], no_wrap=True, overflow="ellipsis")
+
+
+class Progress:
+    """The lines of a run, on stderr unless another stream is given.
+
+    interval: seconds between two plain lines of a stage; a terminal is refreshed four times a second.
+    clock: seconds, for the tests.
+    """
+
+    def __init__(
+        self, stream: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._console = _console(self._stream)
+        self._live = self._stream.isatty() and not self._console.is_dumb_terminal
+        self._interval = interval
+        self._clock = clock
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Line]:
+        """Show a line while the block runs; `total` is how much there is to do, where that is known."""
+        line = Line(name, total, self._clock)
+        ending = "stopped"
+        try:
+            with self._shown_live(line) if self._live else self._shown_plainly(line):
+                yield line
+            ending = "done"
+        finally:
+            self.note(line.text(ending))
+
+    def note(self, text: str) -> None:
+        """Print one line: a warning, or what was inferred or skipped."""
+        self._console.print(Text(clean(text)), soft_wrap=True)
+
+    @contextmanager
+    def _shown_live(self, line: Line) -> Iterator[None]:
+        # stdout is for results and must stay untouched by what happens here.
+        with Live(line, console=self._console, transient=True, redirect_stdout=False, refresh_per_second=4):
+            yield
+
+    @contextmanager
+    def _shown_plainly(self, line: Line) -> Iterator[None]:
+        self.note(line.name + (f"  0/{line.total:,}" if line.total is not None else ""))
+        last = self._clock()
+
+        def on_update() -> None:
+            nonlocal last
+            if self._clock() - last >= self._interval:
+                last = self._clock()
+                self.note(line.text())
+
+        line._on_update = on_update
+        yield
+
+
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", file: TextIO | None = None
+) -> None:
+    """Print a table to `file` (stderr by default): the first column to the left, the others to the right."""
+    stream = sys.stderr if file is None else file
+    made = Table(title=Text(clean(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        made.add_column(Text(clean(column)), justify="right" if index else "left")
+    for row in rows:
+        made.add_row(*(Text(clean(_shown(cell) if isinstance(cell, int | float) else str(cell))) for cell in row))
+    # A file has no width that a table would have to fit in.
+    _console(stream, width=None if stream.isatty() else 500).print(made)
+
+
+def percent(share: float, interval: tuple[float, float] | None = None) -> str:
+    """0.613 -> "61.3 %"; with a confidence interval of shares, "61.3 % (57.0-65.4)"."""
+    bounds = f" ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})" if interval else ""
+    return f"{100 * share:.1f} %{bounds}"
+
+
+def duration(seconds: float) -> str:
+    """4000 -> "1:06:40", 75 -> "1:15"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def clean(text: str, keep_lines: bool = False) -> str:
+    """The text without what a terminal would obey: control characters and escapes, reordering marks, lone surrogates.
+
+    Line breaks and tabs become spaces; with `keep_lines`, they stay.
+    """
+    return "".join(_clean_character(character, keep_lines) for character in text)
+
+
+def _clean_character(character: str, keep_lines: bool) -> str:
+    if character in "\n\t":
+        return character if keep_lines else " "
+    category = unicodedata.category(character)
+    if category in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS:
+        return "\N{REPLACEMENT CHARACTER}" if character != "\r" else ""
+    return character
+
+
+def _console(stream: TextIO, width: int | None = None) -> Console:
+    return Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
+
+
+def _label(name: str) -> str:
+    return clean(name).replace("_per_", "/").replace("_", " ")
+
+
+def _shown(value: str | float) -> str:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
