@@ -185,6 +185,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     _check_size(path, TOKENIZER_LIMIT)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.encode("0")  # a post-processor that names a missing token shows only here
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library panics on some inputs, and its panics are no Exceptions
@@ -228,6 +229,7 @@ def _text_of(token: Any) -> str:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
         raise TypeError(f"expected a text, not {text!r}")
+    text.encode()  # half a surrogate pair is a ValueError here, and something worse inside the library
     return text
 
 

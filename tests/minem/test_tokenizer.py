@@ -233,6 +233,7 @@ BROKEN = {
     "negative eos": ("generation_config.json", '{"eos_token_id": [-1]}', "eos_token_id must be a token id"),
     "unknown eos": ("tokenizer_config.json", '{"eos_token": "<nope>"}', "eos_token '<nope>' is not in"),
     "bos is a number": ("tokenizer_config.json", '{"bos_token": 3}', "bad token"),
+    "eos is half a character": ("tokenizer_config.json", '{"eos_token": "\\ud83d"}', "bad token"),
     "wrong number": (
         "tokenizer_config.json",
         '{"added_tokens_decoder": {"77777": {"content": "<new>"}}}',
@@ -255,6 +256,15 @@ def test_broken_folders_are_refused_in_one_sentence(tmp_path: Path, case: str) -
     with pytest.raises(UserError, match=expected) as caught:
         Tokenizer.from_folder(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_post_processor_that_names_a_missing_token_is_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, byte_level_bpe("bos"))
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["post_processor"]["special_tokens"] = {}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"tokenizer\.json is not a tokenizer that can be used"):
+        Tokenizer.from_folder(folder)
 
 
 TEMPLATES = {
