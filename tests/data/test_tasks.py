@@ -1,0 +1,333 @@
+"""Tasks from files and from the hub: `MINEM_REAL_DATA=FOLDER python -m pytest tests/data/test_tasks.py`."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from minem.data import tasks
+from minem.data.tasks import Question, load_task, read_questions
+from minem.errors import UserError
+
+REAL = os.environ.get("MINEM_REAL_DATA", "")
+real_data = [
+    pytest.mark.real_data,
+    pytest.mark.skipif(not REAL, reason="MINEM_REAL_DATA names no folder of real rows"),
+]
+
+ARC = {
+    "id": "q1",
+    "question": "What do plants need?",
+    "choices": {"text": ["light", "soup", "shoes"], "label": ["A", "B", "C"]},
+    "answerKey": "A",
+}
+OPENBOOK = {"question_stem" if name == "question" else name: value for name, value in ARC.items()}
+MMLU = {"question": "What is 2 + 2?", "subject": "arithmetic", "choices": ["3", "4", "5", "6"], "answer": 1}
+
+
+def write_jsonl(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_parquet(path: Path, rows: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def arc_rows(count: int, prefix: str = "q") -> list:
+    return [{**ARC, "id": f"{prefix}{i}", "question": f"Question {prefix} {i}?"} for i in range(count)]
+
+
+def write_folder(folder: Path, sizes: dict[str, int], write=write_jsonl, suffix: str = ".jsonl") -> Path:
+    for split, size in sizes.items():
+        write(folder / f"{split}{suffix}", arc_rows(size, f"{split}-"))
+    return folder
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_three_schemas(tmp_path: Path):
+    arc, openbook = read_questions(write_jsonl(tmp_path / "a.jsonl", [ARC, {**OPENBOOK, "id": "q2"}]))
+    assert arc == Question("q1", "What do plants need?", ("light", "soup", "shoes"), ("A", "B", "C"), "A")
+    assert openbook == replace(arc, id="q2")
+    (mmlu,) = read_questions(write_jsonl(tmp_path / "m.jsonl", [MMLU]))
+    assert (mmlu.text, mmlu.options, mmlu.labels) == ("What is 2 + 2?", ("3", "4", "5", "6"), ("A", "B", "C", "D"))
+    assert (mmlu.gold, mmlu.subject) == ("B", "arithmetic")
+
+
+def test_rows_under_a_train_field(tmp_path: Path):
+    bare, nested = (read_questions(write_jsonl(tmp_path / "m.jsonl", [row])) for row in (MMLU, {"train": MMLU}))
+    assert nested == bare
+
+
+def test_numeric_labels_may_be_numbers(tmp_path: Path):
+    row = {**ARC, "choices": {"text": ["a", "b"], "label": [1, 2]}, "answerKey": 2, "id": 7}
+    (question,) = read_questions(write_jsonl(tmp_path / "a.jsonl", [row]))
+    assert (question.labels, question.gold, question.id) == (("1", "2"), "2", "7")
+
+
+def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
+    other = {**MMLU, "choices": ["4", "3", "5", "6"]}
+    ids = [q.id for q in read_questions(write_jsonl(tmp_path / "m.jsonl", [MMLU, other, MMLU, MMLU]))]
+    # Written down: an id that changed from release to release would unhinge resumed runs and one-file splits.
+    assert ids[0] == "cd282f6c546ebe27"
+    assert ids[2:] == [f"{ids[0]}-2", f"{ids[0]}-3"]
+    assert ids[1] not in ids[:1] + ids[2:]
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"question": None}, "'question' is missing"),
+        ({"question": "  "}, "'question'"),
+        ({"choices": None}, "'choices' is missing"),
+        ({"choices": {"text": ["a", "b", "c"], "label": None}}, "'choices.label'"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "B", "C"]}}, "2 texts and 3 labels"),
+        ({"choices": {"text": ["a"], "label": ["A"]}}, "1 texts and 1 labels"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "a"]}}, "labels in 'choices'"),
+        ({"choices": {"text": ["a", "b"], "label": ["A", "B or C"]}}, "labels in 'choices'"),
+        ({"choices": {"text": [1, 2], "label": ["A", "B"]}}, "texts only"),
+        ({"answerKey": None}, "'answerKey' is missing"),
+        ({"answerKey": "E"}, "'answerKey' must be one of the labels A, B, C, not 'E'"),
+        ({"id": ""}, "'id'"),
+        ({"choices": ["a", "b"], "answer": 2}, "'answer' must be a number from 0 to 1, not 2"),
+        ({"choices": ["a", "b"], "answer": -1}, "'answer'"),
+        ({"choices": ["a", "b"], "answer": True}, "'answer'"),
+        ({"choices": ["a", "b"], "answer": "B"}, "'answer'"),
+        ({"choices": ["a", "b"]}, "'answer' is missing"),
+        ({"choices": "a, b"}, "'choices'"),
+        ({"subject": 7}, "'subject'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, write, change: dict, field: str):
+    bad = {**ARC, "id": "bad", **change}
+    # parquet holds one type a column, so there the bad row stands alone
+    rows = [ARC, bad] if write is write_jsonl else [bad]
+    path = write(tmp_path / f"rows.{'jsonl' if write is write_jsonl else 'parquet'}", rows)
+    with pytest.raises(UserError) as caught:
+        read_questions(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path.name}, row {len(rows)}: ")
+    assert field in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("line", ["{", "[1, 2]", '"text"', "7", "null", "\xff\xfe"])
+def test_a_line_that_is_no_row_is_named(tmp_path: Path, line: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ARC).encode() + b"\n\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 3: "):
+        read_questions(path)
+
+
+def test_a_repeated_id_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"rows\.jsonl, row 3: the field 'id' repeats 'q1' of row 1"):
+        read_questions(write_jsonl(tmp_path / "rows.jsonl", [ARC, {**ARC, "id": "q2"}, ARC]))
+
+
+def test_bad_rows_can_be_left_out(tmp_path: Path):
+    bad: list[str] = []
+    path = write_jsonl(tmp_path / "rows.jsonl", [ARC, {**ARC, "answerKey": "Z"}, {**ARC, "id": "q3"}])
+    assert [q.id for q in read_questions(path, on_bad_row=bad.append)] == ["q1", "q3"]
+    assert len(bad) == 1
+    assert bad[0].startswith("rows.jsonl, row 2: ")
+
+
+def test_a_broken_parquet_file_is_named(tmp_path: Path):
+    path = tmp_path / "rows.parquet"
+    path.write_text("no parquet")
+    with pytest.raises(UserError, match=r"rows\.parquet is not a readable parquet file"):
+        read_questions(path)
+
+
+# --- folders and single files ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_from_jsonl_and_from_parquet_is_the_same_task(tmp_path: Path):
+    sizes = {"train": 7, "validation": 3, "test": 4}
+    jsonl = load_task(str(write_folder(tmp_path / "j", sizes)))
+    parquet = load_task(str(write_folder(tmp_path / "p", sizes, write_parquet, ".parquet")))
+    assert [len(jsonl.train), len(jsonl.validation), len(jsonl.test)] == [7, 3, 4]
+    assert jsonl.note == ""
+    assert parquet == replace(jsonl, name=parquet.name)
+    edited = tmp_path / "j" / "test.jsonl"
+    edited.write_text(edited.read_text().replace('"answerKey": "A"', '"answerKey": "B"', 1))
+    assert load_task(str(tmp_path / "j")).rows_sha256 != jsonl.rows_sha256
+
+
+def test_a_folder_that_lacks_or_doubles_a_split_is_refused(tmp_path: Path):
+    folder = write_folder(tmp_path, {"train": 2, "test": 2})
+    with pytest.raises(UserError, match=r"neither validation\.jsonl and validation\.parquet"):
+        load_task(str(folder))
+    write_folder(tmp_path, {"validation": 2})
+    write_folder(tmp_path, {"validation": 2}, write_parquet, ".parquet")
+    with pytest.raises(UserError, match=r"both validation\.jsonl and validation\.parquet"):
+        load_task(str(folder))
+
+
+def test_an_empty_split_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"the validation split of .* is empty"):
+        load_task(str(write_folder(tmp_path, {"train": 2, "validation": 0, "test": 2})))
+
+
+def test_questions_shared_by_train_and_test_are_said(tmp_path: Path):
+    folder = write_folder(tmp_path, {"train": 3, "validation": 2, "test": 2})
+    write_jsonl(folder / "test.jsonl", arc_rows(2, "train-"))
+    assert "2 questions" in load_task(str(folder)).note
+
+
+def test_one_file_is_split_by_ids_whatever_its_order(tmp_path: Path):
+    rows = arc_rows(200)
+    task = load_task(str(write_jsonl(tmp_path / "one.jsonl", rows)))
+    splits = {split: {q.id for q in getattr(task, split)} for split in tasks.SPLITS}
+    assert {split: len(ids) for split, ids in splits.items()} == {"train": 160, "validation": 20, "test": 20}
+    assert set.union(*splits.values()) == {row["id"] for row in rows}
+    assert "80/20" in task.note
+    random.Random(0).shuffle(rows)
+    assert load_task(str(write_jsonl(tmp_path / "one.jsonl", rows))) == task
+
+
+def test_limit_caps_every_split_alike_and_is_nested(tmp_path: Path):
+    folder = str(write_folder(tmp_path, {"train": 30, "validation": 4, "test": 20}))
+    five, ten, everything = (load_task(folder, limit=limit) for limit in (5, 10, None))
+    assert [len(five.train), len(five.validation), len(five.test)] == [5, 4, 5]
+    assert set(five.train) < set(ten.train) < set(everything.train)
+    assert list(five.test) == [q for q in everything.test if q in five.test]
+    assert load_task(folder, limit=5, seed=1) == five
+    assert len({five.rows_sha256, ten.rows_sha256, everything.rows_sha256}) == 3
+    with pytest.raises(UserError, match=r"task\.limit must be at least 1, not 0"):
+        load_task(folder, limit=0)
+
+
+def test_a_name_that_is_not_known_gets_the_nearest_one():
+    with pytest.raises(UserError, match="did you mean 'arc-challenge'"):
+        load_task("arc-chalenge")
+    with pytest.raises(UserError, match="known tasks are toy, arc-challenge, arc-easy, openbookqa, mmlu"):
+        load_task("no/such/folder")
+
+
+def test_importing_tasks_loads_nothing_heavy():
+    code = "import sys, minem.data.tasks; print(sorted({'torch', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tasks.__file__).parents[2])}
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert printed.stdout.strip() == "[]"
+
+
+# --- the hub, played by a cache folder -------------------------------------------------------------------------------
+
+
+def write_cache(folder: Path, repo: str, files: dict[str, list]) -> None:
+    """A cache as huggingface_hub leaves it, so that its own offline path is what reads it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    root = folder / f"datasets--{repo.replace('/', '--')}"
+    (root / "refs").mkdir(parents=True)
+    (root / "refs" / "main").write_text(commit)
+    for name, rows in files.items():
+        write_parquet(root / "snapshots" / commit / name, rows)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    files = {
+        f"{folder}/{split}-00000-of-00001.parquet": arc_rows(size, f"{folder}-{split}-")
+        for folder in ("ARC-Challenge", "ARC-Easy")
+        for split, size in {"train": 5, "validation": 3, "test": 4}.items()
+    }
+    write_cache(tmp_path / "hub", "allenai/ai2_arc", files)
+    openbook = {f"main/{split}-00000-of-00001.parquet": [OPENBOOK] for split in tasks.SPLITS}
+    write_cache(tmp_path / "hub", "allenai/openbookqa", openbook)
+    auxiliary = [{**MMLU, "question": f"Auxiliary {i}", "subject": ""} for i in range(20)]
+    auxiliary += auxiliary[:3]  # repeated
+    auxiliary += [{**MMLU, "question": "what do  plants need", "subject": ""}]  # OpenBookQA's
+    auxiliary += [{**MMLU, "question": "Test 1", "subject": ""}]  # MMLU's own
+    auxiliary += [{**MMLU, "answer": 4}]  # unreadable
+    mmlu = {
+        split: [{**MMLU, "question": f"{split.title()} {i}"} for i in range(3)]
+        for split in ("dev", "validation", "test")
+    }
+    mmlu["auxiliary_train"] = auxiliary
+    files = {f"all/{split}-00000-of-00001.parquet": rows for split, rows in mmlu.items()}
+    write_cache(tmp_path / "hub", "cais/mmlu", files)
+    return tmp_path / "hub"
+
+
+def test_a_hub_task_is_read_offline_from_the_cache(cache: Path):
+    task = load_task("arc-challenge")
+    assert [len(task.train), len(task.validation), len(task.test)] == [5, 3, 4]
+    assert task.train[0].id == "ARC-Challenge-train-0"
+    assert task.note == "allenai/ai2_arc at 0123456789ab"
+    assert load_task("openbookqa").train[0].text == "What do plants need?"
+
+
+def test_mmlu_trains_on_a_sample_that_nobody_is_tested_on(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    task = load_task("mmlu")
+    assert {q.text for q in task.train} == {f"Auxiliary {i}" for i in range(20)}
+    assert [q.text for q in task.test] == ["Test 0", "Test 1", "Test 2"]
+    assert "20 of the 20 distinct questions" in task.note
+    assert "1 unreadable" in task.note
+    monkeypatch.setattr(tasks, "MMLU_TRAIN", 5)
+    first, again, other = (load_task("mmlu", seed=seed).train for seed in (0, 0, 1))
+    assert len(first) == 5
+    assert first == again != other
+
+
+def test_what_the_cache_lacks_gets_one_sentence(cache: Path):
+    (missing,) = cache.glob("datasets--cais--mmlu/snapshots/*/all/test-*.parquet")
+    missing.unlink()
+    with pytest.raises(UserError, match=r"dataset 'cais/mmlu' has no file all/test-\*\.parquet") as caught:
+        load_task("mmlu")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="allenai/ai2_arc"):
+        load_task("arc-easy@v9")
+
+
+# --- real rows -------------------------------------------------------------------------------------------------------
+
+
+class TestRealRows:
+    pytestmark = real_data
+
+    @pytest.mark.parametrize(
+        ("name", "sizes"),
+        [
+            ("arc-challenge", {"train": 1119, "validation": 299, "test": 1172}),
+            ("openbookqa", {"train": 4957, "validation": 500, "test": 500}),
+            ("mmlu", {"dev": 285, "validation": 1531}),
+        ],
+    )
+    def test_every_row_loads_from_jsonl_and_from_parquet_made_of_it(self, name: str, sizes: dict, tmp_path: Path):
+        for split, size in sizes.items():
+            path = Path(REAL) / name / f"{split}.jsonl"
+            questions = read_questions(path)
+            rows = [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+            assert len(questions) == len({q.id for q in questions}) == size == len(rows)
+            for row, question in zip(rows, questions, strict=True):
+                gold = question.options[question.labels.index(question.gold)]
+                if isinstance(row["choices"], dict):
+                    assert gold == row["choices"]["text"][row["choices"]["label"].index(row["answerKey"])]
+                    assert question.labels == tuple(row["choices"]["label"])
+                else:
+                    assert gold == row["choices"][row["answer"]]
+            assert read_questions(write_parquet(tmp_path / f"{split}.parquet", rows)) == questions
+
+    def test_the_folder_is_a_task(self):
+        task = load_task(str(Path(REAL) / "arc-challenge"))
+        assert [len(task.train), len(task.validation), len(task.test)] == [1119, 299, 1172]
+        assert {len(q.labels) for q in task.test} == {3, 4, 5}
+        assert sum(q.labels[0] == "1" for q in task.test) == 22
