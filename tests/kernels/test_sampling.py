@@ -1,4 +1,8 @@
-"""sample against its definition by brute force, transformers' filters, and chi-square on its frequencies."""
+"""sample against its definition by brute force, transformers' filters, and chi-square on its frequencies.
+
+The vectorised reference is checked against all of these; the Triton kernel, slow in the interpreter, against the
+reference, token by token, and natively (gpu) by chi-square too.
+"""
 
 from __future__ import annotations
 
@@ -97,11 +101,15 @@ FILTERS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("triton", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
-def test_frequencies(filters: dict[str, Any]) -> None:
+def test_frequencies(filters: dict[str, Any], backend: str) -> None:
     """Chi-square on 20,000 draws, tokens expected fewer than 10 times pooled."""
     draws, logits = 20_000, random_logits(1, 300, scale=2.0, seed=3)[0]
-    tokens, _, proposal = sample(logits.expand(draws, -1), **plain(draws, **filters))
+    place = "cuda" if backend == "triton" else "cpu"
+    arguments = {name: value.to(place) for name, value in plain(draws, **filters).items()}
+    drawn = sample(logits.expand(draws, -1).to(place), **arguments, backend=backend)
+    tokens, _, proposal = (t.cpu() for t in drawn)
     whole: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **filters}
     kept = kept_by_definition(logits.tolist(), **whole)
     p = (logits[kept].double() / whole["temperature"]).softmax(-1)
@@ -240,6 +248,96 @@ def test_filters_equal_transformers() -> None:
     )
     assert tokens.unique().tolist() == scores[0].isfinite().nonzero().squeeze(1).tolist()
     torch.testing.assert_close(proposal, scores[0].log_softmax(-1)[tokens], rtol=0, atol=1e-5)
+
+
+def assert_triton_equals_eager(logits: Tensor, device: str, **arguments: Tensor) -> None:
+    """Same tokens; log-probabilities within 1e-5. The proposal's tells the mass of the kept set, hence the set."""
+    moved = {name: value.to(device) for name, value in arguments.items()}
+    eager = sample(logits.to(device), **moved, backend="eager")
+    triton = sample(logits.to(device), **moved, backend="triton")
+    assert eager[0].tolist() == triton[0].tolist()
+    for got, want in zip(triton[1:], eager[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5, equal_nan=True)
+
+
+def mixed(rows: int) -> dict[str, Tensor]:
+    """A batch in which each row asks for other filters, greedy among them."""
+    arguments = plain(rows)
+    kinds = [*FILTERS, {"temperature": 0.0}, {"top_k": 1}, {"top_k": 10**6}, {"top_p": 0.0}, {"min_p": 1.0}]
+    for row in range(rows):
+        for name, value in kinds[row % len(kinds)].items():
+            arguments[name][row] = value
+    return arguments
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "dtype"),
+    [
+        (110, 300, torch.float32),
+        pytest.param(500, 300, torch.float32, marks=pytest.mark.slow),
+        (22, 1, torch.float32),
+        (33, 9001, torch.float32),  # more than one block
+        (110, 1031, torch.bfloat16),
+        (55, 1031, torch.float16),
+    ],
+)
+def test_triton_draws_the_same_tokens(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> None:
+    assert_triton_equals_eager(random_logits(rows, vocabulary).to(dtype), device, **mixed(rows))
+
+
+def test_triton_keeps_the_same_sets_where_logits_are_equal(device: str) -> None:
+    """Twelve tokens, few distinct logits, zeros of both signs, -inf among them."""
+    logits = torch.randint(-4, 3, (110, 12), generator=torch.Generator().manual_seed(1)).float() / 2
+    logits[::3] *= -1  # makes -0.0
+    logits[torch.arange(110), torch.arange(110) % 12] = -torch.inf
+    assert_triton_equals_eager(logits, device, **mixed(110))
+
+
+def test_triton_stop_tokens(device: str) -> None:
+    arguments = mixed(66)
+    arguments["positions"] = torch.arange(66) // 7
+    logits = random_logits(66, 40)
+    logits[:, [3, 17]] += 5
+    assert_triton_equals_eager(
+        logits, device, **arguments, stop_ids=torch.tensor([3, 17]), min_tokens=torch.full((66,), 5)
+    )
+
+
+@pytest.mark.parametrize("scale", [1e4, 1e-4, 1e38])
+def test_triton_extreme_logits(scale: float, device: str) -> None:
+    assert_triton_equals_eager(random_logits(44, 77, 1.0).clamp(-1, 1) * scale, device, **mixed(44))
+
+
+def test_triton_rows_without_anything_to_draw(device: str) -> None:
+    logits = random_logits(44, 9)
+    logits[:11] = -torch.inf
+    logits[11:22, 1:] = -torch.inf
+    logits[22:33] = torch.finfo(torch.float32).min
+    assert_triton_equals_eager(logits, device, **mixed(44))
+    masked = plain(11, positions=0)
+    stops = {"stop_ids": torch.tensor([0]), "min_tokens": torch.ones(11, dtype=torch.int64)}
+    assert_triton_equals_eager(logits[11:22], device, **masked, **stops)
+    logits[:, 4] = torch.nan
+    tokens, logprobs, _ = (
+        t.cpu() for t in sample(logits.to(device), **{k: v.to(device) for k, v in mixed(44).items()}, backend="triton")
+    )
+    assert logprobs.isnan().all()
+    assert ((tokens >= 0) & (tokens < 9)).all()
+
+
+def test_triton_strided_logits(device: str) -> None:
+    logits = random_logits(33, 2 * 131)
+    assert_triton_equals_eager(logits[:, ::2], device, **mixed(33))
+    assert_triton_equals_eager(logits[:, 5:90], device, **mixed(33))
+
+
+def test_triton_row_does_not_depend_on_its_batch(device: str) -> None:
+    logits, arguments = random_logits(22, 300).to(device), {k: v.to(device) for k, v in mixed(22).items()}
+    whole = sample(logits, **arguments, backend="triton")
+    rows = torch.arange(22, device=device).flip(0)[:9]
+    part = sample(logits[rows], **{name: value[rows] for name, value in arguments.items()}, backend="triton")
+    for got, want in zip(part, whole, strict=True):
+        assert torch.equal(got, want[rows])
 
 
 def test_bad_input_is_named() -> None:
