@@ -209,7 +209,7 @@ class MStep:
         }
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
-        """Add the gradient of loss / divisor, over all micro-batches of a step, to `.grad`; the weights stay as they are.
+        """Add the gradient of loss / divisor, over the micro-batches of a step, to `.grad`; no weight changes.
 
         Inside `run` that is the masters' `.grad`, otherwise the working weights'.
         """
