@@ -1,0 +1,47 @@
+"""The toy's arithmetic, and a check that every step of a rationale holds.
+
+    valid_steps("3 + 4 = 7\n7 * 2 = 4\nThe best answer is 4", question)    # True for 3, add 4, multiply by 2
+
+A right answer can be reached by a false step (two errors that cancel, or a last step bent towards an answer that was
+shown), and the filter cannot tell. On the toy a program can.
+"""
+
+from __future__ import annotations
+
+import re
+
+from minem.data import verdict
+from minem.data.tasks import Question
+
+# How a question names an operation, how a rationale writes it, and what it does.
+OPERATIONS = {"add": "+", "subtract": "-", "multiply by": "*"}
+_ASKED = re.compile(rf"({'|'.join(OPERATIONS)}) (\d)")
+_STEP = re.compile(r"(\d) ([-+*]) (\d) = (\d)")
+
+
+def apply(symbol: str, value: int, operand: int) -> int:
+    """value (symbol) operand modulo 10, all of them digits."""
+    return {"+": value + operand, "-": value - operand, "*": value * operand}[symbol] % 10
+
+
+def asked_steps(question: Question) -> tuple[int, list[tuple[str, int]]]:
+    """The starting value and the (symbol, operand) of each step that the question's text asks for."""
+    start = re.search(r"start with (\d)", question.text)
+    if start is None:
+        raise ValueError(f"{question.id} is not a question of the toy: {question.text!r}")
+    return int(start[1]), [(OPERATIONS[name], int(operand)) for name, operand in _ASKED.findall(question.text)]
+
+
+def valid_steps(text: str, question: Question) -> bool:
+    """Whether a rationale does each step of the question in order, one a line, truly, and answers with the result."""
+    value, asked = asked_steps(question)
+    lines = text.strip().split("\n")
+    if len(lines) != len(asked) + 1:
+        return False
+    for line, (symbol, operand) in zip(lines, asked, strict=False):
+        step = _STEP.fullmatch(line.strip())
+        result = apply(symbol, value, operand)
+        if step is None or step.groups() != (str(value), symbol, str(operand), str(result)):
+            return False
+        value = result
+    return verdict.strict(lines[-1], question) == str(value)
