@@ -13,13 +13,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "decode_attention": "minem.kernels.attention",
     "linear_cross_entropy": "minem.kernels.cross_entropy",
     "sample": "minem.kernels.sampling",
 }
 
-__all__ = ["linear_cross_entropy", "sample"]
+__all__ = ["decode_attention", "linear_cross_entropy", "sample"]
 
 if TYPE_CHECKING:
+    from minem.kernels.attention import decode_attention
     from minem.kernels.cross_entropy import linear_cross_entropy
     from minem.kernels.sampling import sample
 

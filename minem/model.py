@@ -294,6 +294,20 @@ class PackedAttention:
 # ------------------------------------------------------------------------------------------------ the network
 
 
+class Linear(nn.Linear):
+    """Without PyTorch's random start, which a checkpoint would overwrite; whoever trains from nothing sets his own."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Without PyTorch's random start, as `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
@@ -318,8 +332,8 @@ class Attention(nn.Module):
             config.head_dim,
         )
         merged = (self.heads + 2 * self.kv_heads) * self.channels
-        self.qkv = nn.Linear(config.hidden_size, merged, bias=config.qkv_bias)
-        self.o = nn.Linear(self.heads * self.channels, config.hidden_size, bias=config.o_bias)
+        self.qkv = Linear(config.hidden_size, merged, bias=config.qkv_bias)
+        self.o = Linear(self.heads * self.channels, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
 
@@ -338,8 +352,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -365,10 +379,10 @@ class Model(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
 

@@ -29,6 +29,7 @@ from minem.tokenizer import Tokenizer
 TOY = Path(__file__).parent / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
+COPY_BYTES = 4 * 2**20
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -55,11 +56,13 @@ def load(
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model of a local folder; see `load`."""
     config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
-        model = Model(config).to(dtype)
-    model.to_empty(device=device)
-    if config.tie_word_embeddings:
-        model.head.weight = model.embed.weight  # to_empty gave each its own storage
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = Model(config)  # memory that is reserved, not yet touched
+    finally:
+        torch.set_default_dtype(usual)
     read_weights(model, folder)
     return model.eval()
 
@@ -79,8 +82,7 @@ def read_weights(model: Model, folder: Path) -> None:
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 shape = tuple(file.get_slice(name).get_shape())
                 if name in views and shape == tuple(views[name].shape):
-                    with torch.no_grad():
-                        views[name].copy_(file.get_tensor(name))
+                    _copy_rows(file.get_slice(name), views[name])
                     found.add(name)
                 elif name in views:
                     problems.append(f"{name} has shape {shape} but config.json asks for {tuple(views[name].shape)}")
@@ -91,6 +93,15 @@ def read_weights(model: Model, folder: Path) -> None:
     if problems:
         shown = "; ".join(sorted(problems)[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise UserError(f"{folder}: the weights do not fit config.json: {shown}")
+
+
+def _copy_rows(source: Any, target: Tensor) -> None:
+    """Copy a tensor of the file a few rows at a time: each read is a temporary copy, and an embedding is large."""
+    rows = max(1, COPY_BYTES // max(1, target[:1].nbytes))
+    with torch.no_grad():
+        for start in range(0, len(target), rows):
+            stop = min(start + rows, len(target))  # slices of the file may not reach beyond it
+            target[start:stop].copy_(source[start:stop])
 
 
 def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -109,7 +120,7 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     generation = tokenizer.folder / "generation_config.json"
     if generation.exists() and generation.resolve() != (folder / generation.name).resolve():
         shutil.copyfile(generation, folder / generation.name)
-    _write_weights({name: view.detach() for name, view in checkpoint_views(model).items()}, folder)
+    _write_weights(checkpoint_views(model), folder)
 
 
 def checkpoint_views(model: Model) -> dict[str, Tensor]:
@@ -118,7 +129,7 @@ def checkpoint_views(model: Model) -> dict[str, Tensor]:
     Views of the first dimension are contiguous, so both copying in and writing out need no other layout.
     """
     config = model.config
-    parameters = dict(model.named_parameters())  # a tied head appears once, as embed.weight
+    parameters = {name: p.detach() for name, p in model.named_parameters()}  # a tied head appears once, as embed
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     merged = {
         "attention.qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv)),

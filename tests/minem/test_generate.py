@@ -1,0 +1,294 @@
+"""The generator against transformers, against enumeration, and against itself under every schedule."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import AutoModelForCausalLM
+
+import minem
+from minem import Request, SamplingParams
+from minem.errors import UserError
+from minem.generate import stream_seed
+from tests.minem.folders import VOCABULARY, make_folder
+
+GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    make_folder(path, "qwen3")
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return minem.load(folder)
+
+
+def prompts(lengths: list[int], seed: int = 3) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(2, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]
+
+
+def reference_logprobs(model, prompt: list[int], token_ids: list[int]) -> list[float]:
+    """Log-probabilities of the drawn tokens by one forward pass of a transformers model in float64."""
+    with torch.no_grad():
+        logits = model.double()(torch.tensor([prompt + token_ids])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama-tied", "llama-head-dim", "llama-llama3", "qwen2", "qwen2-yarn", "qwen3"]
+)
+def test_greedy_tokens_and_logprobs_equal_transformers(tmp_path, kind):
+    theirs = make_folder(tmp_path, kind)
+    model, tokenizer = minem.load(tmp_path)
+    asked = prompts([1, 2, 5, 8, 17, 33, 64, 30, 3])
+    ours = minem.Generator(model, tokenizer, slots=4).generate(asked, GREEDY)
+    for prompt, (completion,) in zip(asked, ours, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = theirs.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=1
+            )
+        assert completion.token_ids == out[0, len(prompt) :].tolist()
+    judge = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for prompt, (completion,) in zip(asked, ours, strict=True):
+        expected = reference_logprobs(judge, prompt, completion.token_ids)
+        assert completion.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+def test_draws_do_not_depend_on_slots_or_order(loaded):
+    model, tokenizer = loaded
+    asked = prompts([3, 40, 11, 25, 7, 60, 1, 18])
+    params = SamplingParams(n=4, max_new_tokens=20, seed=5)
+    expected = minem.Generator(model, tokenizer, slots=1).generate(asked, params)
+    for slots in (4, 64):
+        again = minem.Generator(model, tokenizer, slots=slots).generate(asked, params)
+        assert_same_draws(expected, again)
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    shuffled = minem.Generator(model, tokenizer, slots=4).generate([asked[i] for i in order], params)
+    assert_same_draws([expected[i] for i in order], shuffled)
+    texts = {tuple(c.token_ids) for draws in expected for c in draws}
+    assert len(texts) == 32  # and they are not simply all alike
+
+
+def assert_same_draws(expected, got) -> None:
+    for draws, others in zip(expected, got, strict=True):
+        for draw, other in zip(draws, others, strict=True):
+            assert draw.token_ids == other.token_ids
+            assert draw.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+            assert draw.finish_reason == other.finish_reason
+
+
+def test_cancelling_does_not_change_the_others(loaded):
+    model, tokenizer = loaded
+    asked = prompts([9, 30, 4, 21, 12, 6])
+    params = SamplingParams(max_new_tokens=16)
+    requests = [Request(p, params, seed=i) for i, p in enumerate(asked)]
+    generator = minem.Generator(model, tokenizer, slots=3)
+    for request in requests:
+        generator.submit(request)
+    finished = []
+    for step in itertools.count():
+        if step == 4:
+            generator.cancel(requests[1])  # in flight
+            generator.cancel(requests[5])  # still waiting
+        done = generator.step()
+        finished += done
+        if len(finished) == len(requests):
+            break
+    alone = minem.Generator(model, tokenizer, slots=1)
+    for completion in finished:
+        alone.submit(Request(completion.request.prompt_ids, params, completion.request.seed))
+        (expected,) = list(alone)
+        if completion.request in (requests[1], requests[5]):
+            assert completion.finish_reason == "cancelled"
+            assert completion.token_ids == expected.token_ids[: len(completion.token_ids)]
+        else:
+            assert completion.token_ids == expected.token_ids
+            assert completion.finish_reason == expected.finish_reason
+    assert sorted(len(c.token_ids) for c in finished if c.finish_reason == "cancelled") == [0, 4]
+
+
+def test_a_prompt_listed_twice_gets_further_draws(loaded):
+    model, tokenizer = loaded
+    (prompt,) = prompts([6])
+    generator = minem.Generator(model, tokenizer, slots=8)
+    together = generator.generate([prompt], SamplingParams(n=4, max_new_tokens=8))[0]
+    apart = generator.generate([prompt, prompt], SamplingParams(n=2, max_new_tokens=8))
+    assert [c.token_ids for c in together] == [c.token_ids for draws in apart for c in draws]
+
+
+def test_new_weights_are_used_at_once(folder):
+    model, tokenizer = minem.load(folder)
+    generator = minem.Generator(model, tokenizer, slots=4)
+    asked = prompts([12, 30])
+    generator.generate(asked, GREEDY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    after = generator.generate(asked, GREEDY)
+    fresh = minem.Generator(model, tokenizer, slots=4).generate(asked, GREEDY)
+    assert_same_draws(fresh, after)
+
+
+def test_frequencies_follow_the_policy(loaded):
+    """Two tokens drawn 6,000 times from one prompt: chi-square of the pairs against the exact probabilities."""
+    model, tokenizer = loaded
+    (prompt,) = prompts([5])
+    params = SamplingParams(n=6000, temperature=0.7, top_k=4, max_new_tokens=2, min_new_tokens=2)
+    draws = minem.Generator(model, tokenizer, slots=256).generate([prompt], params)[0]
+
+    def proposal(context: list[int], masked: bool) -> torch.Tensor:
+        with torch.no_grad():
+            logits = model(torch.tensor([context]))[0, -1].double() / 0.7
+        if masked:
+            logits[list(tokenizer.eos_ids)] = -torch.inf
+        return logits.masked_fill(logits < logits.topk(4).values[-1], -torch.inf).softmax(-1)
+
+    counts: dict[tuple[int, ...], int] = {}
+    for draw in draws:
+        counts[tuple(draw.token_ids)] = counts.get(tuple(draw.token_ids), 0) + 1
+    expected = {}
+    first = proposal(prompt, masked=True)
+    for a in first.nonzero().flatten().tolist():
+        second = proposal([*prompt, a], masked=True)
+        for b in second.nonzero().flatten().tolist():
+            expected[a, b] = float(first[a] * second[b]) * len(draws)
+    assert set(counts) <= set(expected)
+    pooled = [(counts.get(pair, 0), e) for pair, e in expected.items() if e >= 5]
+    rest = [(counts.get(pair, 0), e) for pair, e in expected.items() if e < 5]
+    if rest:
+        pooled.append((sum(c for c, _ in rest), sum(e for _, e in rest)))
+    assert chisquare(*zip(*pooled, strict=True)).pvalue > 1e-3
+    for draw in draws[:50]:
+        a, b = draw.token_ids
+        exact = math.log(first[a] * proposal([*prompt, a], masked=True)[b])
+        assert sum(draw.proposal_logprobs) == pytest.approx(exact, abs=1e-4)
+
+
+def test_stopping(loaded):
+    model, tokenizer = loaded
+    asked = prompts([8] * 40)
+    params = SamplingParams(max_new_tokens=60, temperature=1.5)
+    draws = [c for (c,) in minem.Generator(model, tokenizer, slots=16).generate(asked, params)]
+    for completion in draws:
+        ended = completion.token_ids[-1] in tokenizer.eos_ids
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert not set(completion.token_ids[:-1]) & tokenizer.eos_ids
+        assert ended or len(completion.token_ids) == 60
+        assert len(completion.logprobs) == len(completion.token_ids)
+    assert {c.finish_reason for c in draws} == {"stop", "length"}
+    late = minem.Generator(model, tokenizer, slots=16).generate(
+        asked, SamplingParams(max_new_tokens=60, temperature=1.5, min_new_tokens=30)
+    )
+    assert min(len(c.token_ids) for (c,) in late) >= 30
+
+
+def test_stop_texts_cut_the_text(loaded):
+    model, tokenizer = loaded
+    asked = prompts([8])
+    (whole,) = minem.Generator(model, tokenizer).generate(asked, GREEDY)[0]
+    stop = whole.text[len(whole.text) // 2 :][:3]
+    params = SamplingParams(temperature=0.0, max_new_tokens=24, stop=(stop, "never there"))
+    (cut,) = minem.Generator(model, tokenizer).generate(asked, params)[0]
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(stop)]
+    assert cut.token_ids == whole.token_ids[: len(cut.token_ids)]
+    assert len(cut.token_ids) < len(whole.token_ids)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_any_schedule_gives_each_request_its_own_draw(loaded, data):
+    """Random submissions, cancellations and priorities: each request completes once, with the draw it has alone."""
+    model, tokenizer = loaded
+    slots = data.draw(st.integers(1, 6))
+    shared = prompts(data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4)))
+    generator = minem.Generator(model, tokenizer, slots=slots)
+    open_requests: list[Request] = []
+    finished = {}
+    for i in range(data.draw(st.integers(1, 12))):
+        params = SamplingParams(max_new_tokens=data.draw(st.integers(1, 8)))
+        request = Request(data.draw(st.sampled_from(shared)), params, seed=i)
+        generator.submit(request, first=data.draw(st.booleans()))
+        open_requests.append(request)
+        for _ in range(data.draw(st.integers(0, 3))):
+            finished.update({c.request: c for c in generator.step()})
+        if data.draw(st.integers(0, 4)) == 0:
+            generator.cancel(data.draw(st.sampled_from(open_requests)))
+    for completion in generator:
+        assert completion.request not in finished
+        finished[completion.request] = completion
+    assert set(finished) == set(open_requests)
+    alone = minem.Generator(model, tokenizer, slots=1)
+    for request, completion in finished.items():
+        alone.submit(Request(request.prompt_ids, request.params, request.seed))
+        (expected,) = list(alone)
+        if completion.finish_reason == "cancelled":
+            assert completion.token_ids == expected.token_ids[: len(completion.token_ids)]
+        else:
+            assert completion.token_ids == expected.token_ids
+    assert generator.idle_slots == slots
+
+
+def test_text_prompts_are_encoded_with_one_bos(loaded):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer)
+    text = "which of these"
+    assert tokenizer.encode(text)[0] == 0
+    assert_same_draws(generator.generate([text], GREEDY), generator.generate([tokenizer.encode(text)], GREEDY))
+    assert generator.generate([], GREEDY) == []
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [
+        ({"n": 0}, "n = 0"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"min_new_tokens": 300}, "min_new_tokens"),
+        ({"stop": ("",)}, "stop"),
+    ],
+)
+def test_wrong_parameters_are_named(params, named):
+    with pytest.raises(UserError, match=named):
+        SamplingParams(**params)
+
+
+def test_prompts_that_cannot_be_served_are_refused_before_any_is_drawn(loaded):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer, slots=2, max_length=40)
+    for bad, named in (
+        ([[5] * 17], "17 tokens"),
+        ([[]], "empty"),
+        ([[VOCABULARY]], "vocabulary"),
+        ([[-1]], "vocabulary"),
+    ):
+        with pytest.raises(UserError, match=named):
+            generator.generate([[5, 6], *bad], GREEDY)
+        assert generator.idle_slots == 2
+    assert len(generator.generate([[5] * 16], GREEDY)[0][0].token_ids) > 0
+    for wrong in ({"slots": 0}, {"max_length": 1}, {"max_length": 513}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            minem.Generator(model, tokenizer, **wrong)
+
+
+def test_stream_seeds_are_stable_and_distinct():
+    assert stream_seed(0, 1, "q", 2) == stream_seed(0, 1, "q", 2)
+    seeds = {stream_seed(s, i, q, a) for s in range(3) for i in range(3) for q in "ab" for a in range(5)}
+    assert len(seeds) == 90
+    assert all(0 <= seed < 2**63 for seed in seeds)

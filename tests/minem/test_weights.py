@@ -1,0 +1,208 @@
+"""Model and weights against transformers: the same logits from the same folder, and back again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import minem
+from minem.errors import UserError
+from tests.minem.folders import SHAPES, VOCABULARY, make_folder
+
+
+def tokens(batch: int = 3, steps: int = 40, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, VOCABULARY, (batch, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_logits_equal_transformers(tmp_path, kind):
+    theirs = make_folder(tmp_path, kind)
+    model, _ = minem.load(tmp_path)
+    ids = tokens()
+    with torch.no_grad():
+        assert relative_error(model(ids), theirs(ids).logits) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["llama-llama3", "qwen2-yarn"])
+def test_rope_reads_the_older_spelling(tmp_path, kind):
+    theirs = make_folder(tmp_path, kind)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = {("type" if k == "rope_type" else k): v for k, v in rope.items()}
+    path.write_text(json.dumps(raw))
+    model, _ = minem.load(tmp_path)
+    ids = tokens()
+    with torch.no_grad():
+        assert relative_error(model(ids), theirs(ids).logits) < 1e-4
+
+
+def test_sharded_and_bfloat16_folders(tmp_path):
+    make_folder(tmp_path, "qwen2", bfloat16=True, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    model, _ = minem.load(tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = tokens()
+    with torch.no_grad():
+        assert relative_error(model(ids), theirs(ids).logits) < 1e-4
+    assert minem.load(tmp_path, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama-head-dim", "llama-tied", "qwen2", "qwen3"])
+def test_saved_folder_is_the_same_model(tmp_path, kind, dtype):
+    make_folder(tmp_path / "a", kind)
+    model, tokenizer = minem.load(tmp_path / "a", dtype=dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)  # what is saved must be the weights as they are now
+    minem.save(model, tokenizer, tmp_path / "b")
+    ids = tokens()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").dtype == dtype
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=torch.float32)
+    with torch.no_grad():
+        assert relative_error(model.float()(ids), theirs(ids).logits) < 1e-4
+    again, _ = minem.load(tmp_path / "b", dtype=dtype)
+    for (name, ours), theirs in zip(model.to(dtype).state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / x) for x in "ab")
+    chat = [{"role": "user", "content": "Which of these?"}]
+    assert before.apply_chat_template(chat) == after.apply_chat_template(chat)
+    assert before("the answer").input_ids == after("the answer").input_ids
+    assert before.eos_token_id == after.eos_token_id == 1
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_large_weights_are_written_in_shards(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a", "qwen3")
+    monkeypatch.setattr("minem.weights.SHARD_BYTES", 60_000)
+    model, tokenizer = minem.load(tmp_path / "a")
+    minem.save(model, tokenizer, tmp_path / "b")
+    assert len(list((tmp_path / "b").glob("model-*.safetensors"))) > 2
+    ids = tokens()
+    with torch.no_grad():
+        assert relative_error(model(ids), AutoModelForCausalLM.from_pretrained(tmp_path / "b")(ids).logits) < 1e-4
+
+
+def test_loading_needs_no_second_copy(tmp_path):
+    """Anonymous memory grows by the weights and not by much more; measured in a fresh process."""
+    script = """
+import sys, torch, minem
+from minem.weights import load_model
+from pathlib import Path
+def anonymous():
+    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
+import threading, time
+folder = Path(sys.argv[1])
+before, peak, done = anonymous(), 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch, daemon=True); thread.start()
+model = load_model(folder)
+done = True; thread.join()
+peak = max(peak, anonymous())
+print((peak - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, vocab_size=32000)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    ratio = float(
+        subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True).stdout
+    )
+    assert 0.9 < ratio < 1.1
+
+
+def edit(path: Path, **fields: object) -> None:
+    raw = json.loads(path.read_text())
+    raw.update(fields)
+    path.write_text(json.dumps({k: v for k, v in raw.items() if v != "absent"}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "mistral"}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
+        ({"hidden_size": "absent"}, "hidden_size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"num_attention_heads": 3}, "num_key_value_heads"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"intermediate_size": 81}, "mlp"),
+        ({"model_type": "qwen3", "head_dim": 12}, "q_norm"),
+    ],
+)
+def test_what_a_config_asks_for_in_vain_is_named(tmp_path, fields, named):
+    make_folder(tmp_path)
+    edit(tmp_path / "config.json", **fields)
+    with pytest.raises(UserError, match=named) as error:
+        minem.load(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_sliding_windows_that_bite_are_refused(tmp_path):
+    make_folder(tmp_path, "qwen2")
+    path = tmp_path / "config.json"
+    edit(path, use_sliding_window=True, sliding_window=64, max_window_layers=1, layer_types="absent")
+    with pytest.raises(UserError, match="sliding_window"):
+        minem.load(tmp_path)
+    edit(path, use_sliding_window=True, sliding_window=512, max_window_layers=1)  # as long as the context: harmless
+    minem.load(tmp_path)
+
+
+def test_wrong_tensors_are_listed(tmp_path):
+    make_folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+    tensors["model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    del tensors["model.layers.0.self_attn.q_proj.weight"]
+    save_file(tensors, path)
+    with pytest.raises(UserError) as error:
+        minem.load(tmp_path)
+    for part in ("missing model.layers.0.self_attn.q_proj", "unexpected model.layers.9", "model.norm.weight has shape"):
+        assert part in str(error.value)
+
+
+def test_broken_folders_are_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        minem.load("no/such/folder/here")
+    make_folder(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        minem.load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        minem.load(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"x": "../outside.safetensors"}}')
+    with pytest.raises(UserError, match="not a file of this folder"):
+        minem.load(tmp_path)
+
+
+def test_a_hub_model_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="not in the local cache"):
+        minem.load("nobody/nothing")
