@@ -263,12 +263,12 @@ class PackedAttention:
             groups.setdefault((length - 1).bit_length(), []).append(sequence)
         gathers, kept, order = [], [], []
         for members in groups.values():
-            length = torch.tensor([self.lengths[i] for i in members])[:, None]
-            step = torch.arange(int(length.max()))[None, :]
-            index = starts[members][:, None] + torch.minimum(step, length - 1)  # padding repeats the last token
+            ends = torch.tensor([self.lengths[i] for i in members])[:, None]
+            step = torch.arange(int(ends.max()))[None, :]
+            index = starts[members][:, None] + torch.minimum(step, ends - 1)  # padding repeats the last token
             gathers.append(index)
-            kept.append((step < length).flatten().nonzero().squeeze(1))
-            order.append(index[step < length])
+            kept.append((step < ends).flatten().nonzero().squeeze(1))
+            order.append(index[step < ends])
         self.gathers = [index.to(device) for index in gathers]
         self.kept = [index.to(device) for index in kept]
         self.restore = torch.cat(order).argsort().to(device)
@@ -431,9 +431,9 @@ class Model(nn.Module):
             hidden = self._packed_hidden(input_ids.flatten(), [steps] * batch)
             return self.head(hidden).unflatten(0, (batch, steps))
         hidden = self._packed_hidden(input_ids, lengths)
-        if rows is not None:
-            hidden = hidden[rows]
-        return linear_cross_entropy(hidden, self.head.weight, targets, token_weights)
+        if rows is None or targets is None:
+            raise ValueError("packed sequences need rows and targets: which positions predict which tokens")
+        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
     def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
         positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])

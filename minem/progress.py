@@ -54,9 +54,14 @@ class Line:
         self.facts |= facts
         self._on_update()
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the stage began."""
+        return self._clock() - self._start
+
     def text(self, ending: str | None = None) -> str:
         """The line as it stands, or with `ending` ("done", "stopped") the one that stays."""
-        elapsed = self._clock() - self._start
+        elapsed = self.elapsed
         parts = [self.name]
         if self.total is not None:
             parts.append(f"{self.done:,}/{self.total:,}")

@@ -1,0 +1,316 @@
+"""The command line: flags in, one of the other modules at work, results out.
+
+    minem --help
+
+Results go to stdout (with --json as one object on one line, the last), progress and warnings to stderr. Exit codes:
+0 done, 2 bad input (one sentence), 3 stopped but resumable, 4 stopped by a guard. Nothing heavy is imported before a
+command runs, so that help is there at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+import minem
+from minem.errors import MinemError, UserError
+
+
+class _Group(click.Group):
+    """Turns minem's own errors into one sentence and an exit code, and names the nearest command for a misspelt one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self.list_commands(ctx))}"
+            raise click.UsageError(f"there is no command {args[0]!r}; {advice}") from error
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MinemError as error:
+            from minem.progress import clean
+
+            click.echo(f"minem: {clean(str(error))}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("minem: stopped; give the same command again to go on from the last finished stage", err=True)
+            ctx.exit(3)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(minem.__version__, prog_name="minem")
+def main() -> None:
+    """Teach a language model to reason by expectation maximization.
+
+    `minem train` with no arguments trains the embedded toy in minutes and shows its accuracy rise.
+    """
+
+
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that train and sample share; all but the first and the last two are short for a key of the config."""
+    for option in reversed(
+        [
+            click.argument("config_file", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path)),
+            click.option("--model", help="Hugging Face folder, hub id, or toy (the default).  [model.id]"),
+            click.option(
+                "--task", help="toy, arc-challenge, arc-easy, openbookqa, mmlu, a folder or file.  [task.name]"
+            ),
+            click.option("--limit", type=int, help="At most N questions of each split.  [task.limit]"),
+            click.option("--verdict", help="Your own answer check, module:function.  [task.verdict]"),
+            click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
+            click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
+            click.option("--iterations", type=int, help="EM iterations.  [run.iterations]"),
+            click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
+            click.option("--out", help="The run's directory.  [run.out]"),
+            click.option("--device", help="auto, cpu or cuda.  [run.device]"),
+            click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set any key of the config."),
+            click.option("--overwrite", is_flag=True, help="Start anew where --out holds a run already."),
+            click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
+    from minem.config import FLAGS, load_config
+
+    given = {key: flags[flag.removeprefix("--")] for key, flag in FLAGS.items()}
+    return load_config(config_file, overrides, given)
+
+
+@main.command()
+@_config_options
+@click.option(
+    "--samples",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="The M-step alone, on the accepted rows of a samples.jsonl made anywhere.",
+)
+def train(
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    samples: Path | None,
+    **flags: Any,
+) -> None:
+    """Run the EM loop, or continue it where it stopped.
+
+    The result is a run directory with the samples, the model and the accuracy of every iteration.
+    """
+    config = _config(config_file, overrides, flags)
+    from minem import em
+    from minem.progress import Progress
+
+    progress = Progress()
+    if samples is not None:
+        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite)
+        _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
+        return
+    result = em.train(config, progress, sys.argv, overwrite)
+    _print(result, as_json, lambda: _train_table(result))
+
+
+@main.command()
+@_config_options
+@click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
+def sample(
+    config_file: Path | None, overrides: tuple[str, ...], overwrite: bool, as_json: bool, iteration: int, **flags: Any
+) -> None:
+    """Run the E-step of one iteration alone: write samples.jsonl and accepted.jsonl.
+
+    `minem train` with the same flags goes on from there.
+    """
+    config = _config(config_file, overrides, flags)
+    from minem import em
+    from minem.progress import Progress, percent
+
+    result = em.sample(config, iteration, Progress(), sys.argv, overwrite)
+    solved, questions = result["solved"], result["questions"]
+    text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
+    _print(result, as_json, lambda: click.echo(text))
+
+
+@main.command("eval")
+@click.option("--model", default="toy", show_default=True, help="Hugging Face folder, hub id, or toy.")
+@click.option("--task", default="toy", show_default=True, help="As for train.")
+@click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
+@click.option("--limit", type=int, help="At most N questions.")
+@click.option("--verdict", help="Your own answer check, module:function.")
+@click.option("--samples", type=click.IntRange(min=0), default=0, show_default=True, help="Draws at temperature 1.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
+def evaluate(
+    model: str,
+    task: str,
+    split: str,
+    limit: int | None,
+    verdict: str | None,
+    samples: int,
+    max_new_tokens: int,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure accuracy: greedy, with its 95 % interval, and the mean over draws at temperature 1."""
+    from minem.data.tasks import load_task
+    from minem.em import pick_device, pick_dtype, pick_verdict
+    from minem.evaluate import evaluate as run
+    from minem.progress import Progress, percent
+
+    questions = getattr(load_task(task, limit, seed), split)
+    generator = _generator(model, device, pick_device, pick_dtype)
+    new = min(max_new_tokens, generator.max_length // 2)
+    with Progress().stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
+        _, summary = run(
+            generator,
+            questions,
+            pick_verdict(verdict),
+            max_new_tokens=new,
+            samples=samples,
+            seed=seed,
+            on_progress=lambda done, right, answered: line.update(done, accuracy=percent(right / max(1, answered))),
+        )
+
+    def table() -> None:
+        from minem.progress import table as show
+
+        rows = [
+            ["accuracy, greedy", percent(summary["accuracy"], (summary["low"], summary["high"]))],
+            ["accuracy, lenient reading", percent(summary["flexible"])],
+            ["unparsed", percent(summary["unparsed"])],
+            ["truncated", percent(summary["truncated"])],
+            ["tokens per answer", f"{summary['tokens']:.1f}"],
+        ]
+        if summary["sampled"] is not None:
+            rows.insert(1, ["accuracy, temperature 1", percent(summary["sampled"])])
+        show([f"{model} on {task}", f"{split}, n = {summary['n']}"], rows, file=sys.stdout)
+
+    _print({"model": model, "task": task, "split": split, "max_new_tokens": new, **summary}, as_json, table)
+
+
+@main.command()
+@click.option("--model", default="toy", show_default=True, help="Hugging Face folder, hub id, or toy.")
+@click.option("--prompt", help="One prompt.")
+@click.option("--prompts", type=click.Path(path_type=Path), help='Many: JSON lines, each {"prompt": ...}.')
+@click.option("--chat", is_flag=True, help="Send the prompt through the model's chat template.")
+@click.option("--n", type=int, default=1, show_default=True, help="Completions per prompt.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=int, default=0, show_default=True, help="0 is off.")
+@click.option("--top-p", type=float, default=1.0, show_default=True, help="1 is off.")
+@click.option("--min-p", type=float, default=0.0, show_default=True, help="0 is off.")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End before this text; may be given several times.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--json", "as_json", is_flag=True, help="Print all with token ids and log-probabilities, on one line.")
+def generate(
+    model: str, prompt: str | None, prompts: Path | None, chat: bool, device: str, as_json: bool, **sampling: Any
+) -> None:
+    """Complete prompts."""
+    if (prompt is None) == (prompts is None):
+        raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
+    texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    from minem.em import pick_device, pick_dtype
+    from minem.generate import SamplingParams
+    from minem.progress import clean
+
+    params = SamplingParams(**sampling)
+    generator = _generator(model, device, pick_device, pick_dtype)
+    asked: list[Any] = texts
+    if chat:
+        if not generator.tokenizer.has_chat_template:
+            raise UserError(f"--chat: {model} has no chat template; leave --chat out")
+        asked = [generator.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
+    answers = generator.generate(asked, params)
+    fields = ("token_ids", "text", "logprobs", "finish_reason")
+    result = [
+        {"prompt": text, "completions": [{field: getattr(c, field) for field in fields} for c in completions]}
+        for text, completions in zip(texts, answers, strict=True)
+    ]
+
+    def show() -> None:
+        for text, completions in zip(texts, answers, strict=True):
+            if len(texts) > 1:
+                click.echo(f"> {clean(str(text))}")
+            for completion in completions:
+                click.echo(clean(completion.text, keep_lines=True))
+
+    _print({"model": model, "results": result}, as_json, show)
+
+
+def _read_prompts(path: Path | None) -> list[str]:
+    from minem.run import read_rows
+
+    assert path is not None
+    texts = []
+    for number, row in enumerate(read_rows(path), start=1):
+        if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+            raise UserError(f'{path}, row {number}: "prompt" must be a text of at least one character')
+        texts.append(row["prompt"])
+    return texts
+
+
+def _generator(model: str, device: str, pick_device: Callable[..., Any], pick_dtype: Callable[..., Any]) -> Any:
+    where = pick_device(device)
+    return minem.Generator(*minem.load(model, where, pick_dtype("auto", where)))
+
+
+def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    if as_json:
+        click.echo(json.dumps(result, allow_nan=False))
+    else:
+        show()
+
+
+def _train_table(result: dict[str, Any]) -> None:
+    """The short table that a run ends with."""
+    from minem.progress import percent, table
+
+    rows = []
+    for row in result["iterations"]:
+        estep, mstep, validation = row.get("estep"), row.get("mstep"), row["validation"]
+        rows.append(
+            [
+                row["iteration"] or "base",
+                percent(validation["accuracy"], (validation["low"], validation["high"])),
+                "" if validation["sampled"] is None else percent(validation["sampled"]),
+                f"{estep['solved']}/{estep['questions']}" if estep else "",
+                f"{estep['attempts']:,}" if estep else "",
+                f"{estep['tokens']:,}" if estep else "",
+                percent(estep["valid"]) if estep and estep["valid"] is not None else "",
+                f"{mstep['loss']:.4f}" if mstep else "",
+            ]
+        )
+    columns = [
+        "iteration",
+        "validation, greedy",
+        "temperature 1",
+        "solved",
+        "attempts",
+        "tokens drawn",
+        "valid",
+        "loss",
+    ]
+    shown = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
+    table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows], file=sys.stdout)
+    test = result["test"]
+    base, last = test["base"], test["last"]
+    click.echo(
+        f"test ({base['n']} questions, greedy): {percent(base['accuracy'], (base['low'], base['high']))} -> "
+        f"{percent(last['accuracy'], (last['low'], last['high']))}; {test['wrong_to_right']} became right, "
+        f"{test['right_to_wrong']} became wrong, McNemar p = {test['mcnemar_p']:.2g}"
+    )
+    click.echo(f"model: {result['model']}   picture: {result['run']}/accuracy.png")

@@ -1,0 +1,391 @@
+"""The EM loop: E-step, filter, M-step, evaluation, iteration after iteration, in a run directory that can be continued.
+
+    minem train --sampler rsm --budget 8
+
+Each stage is a method of `Experiment` that is skipped where the journal says that it is done. The weights at any point
+are those of the last finished M-step (or the base model), so that a continued run goes on from the same place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import minem
+from minem.config import Config
+from minem.data import verdict
+from minem.data.tasks import Question, Task, load_task
+from minem.errors import GuardError, UserError
+from minem.estep import Counts, EStep, Verdict, encode_prompt
+from minem.evaluate import evaluate
+from minem.generate import Generator, SamplingParams
+from minem.mstep import MStep
+from minem.packing import Example
+from minem.progress import Progress, percent
+from minem.run import RunDirectory, default_path, read_rows, write_rows
+from minem.samplers import import_object, make_sampler
+from minem.statistics import mcnemar
+from minem.weights import load, load_model, read_weights, resolve, save
+
+
+class Experiment:
+    """One run: its config, its model and its directory."""
+
+    def __init__(self, config: Config, run: RunDirectory, task: Task, progress: Progress):
+        self.config = config
+        self.run = run
+        self.task = task
+        self.progress = progress
+        self.device = pick_device(config.run.device)
+        self.dtype = pick_dtype(config.model.dtype, self.device)
+        self.sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
+        self.verdict = pick_verdict(config.task.verdict)
+        self.base_folder = resolve(config.model.id, config.model.revision)
+        self.model, self.tokenizer = load(self.base_folder, self.device, self.dtype)
+        self.generator = Generator(self.model, self.tokenizer, slots=config.run.slots)
+        self.mstep = MStep(self.model, config.mstep)
+        self._restore()
+
+    # ---------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """All iterations, from wherever the run stands."""
+        last = self.config.run.iterations
+        self.evaluate(0, "validation", self.task.validation)
+        self.evaluate(0, "test", self.task.test)
+        for iteration in range(1, last + 1):
+            self.e_step(iteration)
+            self.m_step(iteration)
+            self.evaluate(iteration, "validation", self.task.validation)
+        self.evaluate(last, "test", self.task.test)
+
+    def e_step(self, iteration: int) -> None:
+        """Draw rationales for all training questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
+        stage, folder = f"iter-{iteration:02d}/estep", f"iter-{iteration:02d}"
+        if self._skip(stage):
+            return
+        settings = self.config.sampler
+        step = EStep(
+            sampler=self.sampler,
+            generators={"plain": self.generator, "hinted": self._hinted_generator},
+            verdict=self.verdict,
+            params=SamplingParams(
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                max_new_tokens=settings.max_new_tokens,
+            ),
+            hint=settings.hint,
+            seed=self.config.run.seed,
+            iteration=iteration,
+            keep_all=settings.filter == "none",
+            drop_leaks=settings.drop_leaks,
+        )
+        with self.run.stage(stage) as record, self._line(iteration, "E-step", len(self.task.train)) as line:
+
+            def show(counts: Counts) -> None:
+                line.update(
+                    counts.done,
+                    solved=percent(counts.solved / max(1, counts.done)),
+                    accepted=percent(counts.statuses["accepted"] / max(1, counts.attempts)),
+                    tokens=counts.tokens,
+                    tokens_per_s=counts.tokens / max(1e-9, line.elapsed),
+                )
+
+            rows, counts = step.run(self.task.train, show)
+            files = [{k: v for k, v in row.items() if k != "kept"} for row in rows]
+            kept = [row for row, full in zip(files, rows, strict=True) if full["kept"]]
+            write_rows(record.path(f"{folder}/samples.jsonl"), files)
+            write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
+            record.result.update(counts.summary(), valid=self._valid_share(kept))
+            self.run.log_metrics(stage, **record.result, tokens_per_second=counts.tokens / max(1e-9, line.elapsed))
+
+    def m_step(self, iteration: int, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Train on the kept rows of this iteration (or on `rows`) and write the model."""
+        folder = f"iter-{iteration:02d}"
+        stage = f"{folder}/mstep"
+        if not self._skip(stage):
+            kept = list(read_rows(self.run.path / folder / "accepted.jsonl")) if rows is None else rows
+            examples = self.examples(kept)
+            if not examples:
+                raise GuardError(
+                    f"iteration {iteration}: no rationale was accepted, so there is nothing to train on; "
+                    f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
+                )
+            if self.config.run.init == "base":
+                read_weights(self.model, self.base_folder)
+                self.mstep.reset()
+            with self.run.stage(stage) as record, self._line(iteration, "M-step") as line:
+
+                def show(row: dict[str, Any]) -> None:
+                    line.total = row["steps"]
+                    line.update(row["step"], loss=row["loss"], tokens_per_s=row["tokens_per_second"])
+                    self.run.log_metrics(stage, **row)
+
+                summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
+                model = record.path(f"{folder}/model")
+                save(self.model, self.tokenizer, model)
+                (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
+                if self.mstep.separate_masters:
+                    self.mstep.save_masters(record.path(f"{folder}/masters.safetensors"))
+                record.result.update(summary)
+        # Outside the stage, so that a run that died between the two still cleans up.
+        self.run.discard(f"iter-{iteration - 1:02d}/masters.safetensors")
+        if self.config.run.keep == "last":
+            self.run.discard(f"iter-{iteration - 1:02d}/model")
+
+    def evaluate(self, iteration: int, split: str, questions: Sequence[Question]) -> None:
+        """Accuracy of the model as it is after `iteration` (0: the base model)."""
+        folder = f"iter-{iteration:02d}"
+        stage = f"{folder}/eval.{split}"
+        if self._skip(stage):
+            return
+        total = len(questions) * (1 + self.config.eval.samples)
+        with self.run.stage(stage) as record, self._line(iteration, split, total) as line:
+
+            def show(finished: int, right: int, answered: int) -> None:
+                line.update(finished, accuracy=percent(right / max(1, answered)))
+
+            rows, summary = evaluate(
+                self.generator,
+                questions,
+                self.verdict,
+                max_new_tokens=self.config.eval.max_new_tokens,
+                samples=self.config.eval.samples,
+                seed=self.config.run.seed,
+                on_progress=show,
+            )
+            line.update(accuracy=percent(summary["accuracy"], (summary["low"], summary["high"])))
+            write_rows(record.path(f"{folder}/eval.{split}.jsonl"), rows)
+            record.result.update(summary)
+            self.run.log_metrics(stage, **summary)
+
+    # ---------------------------------------------------------------------------------------------------- the parts
+
+    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
+        """What is trained: the *plain* prompt of the question with the very token ids that were drawn.
+
+        Raises:
+            UserError: a row has no such question in the training split, or no token ids.
+        """
+        questions = {question.id: question for question in self.task.train}
+        examples = []
+        for number, row in enumerate(rows, start=1):
+            question, ids = questions.get(str(row.get("id"))), row.get("token_ids")
+            if question is None:
+                raise UserError(
+                    f"samples, row {number}: id {row.get('id')!r} is no training question of {self.task.name}"
+                )
+            if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
+                raise UserError(f"samples, row {number}: token_ids must be a list of the ids that were drawn")
+            examples.append(Example(question.id, encode_prompt(self.tokenizer, question), ids))
+        return examples
+
+    @cached_property
+    def _hinted_generator(self) -> Generator:
+        """Hinted draws come from the current model, or from a second copy of the base model."""
+        if self.config.sampler.proposal == "current":
+            return self.generator
+        base = load_model(self.base_folder, self.device, self.dtype)
+        return Generator(base, self.tokenizer, slots=self.config.run.slots)
+
+    def _model_card(self, iteration: int) -> str:
+        """What the folder holds, for whoever finds it on its own."""
+        settings = self.config.sampler
+        front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(self.config.model.id)}\ntags: [minem]\n---\n"
+        return (
+            f"{front}\n# {self.run.path.name}, iteration {iteration}\n\n"
+            f"`{self.config.model.id}` after {iteration} iteration(s) of expectation maximization on "
+            f"`{self.config.task.name}` with the sampler `{settings.name}` (budget {settings.budget}), "
+            f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
+        )
+
+    def _restore(self) -> None:
+        """Take the weights of the last finished M-step."""
+        done = [s for s in self.run.stages if s.endswith("/mstep")]
+        if not done:
+            return
+        folder = self.run.path / done[-1].partition("/")[0]
+        read_weights(self.model, folder / "model")
+        self.mstep.reset()
+        if self.mstep.separate_masters:
+            self.mstep.load_masters(folder / "masters.safetensors")
+
+    def _skip(self, stage: str) -> bool:
+        if self.run.finished(stage):
+            self.progress.note(f"{stage}  done before, not repeated")
+        return self.run.finished(stage)
+
+    def _line(self, iteration: int, what: str, total: int | None = None) -> Any:
+        name = f"iteration {iteration}/{self.config.run.iterations}" if iteration else "base model"
+        return self.progress.stage(f"{name}  {what}", total)
+
+    def _valid_share(self, rows: Sequence[Mapping[str, Any]]) -> float | None:
+        """On the toy a program can check each step: the share of the kept rationales in which all of them hold."""
+        if self.task.name != "toy" or not rows:
+            return None
+        from minem.data.toy.check import valid_steps
+
+        questions = {question.id: question for question in self.task.train}
+        return sum(valid_steps(row["text"], questions[row["id"]]) for row in rows) / len(rows)
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def train(config: Config, progress: Progress, command: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
+    """Run or continue the whole EM loop. Returns `summarise` of the run; `accuracy.png` is in its directory."""
+    task = _load_task(config, progress)
+    with _open(config, task, command, overwrite) as run:
+        experiment = Experiment(config, run, task, progress)
+        _describe(experiment)
+        experiment.train()
+        if not run.finished("plot"):
+            with run.stage("plot") as record:
+                from minem.plot import plot_accuracy
+
+                plot_accuracy(run, record.path("accuracy.png"))
+        return summarise(run)
+
+
+def sample(
+    config: Config, iteration: int, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
+) -> dict[str, Any]:
+    """The E-step of one iteration alone, from the weights that the run has by then."""
+    task = _load_task(config, progress)
+    with _open(config, task, command, overwrite) as run:
+        before = f"iter-{iteration - 1:02d}"
+        stage = f"iter-{iteration:02d}/estep"
+        if not run.finished(stage):
+            if iteration > 1 and not run.finished(f"{before}/mstep"):
+                raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
+            if run.finished(f"iter-{iteration:02d}/mstep"):
+                raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
+        experiment = Experiment(config, run, task, progress)
+        _describe(experiment)
+        experiment.e_step(iteration)
+        samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
+        return {"run": str(run.path), "samples": str(samples), **run.result(stage)}
+
+
+def train_on_samples(
+    config: Config, samples: Path, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
+) -> dict[str, Any]:
+    """The M-step alone, on rows made anywhere: those whose status is "accepted", or all where none has a status."""
+    task = _load_task(config, progress)
+    rows = [row for row in read_rows(samples) if row.get("status", "accepted") == "accepted"]
+    if not rows:
+        raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
+    digest = hashlib.sha256(samples.read_bytes()).hexdigest()
+    if config.run.out is None:
+        config = _with_out(config, f"{default_path(config)}.samples-{digest[:8]}")
+    with _open(config, task, command, overwrite, samples=digest) as run:
+        experiment = Experiment(config, run, task, progress)
+        _describe(experiment)
+        experiment.m_step(1, rows)
+        return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
+
+
+def summarise(run: RunDirectory) -> dict[str, Any]:
+    """The numbers that a finished run ends with, read from its journal and its evaluation files."""
+    last = run.config.run.iterations
+    test = {}
+    for name, iteration in (("base", 0), ("last", last)):
+        rows = read_rows(run.path / f"iter-{iteration:02d}" / "eval.test.jsonl")
+        test[name] = {row["id"]: row["status"] == "accepted" for row in rows}
+    lost = sum(right and not test["last"][i] for i, right in test["base"].items())
+    won = sum(right and not test["base"][i] for i, right in test["last"].items())
+    iterations = [
+        {
+            "iteration": i,
+            "validation": run.result(f"iter-{i:02d}/eval.validation"),
+            **({"estep": run.result(f"iter-{i:02d}/estep"), "mstep": run.result(f"iter-{i:02d}/mstep")} if i else {}),
+        }
+        for i in range(last + 1)
+    ]
+    return {
+        "run": str(run.path),
+        "model": str(run.path / f"iter-{last:02d}" / "model"),
+        "iterations": iterations,
+        "test": {
+            "base": run.result("iter-00/eval.test"),
+            "last": run.result(f"iter-{last:02d}/eval.test"),
+            "wrong_to_right": won,
+            "right_to_wrong": lost,
+            "mcnemar_p": mcnemar(lost, won),
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ choices
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device = 'cuda', but torch sees no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the working weights: "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def pick_verdict(name: str | None) -> Verdict:
+    """The strict verdict, or the user's own function by "module:function"."""
+    if name is None:
+        return verdict.strict
+    own: Callable[..., Any] = import_object(name, "task.verdict")
+    if not callable(own):
+        raise UserError(f"task.verdict = {name!r} is not a function")
+    return own
+
+
+def _load_task(config: Config, progress: Progress) -> Task:
+    task = load_task(config.task.name, config.task.limit, config.run.seed)
+    if task.note:
+        progress.note(task.note)
+    return task
+
+
+def _open(config: Config, task: Task, command: Sequence[str], overwrite: bool, **inputs: str) -> RunDirectory:
+    inputs = {"task rows": task.rows_sha256, **inputs}
+    return RunDirectory.open(config, command=list(command), overwrite=overwrite, inputs=inputs)
+
+
+def _with_out(config: Config, out: str) -> Config:
+    from dataclasses import replace
+
+    return replace(config, run=replace(config.run, out=out))
+
+
+def _describe(experiment: Experiment) -> None:
+    """What was inferred, at start-up."""
+    config, task = experiment.config, experiment.task
+    parameters = sum(p.numel() for p in experiment.model.parameters())
+    dtype = str(experiment.dtype).removeprefix("torch.")
+    experiment.progress.note(
+        f"{config.model.id}: {parameters / 1e6:,.2f} M parameters, {dtype} on {experiment.device}, "
+        f"{experiment.generator.slots} slots"
+    )
+    experiment.progress.note(
+        f"{task.name}: {len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
+    )
+    experiment.progress.note(
+        f"{config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}, "
+        f"run {experiment.run.path}"
+    )

@@ -1,0 +1,253 @@
+"""The E-step: where a sampler meets the generator. Out come the rows of samples.jsonl.
+
+    minem sample --sampler rsm --budget 8          # the E-step alone
+
+Attempts are lazy: one draw per question is in flight, and the next is made once the sampler knows how that one ended.
+Only when slots of the generator would stand empty are further attempts started ahead of time, on the assumption that
+the ones before them fail. Whatever finishes first, attempts are *decided* in the order of their index and everything
+above the accepted one is cancelled and forgotten: accepting the earliest finisher instead would prefer short
+rationales. So the rows are those of drawing one attempt after the other, whatever the number of slots.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from minem.data.prompts import messages
+from minem.data.tasks import Question
+from minem.data.verdict import cites_hint
+from minem.errors import UserError
+from minem.generate import Completion, Generator, Request, SamplingParams, stream_seed
+from minem.samplers import Attempt, Prompt, Sampler
+from minem.tokenizer import Tokenizer
+
+# (text of a completion, its question) -> the answer it states, or None where it states none: minem.data.verdict.strict
+Verdict = Callable[[str, Question], str | None]
+Status = Literal["accepted", "wrong", "unparsed", "truncated"]
+
+
+def encode_prompt(tokenizer: Tokenizer, question: Question, hint: str | None = None) -> list[int]:
+    """Token ids of the plain prompt, or of the hinted one in the wording `hint`; through the model's chat template.
+
+    A tokenizer without a template gets the text itself, as a base model expects it.
+    """
+    chat = messages(question, hint)
+    if tokenizer.has_chat_template:
+        return tokenizer.chat(chat)
+    return tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n")
+
+
+def judge(completion: Completion, question: Question, verdict: Verdict) -> tuple[str | None, Status]:
+    """The answer that a completion states and what becomes of it: the reward is 1 for "accepted" alone.
+
+    A draw that was cut off at the limit is rejected even where an answer can be read from it: it has no EOS, so it is
+    not an outcome of the policy.
+    """
+    answer = verdict(completion.text, question)
+    if completion.finish_reason != "stop":
+        return answer, "truncated"
+    if answer is None:
+        return answer, "unparsed"
+    return answer, "accepted" if answer == question.gold else "wrong"
+
+
+@dataclass(frozen=True)
+class EStep:
+    """All that the E-step of an iteration needs to know.
+
+    generators: which generator draws from which prompt. Two different ones where hinted draws come from the base model.
+    keep_all: keep every draw whatever its verdict (r = 1), the control experiment.
+    drop_leaks: also reject correct hinted rationales that cite the hint.
+    """
+
+    sampler: Sampler
+    generators: Mapping[Prompt, Generator]
+    verdict: Verdict
+    params: SamplingParams
+    hint: str
+    seed: int
+    iteration: int
+    keep_all: bool = False
+    drop_leaks: bool = False
+
+    def run(
+        self, questions: Sequence[Question], on_progress: Callable[[Counts], None] | None = None
+    ) -> tuple[list[dict[str, Any]], Counts]:
+        """Attempt every question.
+
+        Returns:
+            the decided attempts as rows of samples.jsonl, by question and attempt, each with `kept` beside the fields
+            of the file (whether the filter keeps it), and the final counts.
+        """
+        searches = [_Search(question) for question in questions]
+        counts = Counts(questions=len(searches))
+        for search in searches:
+            self._advance(search, counts)
+        generators = list({id(g): g for g in self.generators.values()}.values())
+        while counts.done < counts.questions:
+            self._fill_idle_slots(searches)
+            for generator in generators:
+                for completion in generator.step():
+                    self._receive(completion, counts)
+            if on_progress is not None:
+                on_progress(counts)
+        for generator in generators:  # what was cancelled last still has to come out
+            for completion in generator:
+                self._receive(completion, counts)
+        return [row for search in searches for row in search.rows], counts
+
+    def _receive(self, completion: Completion, counts: Counts) -> None:
+        assert completion.request is not None
+        search, index = completion.request.tag
+        counts.tokens += len(completion.token_ids)
+        if search.in_flight.get(index) is not completion.request:
+            counts.cancelled_tokens += len(completion.token_ids)
+            return
+        search.finished[index] = completion
+        self._advance(search, counts)
+
+    def _advance(self, search: _Search, counts: Counts) -> None:
+        """Decide what can be decided, in the order of attempts, and see that the next one is under way."""
+        while True:
+            index = len(search.attempts)
+            wanted = self.sampler.next(search.question, search.attempts)
+            if wanted is None:
+                self._cancel_from(search, index, counts)
+                counts.done += 1
+                counts.solved += any(a.accepted for a in search.attempts)
+                search.done = True
+                return
+            if search.prompts.get(index) != wanted:  # not started, or started on an assumption that did not hold
+                self._cancel_from(search, index, counts)
+                self._start(search, index, wanted, first=index > 0)
+            if index not in search.finished:
+                return
+            self._decide(search, index, counts)
+
+    def _decide(self, search: _Search, index: int, counts: Counts) -> None:
+        completion, prompt = search.finished.pop(index), search.prompts[index]
+        del search.in_flight[index]
+        answer, status = judge(completion, search.question, self.verdict)
+        leak = prompt == "hinted" and cites_hint(completion.text)
+        kept = self.keep_all or (status == "accepted" and not (leak and self.drop_leaks))
+        search.attempts.append(Attempt(prompt, kept, answer, status, completion.text))
+        search.rows.append(
+            {
+                "id": search.question.id,
+                "iteration": self.iteration,
+                "attempt": index + 1,
+                "prompt": prompt,
+                "token_ids": completion.token_ids,
+                "logprob_q": sum(completion.proposal_logprobs),
+                "logprob_plain": sum(completion.logprobs) if prompt == "plain" else None,
+                "text": completion.text,
+                "answer": answer,
+                "gold": search.question.gold,
+                "status": status,
+                "leak": leak,
+                "kept": kept,
+            }
+        )
+        counts.add(search.rows[-1])
+
+    def _start(self, search: _Search, index: int, prompt: Prompt, first: bool) -> None:
+        generator = self.generators[prompt]
+        if prompt not in search.prompt_ids:
+            hint = self.hint if prompt == "hinted" else None
+            search.prompt_ids[prompt] = encode_prompt(generator.tokenizer, search.question, hint)
+        seed = stream_seed(self.seed, self.iteration, search.question.id, index + 1)
+        request = Request(search.prompt_ids[prompt], self.params, seed, tag=(search, index))
+        try:
+            generator.submit(request, first=first)
+        except UserError as error:
+            raise UserError(f"question {search.question.id!r}: {error}") from error
+        search.in_flight[index] = request
+        search.prompts[index] = prompt
+
+    def _cancel_from(self, search: _Search, index: int, counts: Counts) -> None:
+        """Give up all attempts from `index` on."""
+        for later in [i for i in search.in_flight if i >= index]:
+            request, prompt = search.in_flight.pop(later), search.prompts.pop(later)
+            if later in search.finished:
+                counts.cancelled_tokens += len(search.finished.pop(later).token_ids)
+            else:
+                self.generators[prompt].cancel(request)
+
+    def _fill_idle_slots(self, searches: Sequence[_Search]) -> None:
+        """Start attempts ahead of time where slots would stand empty, one more for each open question in turn."""
+        idle = {id(g): g.idle_slots for g in self.generators.values()}
+        if not any(idle.values()):
+            return
+        waiting = sorted((s for s in searches if not s.done), key=lambda s: len(s.in_flight))
+        while waiting and any(idle.values()):
+            still = []
+            for search in waiting:
+                index = len(search.attempts) + len(search.in_flight)
+                assumed = [Attempt(search.prompts[i], accepted=False) for i in range(len(search.attempts), index)]
+                prompt = self.sampler.next(search.question, [*search.attempts, *assumed])
+                if prompt is None or not idle[id(self.generators[prompt])]:
+                    continue
+                self._start(search, index, prompt, first=False)
+                idle[id(self.generators[prompt])] -= 1
+                still.append(search)
+            waiting = still
+
+
+@dataclass
+class Counts:
+    """Counts of an E-step, running and final."""
+
+    questions: int
+    done: int = 0
+    solved: int = 0  # questions with a kept draw
+    attempts: int = 0
+    kept: int = 0
+    kept_tokens: int = 0
+    leaks: int = 0
+    tokens: int = 0  # all that were drawn, those of rejected and cancelled attempts too
+    cancelled_tokens: int = 0  # drawn ahead of time and then not needed
+    statuses: Counter[str] = field(default_factory=Counter)
+    prompts: Counter[str] = field(default_factory=Counter)  # decided attempts by prompt
+    accepted_by_prompt: Counter[str] = field(default_factory=Counter)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        self.attempts += 1
+        self.kept += row["kept"]
+        self.kept_tokens += len(row["token_ids"]) if row["kept"] else 0
+        self.leaks += row["leak"]
+        self.statuses[row["status"]] += 1
+        self.prompts[row["prompt"]] += 1
+        self.accepted_by_prompt[row["prompt"]] += row["status"] == "accepted"
+
+    def summary(self) -> dict[str, Any]:
+        """What the journal and the metrics keep."""
+        acceptance = {p: self.accepted_by_prompt[p] / n for p, n in sorted(self.prompts.items())}
+        return {
+            "questions": self.questions,
+            "solved": self.solved,
+            "attempts": self.attempts,
+            "kept": self.kept,
+            "kept_length": self.kept_tokens / self.kept if self.kept else None,
+            "leaks": self.leaks,
+            "tokens": self.tokens,
+            "cancelled_tokens": self.cancelled_tokens,
+            "statuses": dict(sorted(self.statuses.items())),
+            "acceptance": acceptance,
+        }
+
+
+@dataclass(eq=False)
+class _Search:
+    """The attempts at one question: decided ones first, then those in flight (some of which may have finished)."""
+
+    question: Question
+    attempts: list[Attempt] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    prompts: dict[int, Prompt] = field(default_factory=dict)
+    in_flight: dict[int, Request] = field(default_factory=dict)
+    finished: dict[int, Completion] = field(default_factory=dict)
+    prompt_ids: dict[Prompt, list[int]] = field(default_factory=dict)
+    done: bool = False
