@@ -134,8 +134,9 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
     import torch
 
     for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for variant, call in (*_loss_calls(shape, dtype), *_sample_calls(shape, dtype)):
+        for dtype in (torch.bfloat16, torch.float32):  # fp16 compiles to what bf16 does
+            calls = (*_loss_calls(shape, dtype), *_sample_calls(shape, dtype), *_attention_calls(shape, dtype))
+            for variant, call in calls:
                 yield f"{shape.name} {str(dtype).removeprefix('torch.')} {variant}".strip(), call
 
 
@@ -167,6 +168,20 @@ def _sample_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], 
     draw = partial(sample, logits, numbers, integers, numbers, numbers, integers, integers, backend="triton")
     yield "", draw
     yield "stop tokens", partial(draw, stop_ids=_empty(2, dtype=torch.int64), min_tokens=integers)
+
+
+def _attention_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
+
+    from minem.kernels import decode_attention
+
+    query = _empty(256, shape.heads, shape.head_dim, dtype=dtype)
+    prefix, suffix = (_empty(256, shape.kv_heads, length, shape.head_dim, dtype=dtype) for length in (320, 256))
+    lengths, index = _empty(256, dtype=torch.int64), _empty(256, dtype=torch.int64)
+    for n in (1, 16):
+        siblings = _empty(256, n, dtype=torch.int64)
+        arguments = (query, prefix, prefix, lengths, siblings, index, suffix, suffix, lengths)
+        yield f"{n} sibling{'s' * (n > 1)}", partial(decode_attention, *arguments, backend="triton")
 
 
 def _table(results: list[Resources]) -> str:

@@ -1,7 +1,7 @@
 """Where the kernels' tests run: natively on a GPU, or where there is none in Triton's interpreter.
 
-The interpreter truncates when it narrows fp32 to bf16, where the hardware rounds to nearest even; that is put right
-here, or else error bounds would be checked against rounding that no GPU does.
+Two things that the interpreter does otherwise than any GPU are put right here: it truncates when it narrows fp32 to
+bf16, where the hardware rounds to nearest even, and it multiplies bf16 matrices as if their bit patterns were integers.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
         return _convert(data, source, target, mode)
 
     interpreter._convert_float = _convert_rounding
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _dot_widened(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return _dot(
+            self, *(self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b)), *rest
+        )
+
+    interpreter.InterpreterBuilder.create_dot = _dot_widened
 
 
 @pytest.fixture(scope="session")

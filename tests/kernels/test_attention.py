@@ -1,0 +1,156 @@
+"""decode_attention, both backends, against softmax over the joined prefix and suffix in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from minem.kernels import decode_attention
+
+BACKENDS = ["eager", "triton"]
+
+
+class Sizes(NamedTuple):
+    sequences: int
+    heads: int
+    kv_heads: int
+    channels: int
+    prefixes: int
+    prefix: int
+    suffix: int
+
+
+SIZES = [
+    Sizes(1, 1, 1, 8, 1, 1, 1),
+    Sizes(7, 4, 2, 16, 3, 40, 20),
+    Sizes(9, 6, 2, 24, 2, 300, 270),  # channels no power of two; more than one split of 256
+    Sizes(12, 14, 2, 64, 2, 70, 33),  # Qwen2.5-0.5B's heads: seven queries a group, more than one tile of siblings
+]
+
+
+def problem(sizes: Sizes, dtype: torch.dtype, device: str, seed: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Arguments of decode_attention, its caches being views into larger ones, and the prefix of each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def cache(batch: int, length: int) -> Tensor:
+        return normal(batch + 1, sizes.kv_heads, length + 5, sizes.channels)[:batch, :, :length]
+
+    row = torch.randint(sizes.prefixes, (sizes.sequences,), generator=generator)
+    places = max(1, int(torch.bincount(row, minlength=sizes.prefixes).max()))
+    siblings = torch.randint(sizes.sequences, (sizes.prefixes, places), generator=generator)  # unused: anything
+    index = torch.empty(sizes.sequences, dtype=torch.int64)
+    filled = [0] * sizes.prefixes
+    for sequence, r in enumerate(row.tolist()):
+        siblings[r, filled[r]] = sequence
+        index[sequence] = r * places + filled[r]
+        filled[r] += 1
+    prefix_lengths = torch.randint(0, sizes.prefix + 1, (sizes.prefixes,), generator=generator)
+    prefix_lengths[0] = 0 if sizes.prefixes > 1 else sizes.prefix
+    suffix_lengths = torch.randint(1, sizes.suffix + 1, (sizes.sequences,), generator=generator)
+    suffix_lengths[0] = sizes.suffix
+    arguments = [
+        normal(sizes.sequences, sizes.heads, sizes.channels),
+        cache(sizes.prefixes, sizes.prefix),
+        cache(sizes.prefixes, sizes.prefix),
+        prefix_lengths,
+        siblings,
+        index,
+        cache(sizes.sequences, sizes.suffix),
+        cache(sizes.sequences, sizes.suffix),
+        suffix_lengths,
+    ]
+    return [argument.to(device) for argument in arguments], row
+
+
+def by_definition(arguments: list[Tensor], row: Tensor) -> Tensor:
+    """One sequence at a time, float64."""
+    q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = (a.cpu() for a in arguments)
+    out = []
+    for s, r in enumerate(row.tolist()):
+        segments = ((prefix_k, suffix_k), (prefix_v, suffix_v))
+        k, v = (
+            torch.cat([p[r, :, : prefix_lengths[r]], x[s, :, : suffix_lengths[s]]], dim=1)
+            .double()
+            .repeat_interleave(q.shape[1] // prefix_k.shape[1], dim=0)
+            for p, x in segments
+        )
+        weights = (torch.einsum("hc,hlc->hl", q[s].double(), k) / q.shape[2] ** 0.5).softmax(-1)
+        out.append(torch.einsum("hl,hlc->hc", weights, v))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_equals_the_definition(sizes: Sizes, backend: str, device: str) -> None:
+    arguments, row = problem(sizes, torch.float32, device)
+    out = decode_attention(*arguments, backend=backend)
+    torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, device: str) -> None:
+    """PyTorch's own: scaled_dot_product_attention in the same dtype on the joined cache of each sequence."""
+    arguments, row = problem(SIZES[1], dtype, device)
+    exact = by_definition(arguments, row)
+    q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
+    theirs = []
+    for s, r in enumerate(row.tolist()):
+        k = torch.cat([prefix_k[r, :, : prefix_lengths[r]], suffix_k[s, :, : suffix_lengths[s]]], dim=1)
+        v = torch.cat([prefix_v[r, :, : prefix_lengths[r]], suffix_v[s, :, : suffix_lengths[s]]], dim=1)
+        query = q[s].view(1, -1, 1, q.shape[2])
+        out = torch.nn.functional.scaled_dot_product_attention(query, k[None], v[None], enable_gqa=True)
+        theirs.append(out.view(q.shape[1], -1))
+    their_error = (torch.stack(theirs).cpu().double() - exact).abs()
+    our_error = (decode_attention(*arguments, backend=backend).cpu().double() - exact).abs()
+    assert our_error.max() <= 2 * their_error.max()
+    assert our_error.mean() <= 2 * their_error.mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_scores(backend: str, device: str) -> None:
+    arguments, row = problem(SIZES[1], torch.float32, device)
+    arguments[0] *= 1e4
+    out = decode_attention(*arguments, backend=backend)
+    torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_lies_past_the_lengths_is_not_seen(backend: str, device: str) -> None:
+    arguments, _ = problem(SIZES[1], torch.float32, device)
+    before = decode_attention(*arguments, backend=backend)
+    _, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
+    for k, v, lengths in ((prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)):
+        for i, length in enumerate(lengths.tolist()):
+            k[i, :, length:] = 1e4
+            v[i, :, length:] = 1e4
+    assert torch.equal(decode_attention(*arguments, backend=backend), before)
+
+
+def test_triton_sums_do_not_depend_on_the_batch(device: str) -> None:
+    """Bit for bit: a sequence alone with its prefix, in shorter caches, gives what it gives among others."""
+    arguments, row = problem(SIZES[2], torch.float32, device)
+    whole = decode_attention(*arguments, backend="triton")
+    q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
+    for s in (0, 5):
+        r, zero = int(row[s]), torch.zeros(1, dtype=torch.int64, device=device)
+        prefix, suffix = max(1, int(prefix_lengths[r])), int(suffix_lengths[s])
+        alone = decode_attention(
+            q[s : s + 1],
+            prefix_k[r : r + 1, :, :prefix],
+            prefix_v[r : r + 1, :, :prefix],
+            prefix_lengths[r : r + 1],
+            zero[None],
+            zero,
+            suffix_k[s : s + 1, :, :suffix],
+            suffix_v[s : s + 1, :, :suffix],
+            suffix_lengths[s : s + 1],
+            backend="triton",
+        )
+        assert torch.equal(alone[0], whole[s])
