@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 import minem
 from minem.config import Config
 from minem.data import verdict
-from minem.data.tasks import Question, Task, load_task
+from minem.data.tasks import Question, load_task
 from minem.errors import GuardError, UserError
 from minem.estep import Counts, EStep, Verdict, encode_prompt
 from minem.evaluate import evaluate
@@ -35,13 +37,17 @@ from minem.weights import load, load_model, read_weights, resolve, save
 
 
 class Experiment:
-    """One run: its config, its model and its directory."""
+    """One run: its config, its model and, once `open`, its directory.
 
-    def __init__(self, config: Config, run: RunDirectory, task: Task, progress: Progress):
+    Everything that can be wrong with the input is found before the directory is touched.
+    """
+
+    run: RunDirectory
+
+    def __init__(self, config: Config, progress: Progress):
         self.config = config
-        self.run = run
-        self.task = task
         self.progress = progress
+        self.task = load_task(config.task.name, config.task.limit, config.run.seed)
         self.device = pick_device(config.run.device)
         self.dtype = pick_dtype(config.model.dtype, self.device)
         self.sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
@@ -50,7 +56,15 @@ class Experiment:
         self.model, self.tokenizer = load(self.base_folder, self.device, self.dtype)
         self.generator = Generator(self.model, self.tokenizer, slots=config.run.slots)
         self.mstep = MStep(self.model, config.mstep)
-        self._restore()
+
+    @contextmanager
+    def open(self, command: Sequence[str], overwrite: bool, **inputs: str) -> Iterator[RunDirectory]:
+        """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
+        inputs = {"task rows": self.task.rows_sha256, **inputs}
+        with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
+            self._describe()
+            self._restore()
+            yield self.run
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
@@ -207,6 +221,22 @@ class Experiment:
             f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
         )
 
+    def _describe(self) -> None:
+        """What was inferred, at start-up."""
+        config, task = self.config, self.task
+        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
+        dtype = str(self.dtype).removeprefix("torch.")
+        sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
+        slots = self.generator.slots
+        self.progress.note(
+            f"model   {config.model.id}: {parameters:,.2f} M parameters, {dtype} on {self.device}, {slots} slots"
+        )
+        self.progress.note(f"task    {task.name}: {sizes}" + (f" ({task.note})" if task.note else ""))
+        self.progress.note(
+            f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
+        )
+        self.progress.note(f"run     {self.run.path}")
+
     def _restore(self) -> None:
         """Take the weights of the last finished M-step."""
         done = [s for s in self.run.stages if s.endswith("/mstep")]
@@ -242,10 +272,8 @@ class Experiment:
 
 def train(config: Config, progress: Progress, command: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
     """Run or continue the whole EM loop. Returns `summarise` of the run; `accuracy.png` is in its directory."""
-    task = _load_task(config, progress)
-    with _open(config, task, command, overwrite) as run:
-        experiment = Experiment(config, run, task, progress)
-        _describe(experiment)
+    experiment = Experiment(config, progress)
+    with experiment.open(command, overwrite) as run:
         experiment.train()
         if not run.finished("plot"):
             with run.stage("plot") as record:
@@ -259,8 +287,8 @@ def sample(
     config: Config, iteration: int, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
 ) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
-    task = _load_task(config, progress)
-    with _open(config, task, command, overwrite) as run:
+    experiment = Experiment(config, progress)
+    with experiment.open(command, overwrite) as run:
         before = f"iter-{iteration - 1:02d}"
         stage = f"iter-{iteration:02d}/estep"
         if not run.finished(stage):
@@ -268,8 +296,6 @@ def sample(
                 raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
             if run.finished(f"iter-{iteration:02d}/mstep"):
                 raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
-        experiment = Experiment(config, run, task, progress)
-        _describe(experiment)
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
         return {"run": str(run.path), "samples": str(samples), **run.result(stage)}
@@ -279,16 +305,15 @@ def train_on_samples(
     config: Config, samples: Path, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those whose status is "accepted", or all where none has a status."""
-    task = _load_task(config, progress)
     rows = [row for row in read_rows(samples) if row.get("status", "accepted") == "accepted"]
     if not rows:
         raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
     if config.run.out is None:
-        config = _with_out(config, f"{default_path(config)}.samples-{digest[:8]}")
-    with _open(config, task, command, overwrite, samples=digest) as run:
-        experiment = Experiment(config, run, task, progress)
-        _describe(experiment)
+        out = f"{default_path(config)}.samples-{digest[:8]}"
+        config = replace(config, run=replace(config.run, out=out))
+    experiment = Experiment(config, progress)
+    with experiment.open(command, overwrite, samples=digest) as run:
         experiment.m_step(1, rows)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
 
@@ -353,39 +378,3 @@ def pick_verdict(name: str | None) -> Verdict:
     if not callable(own):
         raise UserError(f"task.verdict = {name!r} is not a function")
     return own
-
-
-def _load_task(config: Config, progress: Progress) -> Task:
-    task = load_task(config.task.name, config.task.limit, config.run.seed)
-    if task.note:
-        progress.note(task.note)
-    return task
-
-
-def _open(config: Config, task: Task, command: Sequence[str], overwrite: bool, **inputs: str) -> RunDirectory:
-    inputs = {"task rows": task.rows_sha256, **inputs}
-    return RunDirectory.open(config, command=list(command), overwrite=overwrite, inputs=inputs)
-
-
-def _with_out(config: Config, out: str) -> Config:
-    from dataclasses import replace
-
-    return replace(config, run=replace(config.run, out=out))
-
-
-def _describe(experiment: Experiment) -> None:
-    """What was inferred, at start-up."""
-    config, task = experiment.config, experiment.task
-    parameters = sum(p.numel() for p in experiment.model.parameters())
-    dtype = str(experiment.dtype).removeprefix("torch.")
-    experiment.progress.note(
-        f"{config.model.id}: {parameters / 1e6:,.2f} M parameters, {dtype} on {experiment.device}, "
-        f"{experiment.generator.slots} slots"
-    )
-    experiment.progress.note(
-        f"{task.name}: {len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
-    )
-    experiment.progress.note(
-        f"{config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}, "
-        f"run {experiment.run.path}"
-    )

@@ -1,0 +1,377 @@
+"""Whole runs on a few questions of the toy, from the command line: what they write, repeat, continue and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+import minem
+from minem.cli import main
+from minem.data.tasks import load_task
+from minem.estep import encode_prompt
+from minem.run import read_rows
+from minem.samplers import Budgeted
+from tests.minem.folders import make_model
+
+SMALL = ["--limit", "24", "--iterations", "2", "--set", "eval.samples=0", "--set", "mstep.batch_size=8"]
+
+
+def minem_cli(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def train(out: Path, *more: object) -> Result:
+    return minem_cli("train", *SMALL, "--out", out, *more)
+
+
+def ok(result: Result) -> Result:
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run of two iterations that nothing disturbed, and its result."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = ok(train(out, "--json"))
+    assert len(result.stdout.splitlines()) == 1
+    return out, json.loads(result.stdout)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """All files that must not depend on when or how often a run was started."""
+    names = [p for p in run.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".safetensors", ".json")]
+    timed = {"journal.jsonl", "metrics.jsonl", "run.json"}
+    return {str(p.relative_to(run)): p.read_bytes() for p in names if p.name not in timed}
+
+
+def test_a_run_writes_what_the_readme_says(finished):
+    out, result = finished
+    expected = {
+        "iter-00": {"eval.validation.jsonl", "eval.test.jsonl"},
+        "iter-01": {"samples.jsonl", "accepted.jsonl", "eval.validation.jsonl"},
+        "iter-02": {"samples.jsonl", "accepted.jsonl", "eval.validation.jsonl", "eval.test.jsonl", "model"},
+    }
+    assert {p.name: {f.name for f in p.iterdir()} for p in out.glob("iter-*")} == expected
+    assert {"config.toml", "run.json", "journal.jsonl", "metrics.jsonl", "accuracy.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    train_ids = {q.id: q for q in load_task("toy", 24).train}
+    fields = {"id", "iteration", "attempt", "prompt", "token_ids", "logprob_q", "logprob_plain", "text", "answer"}
+    for iteration in (1, 2):
+        rows = list(read_rows(out / f"iter-{iteration:02d}" / "samples.jsonl"))
+        assert {row["id"] for row in rows} == set(train_ids)
+        assert all(set(row) == fields | {"gold", "status", "leak"} for row in rows)
+        assert all(row["gold"] == train_ids[row["id"]].gold for row in rows)
+        accepted = list(read_rows(out / f"iter-{iteration:02d}" / "accepted.jsonl"))
+        assert accepted == [row for row in rows if row["status"] == "accepted"]
+        assert len({row["id"] for row in accepted}) == len(accepted)  # draws = "first"
+    for row in read_rows(out / "iter-02" / "eval.test.jsonl"):
+        assert set(row) == {"id", "answer", "gold", "status", "text", "tokens"}
+    assert result["test"]["base"]["n"] == 24
+    assert result["iterations"][1]["estep"]["solved"] == len(list(read_rows(out / "iter-01" / "accepted.jsonl")))
+    model, tokenizer = minem.load(out / "iter-02" / "model")
+    assert tokenizer.eos_ids == minem.load("toy")[1].eos_ids
+    assert model.config == minem.load("toy")[0].config
+    assert "toy" in (out / "iter-02" / "model" / "README.md").read_text()
+
+
+def test_samples_hold_the_draws_of_the_seed(finished):
+    """The rows of iteration 1 again, by the generator alone: the same ids from the same random streams."""
+    from minem import Generator, Request, SamplingParams
+    from minem.generate import stream_seed
+
+    out, _ = finished
+    generator = Generator(*minem.load("toy"), slots=3)
+    questions = {q.id: q for q in load_task("toy", 24).train}
+    rows = list(read_rows(out / "iter-01" / "samples.jsonl"))[:20]
+    for row in rows:
+        ids = encode_prompt(generator.tokenizer, questions[row["id"]])
+        seed = stream_seed(0, 1, row["id"], row["attempt"])
+        generator.submit(Request(ids, SamplingParams(max_new_tokens=128), seed, tag=row))
+    for completion in generator:
+        assert completion.token_ids == completion.request.tag["token_ids"]
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, tmp_path):
+    out, _ = finished
+    ok(train(tmp_path / "again"))
+    assert contents(out) == contents(tmp_path / "again")
+
+
+def test_the_same_command_repeats_nothing(finished, tmp_path):
+    out, result = finished
+    copy = tmp_path / "moved"
+    shutil.copytree(out, copy)
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
+    again = ok(train(copy, "--json"))
+    assert {**json.loads(again.stdout), "run": "", "model": ""} == {**result, "run": "", "model": ""}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_steps_by_hand_are_the_run(finished, tmp_path):
+    """`sample`, then `train`: the run goes on from the E-step that is there, and ends with the same bytes."""
+    out, _ = finished
+    by_hand = tmp_path / "by-hand"
+    sampled = ok(minem_cli("sample", *SMALL, "--out", by_hand, "--json"))
+    assert json.loads(sampled.stdout)["samples"] == str(by_hand / "iter-01" / "samples.jsonl")
+    assert not (by_hand / "iter-00").exists()
+    early = minem_cli("sample", *SMALL, "--out", by_hand, "--iteration", 2)
+    assert early.exit_code == 2
+    assert "needs the model of iter-01" in early.stderr
+    ok(train(by_hand))
+    assert contents(by_hand) == contents(out)
+
+
+def test_the_m_step_alone_gives_the_model_of_the_run(finished, tmp_path):
+    out, _ = finished
+    one = tmp_path / "one"
+    ok(train(one, "--iterations", 1))
+    alone = ok(train(tmp_path / "alone", "--iterations", 1, "--samples", out / "iter-01" / "samples.jsonl", "--json"))
+    folder = Path(json.loads(alone.stdout)["model"])
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in load_file(one / "iter-01" / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+def test_base_as_start_and_as_proposal(finished, tmp_path):
+    """init = "base" trains the base model in iteration 2, and with proposal = "base" hinted draws come from it."""
+    run = tmp_path / "base"
+    ok(
+        train(
+            run, "--sampler", "pps", "--set", "run.init=base", "--set", "sampler.proposal=base", "--set", "run.keep=all"
+        )
+    )
+    again, tokenizer = minem.load("toy")
+    from minem.config import load_config
+    from minem.em import Experiment
+    from minem.mstep import MStep
+    from minem.progress import Progress
+
+    config = load_config(run / "config.toml")
+    helper = Experiment(config, Progress())
+    examples = helper.examples(list(read_rows(run / "iter-02" / "accepted.jsonl")))
+    MStep(again, config.mstep).run(examples, 0, 2)
+    trained = minem.load(run / "iter-02" / "model")[0].state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, trained[name]), name
+    base, _ = minem.load("toy")
+    questions = {q.id: q for q in helper.task.train}
+    for row in list(read_rows(run / "iter-02" / "samples.jsonl"))[:8]:
+        prompt = encode_prompt(tokenizer, questions[row["id"]], config.sampler.hint)
+        ids = torch.tensor([prompt + row["token_ids"]])
+        with torch.no_grad():
+            logprobs = base(ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
+        drawn = logprobs.gather(1, torch.tensor(row["token_ids"])[:, None]).sum().item()
+        assert row["prompt"] == "hinted"
+        assert row["logprob_q"] == pytest.approx(drawn, abs=1e-3)
+
+
+def test_without_the_filter_every_draw_is_trained(tmp_path):
+    ok(train(tmp_path / "control", "--iterations", 1, "--set", "sampler.filter=none"))
+    samples, accepted = (
+        list(read_rows(tmp_path / "control" / "iter-01" / f"{n}.jsonl")) for n in ("samples", "accepted")
+    )
+    assert samples == accepted
+    assert len(samples) == 24
+    assert {row["status"] for row in samples} > {"accepted"}
+
+
+def test_all_draws_spend_the_budget(tmp_path):
+    ok(train(tmp_path / "all", "--iterations", 1, "--budget", 3, "--set", "sampler.draws=all"))
+    samples = list(read_rows(tmp_path / "all" / "iter-01" / "samples.jsonl"))
+    assert len(samples) == 3 * 24
+    accepted = list(read_rows(tmp_path / "all" / "iter-01" / "accepted.jsonl"))
+    assert len(accepted) > len({row["id"] for row in accepted})
+
+
+class TwoPlainThenHinted(Budgeted):
+    def propose(self, question, attempts):
+        return "plain" if len(attempts) < 2 else "hinted"
+
+
+def first_label(text, question):
+    return question.labels[0] if text else None
+
+
+def test_a_sampler_and_a_verdict_of_ones_own(tmp_path):
+    own = ["--sampler", f"{__name__}:TwoPlainThenHinted", "--budget", 4, "--iterations", 1]
+    ok(train(tmp_path / "own", *own))
+    rows = list(read_rows(tmp_path / "own" / "iter-01" / "samples.jsonl"))
+    assert all((row["prompt"] == "hinted") == (row["attempt"] > 2) for row in rows)
+    assert {row["prompt"] for row in rows} == {"plain", "hinted"}
+    ok(train(tmp_path / "verdict", "--verdict", f"{__name__}:first_label", "--iterations", 1, "--budget", 1))
+    questions = {q.id: q for q in load_task("toy", 24).train}
+    for row in read_rows(tmp_path / "verdict" / "iter-01" / "samples.jsonl"):
+        assert row["answer"] == questions[row["id"]].labels[0]
+
+
+def never_right(text, question):
+    return "no such label"
+
+
+def test_nothing_accepted_stops_with_code_4(tmp_path):
+    result = train(tmp_path / "none", "--verdict", f"{__name__}:never_right", "--budget", 1)
+    assert result.exit_code == 4
+    assert "nothing to train on" in result.stderr
+    assert len(list(read_rows(tmp_path / "none" / "iter-01" / "samples.jsonl"))) == 24
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"id": "x", "status": "wrong", "token_ids": [1]}\n')
+    result = train(tmp_path / "x", "--samples", empty)
+    assert result.exit_code == 4
+
+
+def test_another_config_is_refused_with_the_difference(finished):
+    out, _ = finished
+    before = contents(out)
+    result = train(out, "--budget", 4)
+    assert result.exit_code == 2
+    assert "sampler.budget: 8 -> 4" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--sampler", "rms"], "rsm"),
+        (["train", "--sampler", "no.such:Thing"], "no.such"),
+        (["train", "--sampler", "json:Nothing"], "Nothing"),
+        (["train", "--budget", "0"], "sampler.budget"),
+        (["train", "--budget", "many"], "--budget"),
+        (["train", "--buget", "3"], "--budget"),
+        (["train", "--set", "mstep.learning=1"], "mstep"),
+        (["train", "no-such.toml"], "no-such.toml"),
+        (["train", "--model", "no/such/model"], "no/such/model"),
+        (["train", "--task", "arc"], "arc-"),
+        (["train", "--verdict", "nothing"], "module:function"),
+        (["train", "--samples", "no-such.jsonl"], "no-such.jsonl"),
+        (["train", "--limit", "0"], "task.limit"),
+        (["tran"], "train"),
+        (["sample", "--iteration", "0"], "--iteration"),
+        (["eval", "--split", "dev"], "--split"),
+        (["eval", "--limit", "0"], "limit"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "x", "--prompts", "y"], "either"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_length"),
+        (["generate", "--prompts", "no-such.jsonl"], "no-such.jsonl"),
+    ],
+)
+def test_wrong_command_lines_are_one_sentence(arguments, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = minem_cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert named in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_that_is_not_there_is_named(tmp_path):
+    result = train(tmp_path / "x", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.stderr
+
+
+def test_eval_agrees_with_the_run(finished):
+    out, result = finished
+    evaluated = ok(
+        minem_cli("eval", "--model", out / "iter-02" / "model", "--limit", 24, "--max-new-tokens", 128, "--json")
+    )
+    summary = json.loads(evaluated.stdout.splitlines()[-1])
+    for key in ("accuracy", "n", "low", "high", "unparsed", "truncated", "tokens"):
+        assert summary[key] == result["test"]["last"][key]
+    sampled = ok(minem_cli("eval", "--limit", 24, "--samples", 3, "--split", "validation"))
+    assert "temperature 1" in sampled.stdout
+
+
+def test_generate_prints_texts_or_json(tmp_path):
+    question = load_task("toy", 1).test[0]
+    from minem.data.prompts import messages
+
+    text = messages(question)[0]["content"]
+    plain = ok(minem_cli("generate", "--prompt", text, "--chat", "--temperature", 0))
+    assert "The best answer is" in plain.stdout
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in (text, "2 + 2")))
+    result = ok(minem_cli("generate", "--prompts", prompts, "--chat", "--n", 2, "--max-new-tokens", 64, "--json"))
+    found = json.loads(result.stdout)["results"]
+    assert [r["prompt"] for r in found] == [text, "2 + 2"]
+    for completion in (c for r in found for c in r["completions"]):
+        assert len(completion["token_ids"]) == len(completion["logprobs"])
+        assert completion["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.real_data
+def test_real_rows_run_end_to_end(tmp_path):
+    """Real ARC-Challenge rows, the real Qwen2.5 tokenizer and template, a small random Qwen2: nothing can be right."""
+    import gzip
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    data = os.environ.get("MINEM_REAL_DATA")
+    if not data:
+        pytest.skip("MINEM_REAL_DATA is not set: it names the folder with real rows and a real tokenizer")
+    folder = tmp_path / "qwen"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=151_936,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    source = Path(data) / "qwen2.5-tokenizer"
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    rows = {
+        split: list(read_rows(Path(data) / "arc-challenge" / f"{split}.jsonl"))
+        for split in ("train", "validation", "test")
+    }
+    numeric = [r for r in rows["train"] if r["choices"]["label"][0] == "1"][:4]
+    odd = [r for n in (3, 5) for r in [r for r in rows["train"] if len(r["choices"]["label"]) == n][:2]]
+    assert len(numeric) == 4
+    assert {len(r["choices"]["label"]) for r in odd} == {3, 5}
+    chosen = {
+        "train": [*numeric, *odd, *rows["train"][:4]],
+        "validation": rows["validation"][:6],
+        "test": rows["test"][:6],
+    }
+    task = tmp_path / "arc"
+    task.mkdir()
+    for split, members in chosen.items():
+        unique = {row["id"]: row for row in members}
+        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unique.values()))
+    result = minem_cli(
+        "train", "--model", folder, "--task", task, "--sampler", "star", "--out", tmp_path / "run",
+        "--set", "sampler.max_new_tokens=24", "--set", "eval.max_new_tokens=24",
+    )  # fmt: skip
+    assert result.exit_code == 4, result.output
+    assert "no rationale was accepted" in result.stderr
+    assert "nothing to train on" in result.stderr
+    samples = list(read_rows(tmp_path / "run" / "iter-01" / "samples.jsonl"))
+    assert {row["prompt"] for row in samples} == {"plain", "hinted"}
+    assert {row["gold"] for row in samples} & set("1234")
+
+
+def test_make_model_is_random():
+    """The referee's checkpoints must not be alike by accident: two seeds, two models."""
+    a, b = (make_model("llama", seed).state_dict() for seed in (0, 1))
+    assert not torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
