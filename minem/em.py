@@ -84,23 +84,23 @@ class Experiment:
         stage, folder = f"iter-{iteration:02d}/estep", f"iter-{iteration:02d}"
         if self._skip(stage):
             return
-        settings = self.config.sampler
+        sampler = self.config.sampler
         step = EStep(
             sampler=self.sampler,
             generators={"plain": self.generator, "hinted": self._hinted_generator},
             verdict=self.verdict,
             params=SamplingParams(
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                min_p=settings.min_p,
-                max_new_tokens=settings.max_new_tokens,
+                temperature=sampler.temperature,
+                top_k=sampler.top_k,
+                top_p=sampler.top_p,
+                min_p=sampler.min_p,
+                max_new_tokens=sampler.max_new_tokens,
             ),
-            hint=settings.hint,
+            hint=sampler.hint,
             seed=self.config.run.seed,
             iteration=iteration,
-            keep_all=settings.filter == "none",
-            drop_leaks=settings.drop_leaks,
+            keep_all=sampler.filter == "none",
+            drop_leaks=sampler.drop_leaks,
         )
         with self.run.stage(stage) as record, self._line(iteration, "E-step", len(self.task.train)) as line:
 
@@ -212,12 +212,12 @@ class Experiment:
 
     def _model_card(self, iteration: int) -> str:
         """What the folder holds, for whoever finds it on its own."""
-        settings = self.config.sampler
+        sampler = self.config.sampler
         front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(self.config.model.id)}\ntags: [minem]\n---\n"
         return (
             f"{front}\n# {self.run.path.name}, iteration {iteration}\n\n"
             f"`{self.config.model.id}` after {iteration} iteration(s) of expectation maximization on "
-            f"`{self.config.task.name}` with the sampler `{settings.name}` (budget {settings.budget}), "
+            f"`{self.config.task.name}` with the sampler `{sampler.name}` (budget {sampler.budget}), "
             f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
         )
 
