@@ -29,8 +29,24 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
     )
 
     what = f"{kind} {repo_id!r}"
+
+    def fetch(local_files_only: bool) -> Path:
+        return Path(
+            snapshot_download(
+                repo_id,
+                repo_type=kind,
+                allow_patterns=patterns,
+                revision=revision,
+                local_files_only=local_files_only,
+            )
+        )
+
     try:
-        return Path(snapshot_download(repo_id, repo_type=kind, allow_patterns=patterns, revision=revision))
+        try:
+            return fetch(local_files_only=False)
+        except OfflineModeIsEnabled:
+            # A revision that is a full commit is looked up on the hub before the cache: ask the cache alone.
+            return fetch(local_files_only=True)
     except GatedRepoError as error:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
         raise UserError(f"{what} is gated: accept its terms at {page}, then set HF_TOKEN to your token") from error

@@ -206,3 +206,22 @@ def test_a_hub_model_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the local cache"):
         minem.load("nobody/nothing")
+
+
+def test_a_hub_model_is_read_from_the_cache(tmp_path, monkeypatch):
+    """The layout that huggingface_hub keeps: a snapshot folder by commit, and a file that says which one main is."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--small"
+    theirs = make_folder(repository / "snapshots" / commit, "qwen2")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model, tokenizer = minem.load("someone/small")
+    ids = tokens()
+    with torch.no_grad():
+        assert relative_error(model(ids), theirs(ids).logits) < 1e-4
+    assert tokenizer.eos_ids == {1}
+    assert minem.load("someone/small", revision=commit)[0].config == model.config
+    with pytest.raises(UserError, match="not in the local cache"):
+        minem.load("someone/small", revision="no-such-branch")
