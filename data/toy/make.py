@@ -1,4 +1,4 @@
-"""Makes the toy from nothing: its questions and its model. Takes about ten minutes on two CPU cores.
+"""Makes the toy from nothing: its questions and its model, in about five minutes on two idle CPU cores (20 if busy).
 
     python -m minem.data.toy.make                     # writes train, validation, test.jsonl and model/ beside this file
     python -m minem.data.toy.make --batches 20 --out DIR
@@ -16,7 +16,14 @@ How the model uses a hint is a property of what it has practised, chosen here so
                       posterior over rationales, so a hinted rationale is as sound as an accepted plain one
     justify           the author works forward but writes the given answer as the result of the last step, true or not
 
-No question of the three files is among the practice. Only responses are trained on, never prompts.
+No question of the three files is among the practice. Only responses are trained on, never prompts. What came of it
+(greedy on the 300 test questions; one draw at temperature 1 on the 512 of train; sound = every step true):
+
+    prompt     right, greedy   right, drawn   sound among the right ones drawn
+    plain           48 %           55 %           96 %
+    forward        100 %          100 %           98 %
+    derive         100 %          100 %           95 %
+    justify        100 %          100 %           69 %
 """
 
 from __future__ import annotations
@@ -279,14 +286,14 @@ def measure(model: Model, tokenizer: Tokenizer, splits: dict[str, list[Question]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the toy's questions and model (ten minutes on two CPU cores).")
+    parser = argparse.ArgumentParser(description="Make the toy's questions and model (about five minutes).")
     parser.add_argument("--batches", type=int, default=BATCHES)
     parser.add_argument("--out", type=Path, default=TOY)
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     folder = arguments.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"making the toy in {arguments.out}: about ten minutes on two CPU cores")
+    print(f"making the toy in {arguments.out}: about five minutes on two idle CPU cores")
     splits = make_questions(random.Random(SEED))
     for split, questions in splits.items():
         rows = "".join(json.dumps(as_row(question)) + "\n" for question in questions)
