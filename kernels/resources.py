@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import click
@@ -135,8 +136,7 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32):  # fp16 compiles to what bf16 does
-            calls = (*_loss_calls(shape, dtype), *_sample_calls(shape, dtype), *_attention_calls(shape, dtype))
-            for variant, call in calls:
+            for variant, call in chain(*(calls(shape, dtype) for calls in CALLS)):
                 yield f"{shape.name} {str(dtype).removeprefix('torch.')} {variant}".strip(), call
 
 
@@ -182,6 +182,32 @@ def _attention_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[
         siblings = _empty(256, n, dtype=torch.int64)
         arguments = (query, prefix, prefix, lengths, siblings, index, suffix, suffix, lengths)
         yield f"{n} sibling{'s' * (n > 1)}", partial(decode_attention, *arguments, backend="triton")
+
+
+def _norm_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
+
+    from minem.kernels import rms_norm
+
+    def forward_backward(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
+        torch.autograd.backward(rms_norm(x, weight, 1e-6, residual, backend="triton"), (x, x))
+
+    width = (_empty(4096, shape.width, dtype=dtype, grad=True), _empty(shape.width, dtype=dtype, grad=True))
+    head = (_empty(4096, shape.heads, shape.head_dim, dtype=dtype, grad=True), _empty(shape.head_dim, dtype=dtype))
+    yield "", partial(forward_backward, *width, None)
+    yield "residual", partial(forward_backward, *width, width[0])
+    yield "heads", partial(forward_backward, *head, None)
+
+
+def _swiglu_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    from minem.kernels import swiglu
+
+    gate_up = _empty(4096, 2 * shape.mlp_width, dtype=dtype, grad=True)
+    grad = _empty(4096, shape.mlp_width, dtype=dtype)
+    yield "", lambda: swiglu(gate_up, backend="triton").backward(grad)
+
+
+CALLS = (_loss_calls, _sample_calls, _attention_calls, _norm_calls, _swiglu_calls)
 
 
 def _table(results: list[Resources]) -> str:
