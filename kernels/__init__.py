@@ -16,17 +16,19 @@ _HOMES = {
     "decode_attention": "minem.kernels.attention",
     "linear_cross_entropy": "minem.kernels.cross_entropy",
     "rms_norm": "minem.kernels.norm",
+    "rotary": "minem.kernels.rope",
     "sample": "minem.kernels.sampling",
     "swiglu": "minem.kernels.gating",
 }
 
-__all__ = ["decode_attention", "linear_cross_entropy", "rms_norm", "sample", "swiglu"]
+__all__ = ["decode_attention", "linear_cross_entropy", "rms_norm", "rotary", "sample", "swiglu"]
 
 if TYPE_CHECKING:
     from minem.kernels.attention import decode_attention
     from minem.kernels.cross_entropy import linear_cross_entropy
     from minem.kernels.gating import swiglu
     from minem.kernels.norm import rms_norm
+    from minem.kernels.rope import rotary
     from minem.kernels.sampling import sample
 
 

@@ -207,7 +207,23 @@ def _swiglu_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], 
     yield "", lambda: swiglu(gate_up, backend="triton").backward(grad)
 
 
-CALLS = (_loss_calls, _sample_calls, _attention_calls, _norm_calls, _swiglu_calls)
+def _rotary_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:
+    import torch
+
+    from minem.kernels import rotary
+    from minem.kernels.rope import CacheWrite
+
+    qkv = _empty(256, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype)
+    angle, norm = _empty(256, shape.head_dim // 2, dtype=dtype), _empty(shape.head_dim, dtype=dtype)
+    segment, index = _empty(256, shape.kv_heads, 512, shape.head_dim, dtype=dtype), _empty(256, dtype=torch.int64)
+    turn = partial(rotary, qkv, angle, angle, shape.heads, backend="triton")
+    write = CacheWrite(segment, segment, index, index)
+    yield "", turn
+    yield "cache", partial(turn, cache=write)
+    yield "norms cache", partial(turn, q_norm=norm, k_norm=norm, cache=write)
+
+
+CALLS = (_loss_calls, _sample_calls, _attention_calls, _norm_calls, _swiglu_calls, _rotary_calls)
 
 
 def _table(results: list[Resources]) -> str:

@@ -1,0 +1,191 @@
+"""Rotary embedding of queries and keys, with their norms before it (Qwen3) and the cache write after it, in one pass.
+
+What must move: the merged projection in, q and k out, k and v into the cache: 2 (2 H + 5 K) C bytes a token in bf16,
+whatever is asked for. PyTorch alone makes a pass for each of norm, halves, products, join and the two writes. A decode
+step at B=1 is bound by its launches, of which this saves about ten a layer.
+
+    python -m pytest tests/kernels/test_rope.py
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minem.kernels.backend import jit, pick, tl
+
+
+class CacheWrite(NamedTuple):
+    """Where new keys and values go: token i to [rows[i], :, positions[i]] of k and v [S, K, L, C]; both int64 [N]."""
+
+    k: Tensor
+    v: Tensor
+    rows: Tensor
+    positions: Tensor
+
+
+def rotary(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    cache: CacheWrite | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Split a merged projection qkv [N, H + 2 K, C] into q [N, H, C], k [N, K, C] and v [N, K, C], q and k rotated.
+
+    cos, sin [N, C/2]; channel i turns with channel i + C/2 (Su et al. 2021, arXiv 2104.09864, in Llama's layout).
+    heads: H. q_norm, k_norm [C]: weights of an RMSNorm of each head before the rotation, both or neither; eps is its
+    own. cache: also write k and v there. backend: "eager", "triton" or None: by device, and eager where gradients are
+    wanted (only the eager one is differentiable).
+
+    Returns (q, k, v); v is a view of qkv. Raises ValueError for shapes that do not fit, and for "triton" with
+    gradients.
+    """
+    n, merged, channels = qkv.shape
+    kv_heads = (merged - heads) // 2
+    if channels % 2 or kv_heads < 1 or heads + 2 * kv_heads != merged:
+        raise ValueError(f"qkv must be [N, H + 2 K, C] with C even and H = {heads}; got {list(qkv.shape)}")
+    if cos.shape != (n, channels // 2) or sin.shape != cos.shape:
+        raise ValueError(f"cos and sin must be [{n}, {channels // 2}]; got {list(cos.shape)} and {list(sin.shape)}")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm belong together: pass both or neither")
+    differentiable = torch.is_grad_enabled() and qkv.requires_grad
+    if backend == "triton" and differentiable:
+        raise ValueError('backend "triton" of rotary gives no gradients; call it under no_grad, or pass "eager"')
+    if pick("eager" if differentiable else backend, qkv) == "triton":
+        return _rotary_triton(qkv, cos, sin, heads, kv_heads, q_norm, k_norm, eps, cache)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    if q_norm is not None and k_norm is not None:
+        q, k = F.rms_norm(q, (channels,), q_norm, eps), F.rms_norm(k, (channels,), k_norm, eps)
+    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+    if cache is not None:
+        cache.k[cache.rows, :, cache.positions] = k
+        cache.v[cache.rows, :, cache.positions] = v
+    return q, k, v
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _rotary_triton(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    kv_heads: int,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    cache: CacheWrite | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cache is not None and (cache.k.stride() != cache.v.stride() or cache.k.stride(3) != 1):
+        raise ValueError("the key and value caches must have the same strides, channels side by side")
+    qkv = qkv.contiguous()
+    n, merged, channels = qkv.shape
+    q, k = qkv.new_empty(n, heads, channels), qkv.new_empty(n, kv_heads, channels)
+    half = channels // 2
+    k_cache, v_cache, rows, positions = cache or (k, k, k, k)  # not touched without a cache
+    _rotary_kernel[(n, -(-merged // 8))](
+        qkv,
+        cos.contiguous(),
+        sin.contiguous(),
+        q if q_norm is None else q_norm,
+        q if k_norm is None else k_norm,
+        q,
+        k,
+        k_cache,
+        v_cache,
+        rows,
+        positions,
+        *(cache.k.stride()[:3] if cache is not None else (0, 0, 0)),
+        heads,
+        kv_heads,
+        eps,
+        HAS_NORM=q_norm is not None,
+        HAS_CACHE=cache is not None,
+        HALF=half,
+        HALF_BLOCK=max(16, 1 << (half - 1).bit_length()),
+        HEAD_BLOCK=8,
+        num_warps=4,
+    )
+    return q, k, qkv[:, heads + kv_heads :]
+
+
+@jit
+def _rotary_kernel(  # type: ignore[no-untyped-def]
+    qkv_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    q_ptr,
+    k_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    rows_ptr,
+    positions_ptr,
+    cache_row,
+    cache_head,
+    cache_position,
+    heads,
+    kv_heads,
+    eps,
+    HAS_NORM: tl.constexpr,
+    HAS_CACHE: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    HEAD_BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
+    channel = tl.arange(0, HALF_BLOCK)
+    real = channel < HALF
+    merged = heads + 2 * kv_heads
+    mask = (head < merged)[:, None] & real[None, :]
+    is_q = head < heads
+    is_k = (head >= heads) & (head < heads + kv_heads)
+    is_v = (head >= heads + kv_heads) & (head < merged)
+
+    at = (token * merged + head)[:, None] * (2 * HALF) + channel[None, :]
+    raw_first = tl.load(qkv_ptr + at, mask=mask, other=0.0)
+    raw_second = tl.load(qkv_ptr + at + HALF, mask=mask, other=0.0)
+    first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)
+    if HAS_NORM:
+        square = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        inverse = tl.rsqrt(square / (2 * HALF) + eps)[:, None]
+        q_first = tl.load(q_norm_ptr + channel, mask=real, other=0.0).to(tl.float32)
+        q_second = tl.load(q_norm_ptr + HALF + channel, mask=real, other=0.0).to(tl.float32)
+        k_first = tl.load(k_norm_ptr + channel, mask=real, other=0.0).to(tl.float32)
+        k_second = tl.load(k_norm_ptr + HALF + channel, mask=real, other=0.0).to(tl.float32)
+        first = first * inverse * tl.where(is_q[:, None], q_first[None, :], k_first[None, :])
+        second = second * inverse * tl.where(is_q[:, None], q_second[None, :], k_second[None, :])
+    cos = tl.load(cos_ptr + token * HALF + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(sin_ptr + token * HALF + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    turned_first = (first * cos - second * sin).to(q_ptr.dtype.element_ty)
+    turned_second = (second * cos + first * sin).to(q_ptr.dtype.element_ty)
+
+    q_at = (token * heads + head)[:, None] * (2 * HALF) + channel[None, :]
+    tl.store(q_ptr + q_at, turned_first, mask=mask & is_q[:, None])
+    tl.store(q_ptr + q_at + HALF, turned_second, mask=mask & is_q[:, None])
+    kv_head = (head - heads) % kv_heads  # of k and of v alike
+    k_at = (token * kv_heads + kv_head)[:, None] * (2 * HALF) + channel[None, :]
+    tl.store(k_ptr + k_at, turned_first, mask=mask & is_k[:, None])
+    tl.store(k_ptr + k_at + HALF, turned_second, mask=mask & is_k[:, None])
+    if HAS_CACHE:
+        row, position = tl.load(rows_ptr + token), tl.load(positions_ptr + token)
+        cached = (row * cache_row + kv_head * cache_head + position * cache_position)[:, None] + channel[None, :]
+        tl.store(k_cache_ptr + cached, turned_first, mask=mask & is_k[:, None])
+        tl.store(k_cache_ptr + cached + HALF, turned_second, mask=mask & is_k[:, None])
+        tl.store(v_cache_ptr + cached, raw_first, mask=mask & is_v[:, None])
+        tl.store(v_cache_ptr + cached + HALF, raw_second, mask=mask & is_v[:, None])
