@@ -233,13 +233,18 @@ def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", {"format": "pt"})
+        _write_file(shards[0], folder / "model.safetensors")
         return
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, folder / name, {"format": "pt"})
+        _write_file(shard, folder / name)
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
         "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_file(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, {"format": "pt"})
+    path.chmod((path.parent / "config.json").stat().st_mode)  # safetensors makes files that only their owner can read

@@ -82,6 +82,7 @@ def test_saved_folder_is_the_same_model(tmp_path, kind, dtype):
     assert before.apply_chat_template(chat) == after.apply_chat_template(chat)
     assert before("the answer").input_ids == after("the answer").input_ids
     assert before.eos_token_id == after.eos_token_id == 1
+    assert (tmp_path / "b" / "model.safetensors").stat().st_mode == (tmp_path / "b" / "config.json").stat().st_mode
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
