@@ -97,7 +97,7 @@ def test_samples_hold_the_draws_of_the_seed(finished):
     for row in rows:
         ids = encode_prompt(generator.tokenizer, questions[row["id"]])
         seed = stream_seed(0, 1, row["id"], row["attempt"])
-        generator.submit(Request(ids, SamplingParams(max_new_tokens=128), seed, tag=row))
+        generator.submit(Request(ids, SamplingParams(max_new_tokens=64), seed, tag=row))
     for completion in generator:
         assert completion.token_ids == completion.request.tag["token_ids"]
 
@@ -287,7 +287,7 @@ def test_cuda_that_is_not_there_is_named(tmp_path):
 def test_eval_agrees_with_the_run(finished):
     out, result = finished
     evaluated = ok(
-        minem_cli("eval", "--model", out / "iter-02" / "model", "--limit", 24, "--max-new-tokens", 128, "--json")
+        minem_cli("eval", "--model", out / "iter-02" / "model", "--limit", 24, "--max-new-tokens", 64, "--json")
     )
     summary = json.loads(evaluated.stdout.splitlines()[-1])
     for key in ("accuracy", "n", "low", "high", "unparsed", "truncated", "tokens"):
