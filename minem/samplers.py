@@ -20,6 +20,8 @@ still stops at an accepted plain draw, since it hints only where the model faile
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -133,6 +135,8 @@ def import_object(name: str, key: str, known: str = "") -> type:
     if not (module and colon and attribute):
         choices = f"one of {known}, or " if known else ""
         raise UserError(f"{key} = {name!r} must be {choices}your own as module:name")
+    if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look where the user stands
+        sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except ImportError as error:
