@@ -1,4 +1,4 @@
-"""What the README shows, done: its Python runs, its sampler works from a folder of the user, its links lead somewhere."""
+"""What the README shows, done: its Python runs, its sampler works from a user's folder, its links lead somewhere."""
 
 from __future__ import annotations
 
