@@ -97,7 +97,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, 
     """Unnormalised attention of q [B, K, M, C] over k, v [B, K, L, C]: values, highest score, sum of exponentials."""
     places = torch.arange(k.shape[2], device=q.device)
     bias = torch.where(places < lengths[:, None], 0.0, MASKED)[:, None, None]  # [B, 1, 1, L] float32
-    scores = torch.matmul(q, k.to(q.dtype).transpose(2, 3)) + bias
+    scores = torch.matmul(q, k.to(q.dtype).transpose(2, 3)).add_(bias)
     highest = scores.amax(-1, keepdim=True)
     weights = scores.sub_(highest).exp_()
     return torch.matmul(weights, v.to(q.dtype)), highest, weights.sum(-1, keepdim=True)

@@ -118,7 +118,6 @@ def _sibling_grid(prefix_rows: Sequence[int], rows: int) -> tuple[Tensor, Tensor
     for slot, row in enumerate(prefix_rows):
         members[row].append(slot)
     n = max(len(m) for m in members)
-    index = torch.empty(len(prefix_rows), dtype=torch.int64)
-    for row, slots in enumerate(members):
-        index[slots] = torch.arange(len(slots)) + row * n
-    return torch.tensor([m + [0] * (n - len(m)) for m in members]), index
+    places = {slot: row * n + i for row, slots in enumerate(members) for i, slot in enumerate(slots)}
+    index = [places[slot] for slot in range(len(prefix_rows))]
+    return torch.tensor([m + [0] * (n - len(m)) for m in members]), torch.tensor(index)

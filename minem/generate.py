@@ -258,6 +258,8 @@ class Generator:
         admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         if not self._active:
             self._forget_old_weights()
+        if not admitted and self._sampling is not None:
+            return  # the slots are as they were in the last step
         self._keep_prompts({slot.row for slot in self._active}, {tuple(r.prompt_ids) for r in admitted})
         if not admitted:
             return
