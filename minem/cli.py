@@ -166,12 +166,12 @@ def evaluate(
 ) -> None:
     """Measure accuracy: greedy, with its 95 % interval, and the mean over draws at temperature 1."""
     from minem.data.tasks import load_task
-    from minem.em import pick_device, pick_dtype, pick_verdict
+    from minem.em import pick_verdict
     from minem.evaluate import evaluate as run
     from minem.progress import Progress, percent
 
     questions = getattr(load_task(task, limit, seed), split)
-    generator = _generator(model, device, pick_device, pick_dtype)
+    generator = _generator(model, device)
     new = min(max_new_tokens, generator.max_length // 2)
     with Progress().stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
         _, summary = run(
@@ -223,12 +223,11 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
-    from minem.em import pick_device, pick_dtype
     from minem.generate import SamplingParams
     from minem.progress import clean
 
     params = SamplingParams(**sampling)
-    generator = _generator(model, device, pick_device, pick_dtype)
+    generator = _generator(model, device)
     asked: list[Any] = texts
     if chat:
         if not generator.tokenizer.has_chat_template:
@@ -263,9 +262,13 @@ def _read_prompts(path: Path | None) -> list[str]:
     return texts
 
 
-def _generator(model: str, device: str, pick_device: Callable[..., Any], pick_dtype: Callable[..., Any]) -> Any:
+def _generator(name: str, device: str) -> Any:
+    from minem.em import limit_threads, pick_device, pick_dtype
+
     where = pick_device(device)
-    return minem.Generator(*minem.load(model, where, pick_dtype("auto", where)))
+    model, tokenizer = minem.load(name, where, pick_dtype("auto", where))
+    limit_threads(model)
+    return minem.Generator(model, tokenizer)
 
 
 def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

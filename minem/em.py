@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from minem.errors import GuardError, UserError
 from minem.estep import Counts, EStep, Verdict, encode_prompt
 from minem.evaluate import evaluate
 from minem.generate import Generator, SamplingParams
+from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
 from minem.progress import Progress, percent
@@ -34,6 +36,8 @@ from minem.run import RunDirectory, default_path, read_rows, write_rows
 from minem.samplers import import_object, make_sampler
 from minem.statistics import mcnemar
 from minem.weights import load, load_model, read_weights, resolve, save
+
+SMALL_MODEL = 10_000_000  # parameters
 
 
 class Experiment:
@@ -54,6 +58,7 @@ class Experiment:
         self.verdict = pick_verdict(config.task.verdict)
         self.base_folder = resolve(config.model.id, config.model.revision)
         self.model, self.tokenizer = load(self.base_folder, self.device, self.dtype)
+        limit_threads(self.model)
         self.generator = Generator(self.model, self.tokenizer, slots=config.run.slots)
         self.mstep = MStep(self.model, config.mstep)
 
@@ -227,10 +232,10 @@ class Experiment:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
-        slots = self.generator.slots
-        self.progress.note(
-            f"model   {config.model.id}: {parameters:,.2f} M parameters, {dtype} on {self.device}, {slots} slots"
-        )
+        where = f"{self.device}, {self.generator.slots} slots"
+        if self.device.type == "cpu":
+            where += f", {torch.get_num_threads()} thread(s)"
+        self.progress.note(f"model   {config.model.id}: {parameters:,.2f} M parameters, {dtype} on {where}")
         self.progress.note(f"task    {task.name}: {sizes}" + (f" ({task.note})" if task.note else ""))
         self.progress.note(
             f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
@@ -368,6 +373,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def limit_threads(model: Model) -> None:
+    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS says otherwise.
+
+    Its matrix products are too short to share: two threads gain nothing in generation, and where another process wants
+    a core they wait for each other at every product (an E-step of 5 s was seen to take a minute).
+    """
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if model.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def pick_verdict(name: str | None) -> Verdict:
