@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minem.errors import UserError
-from minem.kernels import linear_cross_entropy
+from minem.kernels import linear_cross_entropy, rms_norm, swiglu
 
 # (layer index, q [N, H, C], k [N, K, C], v [N, K, C]) -> [N, H, C]
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -316,8 +316,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normed, sum) of x, or of x + residual: the addition before a norm is part of the same kernel."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 class Attention(nn.Module):
@@ -342,7 +343,7 @@ class Attention(nn.Module):
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = qk.split((self.heads, self.kv_heads), dim=1)
-            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
+            qk = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0]), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         return self.o(attend(self.layer, q, k, v).flatten(1))
 
@@ -356,11 +357,12 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(swiglu(self.gate_up(x)))
 
 
 class Layer(nn.Module):
+    """One block. `x` is what the last block adds to the residual stream, not added yet: the next norm does both."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -368,9 +370,12 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = self.attention_norm(x, residual)
+        normed, residual = self.mlp_norm(self.attention(normed, cos, sin, attend), residual)
+        return self.mlp(normed), residual
 
 
 class Model(nn.Module):
@@ -400,10 +405,10 @@ class Model(nn.Module):
         angle = positions.float()[:, None] * inverse_frequencies(rope, self.config.head_dim, self.device)
         cos = (angle.cos() * rope.attention_factor).to(self.dtype)[:, None]
         sin = (angle.sin() * rope.attention_factor).to(self.dtype)[:, None]
-        x = self.embed(input_ids)
+        x, residual = self.embed(input_ids), None
         for layer in self.layers:
-            x = layer(x, cos, sin, attend)
-        return self.norm(x)
+            x, residual = layer(x, residual, cos, sin, attend)
+        return self.norm(x, residual)[0]
 
     def forward(
         self,
