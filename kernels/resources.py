@@ -230,7 +230,8 @@ def _table(results: list[Resources]) -> str:
     header = ("kernel", "variant", "registers", "spills", "shared bytes")
     rows = [header, *[tuple(str(value) for value in asdict(result).values()) for result in results]]
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 @click.command()
@@ -249,6 +250,11 @@ def main(target: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"target": target, "kernels": [asdict(result) for result in results]}))
     else:
+        import triton
+
+        click.echo(
+            f"{target}, triton {triton.__version__}: each distinct compilation, under the first shape that asks for it"
+        )
         click.echo(_table(results))
     if any(result.spills for result in results):
         click.echo(f"registers spill on {target}", err=True)
