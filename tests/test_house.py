@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import shutil
 import subprocess
@@ -117,3 +118,14 @@ def test_the_wheel_holds_everything_and_works(tmp_path):
     assert Path(file) == site / "minem" / "__init__.py"
     assert int(questions) > 0
     assert int(vocabulary) > 0
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_generator_runs():
+    tiny = "--prompts 2 --lengths 3 9 --draws 2 --new 3 --layers 1 --width 64 --vocabulary 64 --repeats 1 --json"
+    command = [sys.executable, "bench/generate.py", *tiny.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["tokens"] == 2 * 2 * 3
+    assert {name: len(times) for name, times in told["seconds"].items()} == {"minem": 1, "transformers": 1}
