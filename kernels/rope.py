@@ -62,20 +62,18 @@ def rotary(
         raise ValueError('backend "triton" of rotary gives no gradients; call it under no_grad, or pass "eager"')
     if pick("eager" if differentiable else backend, qkv) == "triton":
         return _rotary_triton(qkv, cos, sin, heads, kv_heads, q_norm, k_norm, eps, cache)
-    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
-        q, k = F.rms_norm(q, (channels,), q_norm, eps), F.rms_norm(k, (channels,), k_norm, eps)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        q, k = qk.split((heads, kv_heads), dim=1)
+        qk = torch.cat((F.rms_norm(q, (channels,), q_norm, eps), F.rms_norm(k, (channels,), k_norm, eps)), dim=1)
+    first, second = qk.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    q, k = turned.split((heads, kv_heads), dim=1)
     if cache is not None:
         cache.k[cache.rows, :, cache.positions] = k
         cache.v[cache.rows, :, cache.positions] = v
     return q, k, v
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _rotary_triton(
