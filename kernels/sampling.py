@@ -116,14 +116,13 @@ def _sample_eager(
     min_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    u = uniforms(seeds, positions).to(logits.device)
     peak = _peak(logits)
     exps, running = _masses(logits, peak)
     log_total = running[:, -1].log()
     early = None if stop_ids is None or min_tokens is None else positions < min_tokens
     plain = (temperature == 1) & (top_k <= 0) & (top_p >= 1) & (min_p <= 0)
     if plain.all() and not (early is not None and early.any()):  # what is drawn from is the raw distribution
-        tokens = _inverse_cdf(exps, running, u)
+        tokens = _inverse_cdf(exps, running, uniforms(seeds, positions))
         logprobs = _logprobs(logits, tokens, peak, log_total)
         return tokens, logprobs, logprobs.clone()
 
@@ -142,7 +141,7 @@ def _sample_eager(
         truncates = ((top_k > 0) | (top_p < 1) | (min_p > 0)).any()
         threshold = _threshold(allowed, q_peak, divisor, top_k, top_p, min_p) if truncates else None
         exps, running = _masses(allowed, q_peak, divisor, threshold)
-        tokens = torch.where(greedy, first, _inverse_cdf(exps, running, u))
+        tokens = torch.where(greedy, first, _inverse_cdf(exps, running, uniforms(seeds, positions)))
         proposal = _logprobs(allowed, tokens, q_peak, running[:, -1].log(), divisor).masked_fill_(greedy, 0.0)
     nothing = _at(allowed, tokens) == -torch.inf
     logprobs = _logprobs(logits, tokens, peak, log_total)
@@ -188,7 +187,7 @@ def _masses(
 def _inverse_cdf(exps: Tensor, running: Tensor, u: Tensor) -> Tensor:
     """The token [B] at which the cumulative mass first exceeds u [B] times the row's mass; never one without mass."""
     rows, tiles = running.shape
-    target = (u * running[:, -1]).unsqueeze(1)
+    target = (u.to(running.device) * running[:, -1]).unsqueeze(1)
     tile = (running <= target).sum(dim=-1, keepdim=True)
     before = F.pad(running, (1, 0)).gather(1, tile)  # a row without mass has tile = tiles: any tile is as good
     tile = tile.clamp_(max=tiles - 1)
