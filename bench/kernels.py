@@ -230,7 +230,7 @@ def row_cases(on: Setting) -> Iterator[Case]:
         yield row_case(
             "rms_norm + residual",
             f"N={on.tokens} D={shape.width}",
-            10 * x.numel() * size,  # x, residual -> normed, sum; two gradients, the sum -> one gradient; and back
+            8 * x.numel() * size,  # x, residual -> normed, sum; then two gradients and the sum -> one gradient
             partial(rms_norm, x, weight, 1e-6, residual),
             norm_eager,
             (x, weight, residual),

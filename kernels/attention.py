@@ -7,7 +7,7 @@ have only their own tokens (the suffix) to themselves. Both segments are attende
 log-sum-exp, so the prefix is read once per prompt and not once per sibling, and nothing is ever copied together.
 
 What must move: each prefix once, each suffix once, in and out 2 S H C values; everything else stays on chip. A decode
-step does 4 H/K operations for each key or value channel it reads (28 for Qwen2.5-0.5B), far below what a GPU can do in
+step does 2 H/K operations for each key or value channel it reads (14 for Qwen2.5-0.5B), far below what a GPU can do in
 the time of the reading, so bandwidth is the floor: at S=256 and 512 bf16 positions, 2 heads of 128 channels are 134 MB,
 31 us at 4.3 TB/s. Triton: one program for each (sequence or prefix, key/value head, split of 256 positions) reads its
 keys and values once for all the queries that share them; a second kernel merges a sequence's splits. What passes

@@ -18,8 +18,8 @@ not yet allowed at -inf), all filters together, as transformers applies them:
 The eager reference sorts, which is easy to read. The Triton kernel, one program a row, does not: thresholds are found
 by searching the ordered bit patterns of the logits nine parts at a time, each round one reading of the row. What moves:
 a plain draw reads the row once from memory (2 V bytes in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s) and about half
-of it again, from the L2 cache, to find the token; truncation reads it about ten times more, from that cache. At B=1 the
-one SM at work is the bound.
+of it again, from the L2 cache, to find the token; truncation reads it six (bf16) to twelve (fp32) times more, from that
+cache. At B=1 the one SM at work is the bound.
 
     python -m pytest tests/kernels/test_sampling.py
 """
