@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minem.kernels import decode_attention
+from minem.kernels.rope import CacheWrite
 from minem.model import ModelConfig, PackedAttention
 
 BLOCK = 64  # positions are allocated in multiples of this
@@ -27,7 +28,8 @@ class KVCache:
     """Keys and values of `slots` sequences and of as many prompts; grows to the longest one that was asked for."""
 
     def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, 0, config.head_dim)
+        self.spare = slots  # one row and one slot more, where padding is written and nobody reads
+        shape = (config.num_hidden_layers, slots + 1, config.num_key_value_heads, 0, config.head_dim)
         # Zeros, not empty: masked positions are multiplied by weight 0, which must not meet a NaN.
         self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = (
             torch.zeros(shape, device=device, dtype=dtype) for _ in range(4)
@@ -59,33 +61,44 @@ class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
     def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int], device: torch.device):
-        """rows[i] is where the i-th packed prompt goes; packed tokens beyond the listed rows are padding."""
+        """rows[i] is where the i-th packed prompt goes; packed sequences beyond the listed rows are padding."""
         self.cache = cache
-        self.rows = torch.cat([torch.full((n,), row) for row, n in zip(rows, lengths, strict=False)]).to(device)
-        self.positions = torch.cat([torch.arange(n) for n in lengths[: len(rows)]]).to(device)
+        targets = [*rows, *[cache.spare] * (len(lengths) - len(rows))]
+        self.rows = torch.cat([torch.full((n,), row) for row, n in zip(targets, lengths, strict=True)]).to(device)
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
         self.packed = PackedAttention(lengths, device)
 
+    def cache_write(self, layer: int) -> CacheWrite:
+        return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        written = len(self.rows)
-        self.cache.prefix_k[layer][self.rows, :, self.positions] = k[:written]
-        self.cache.prefix_v[layer][self.rows, :, self.positions] = v[:written]
         return self.packed(layer, q, k, v)
 
 
 class Decode:
     """Attention of one new token for each of the first n slots over its prompt's prefix and its own suffix."""
 
-    def __init__(self, cache: KVCache, prefix_rows: Sequence[int], prefix_lengths: Sequence[int], drawn: Sequence[int]):
+    def __init__(
+        self,
+        cache: KVCache,
+        prefix_rows: Sequence[int],
+        prefix_lengths: Sequence[int],
+        drawn: Sequence[int],
+        padding: int,
+    ):
         """
         Args:
             prefix_rows: for each active slot the row of its prompt; rows 0..max are all in use.
             prefix_lengths: for each row the positions it holds.
             drawn: for each active slot the suffix positions it held before this step.
+            padding: tokens beyond the active slots, written to the spare slot.
         """
         device = cache.suffix_k.device
         self.n = len(prefix_rows)
-        self.slots = torch.arange(self.n, device=device)
-        self.drawn = torch.tensor(drawn, device=device)
+        self.cache = cache
+        self.slots = torch.tensor([*range(self.n), *[cache.spare] * padding], device=device)
+        self.positions = torch.tensor([*drawn, *[0] * padding], device=device)
+        self.suffix_lengths = self.positions[: self.n] + 1
         self.prefix_lengths = torch.tensor(prefix_lengths, device=device)
         self.siblings, self.sibling_index = (x.to(device) for x in _sibling_grid(prefix_rows, len(prefix_lengths)))
         longest_prefix, longest_suffix = max(1, *prefix_lengths), max(drawn) + 1
@@ -94,10 +107,11 @@ class Decode:
         )
         self.suffix_k, self.suffix_v = (x[:, : self.n, :, :longest_suffix] for x in (cache.suffix_k, cache.suffix_v))
 
+    def cache_write(self, layer: int) -> CacheWrite:
+        return CacheWrite(self.cache.suffix_k[layer], self.cache.suffix_v[layer], self.slots, self.positions)
+
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows of q beyond the active slots are padding; they come back as zeros."""
-        self.suffix_k[layer][self.slots, :, self.drawn] = k[: self.n]
-        self.suffix_v[layer][self.slots, :, self.drawn] = v[: self.n]
         attended = decode_attention(
             q[: self.n],
             self.prefix_k[layer],
@@ -107,7 +121,7 @@ class Decode:
             self.sibling_index,
             self.suffix_k[layer],
             self.suffix_v[layer],
-            self.drawn + 1,
+            self.suffix_lengths,
         )
         return attended if self.n == len(q) else torch.cat((attended, torch.zeros_like(q[self.n :])))
 

@@ -327,7 +327,11 @@ class Generator:
         padding = [0] * max(0, MIN_ROWS - len(active))
         ids, at = torch.tensor([last + padding, positions + padding], device=device)
         attend = Decode(
-            self._cache, [s.row for s in active], [len(p) - 1 for p in self._prompts], [s.suffix for s in active]
+            self._cache,
+            prefix_rows=[s.row for s in active],
+            prefix_lengths=[len(p) - 1 for p in self._prompts],
+            drawn=[s.suffix for s in active],
+            padding=len(padding),
         )
         logits = self.model.head(self.model.hidden(ids, at, attend))[: len(active)]
         if self._sampling is None:

@@ -13,20 +13,29 @@ Shape suffixes: N packed tokens, D width, H query heads, K key/value heads, C ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minem.errors import UserError
-from minem.kernels import linear_cross_entropy, rms_norm, swiglu
+from minem.kernels import linear_cross_entropy, rms_norm, rotary, swiglu
+from minem.kernels.rope import CacheWrite
 
-# (layer index, q [N, H, C], k [N, K, C], v [N, K, C]) -> [N, H, C]
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+class Attend(Protocol):
+    """Attention as the model calls it: once per layer, for all packed tokens."""
+
+    def cache_write(self, layer: int) -> CacheWrite | None:
+        """Where the layer's new keys and values are also to be written; the rotary embedding does it in passing."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, H, C], k and v [N, K, C] -> [N, H, C]."""
+
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -235,12 +244,6 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -
     return frequency
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [N, H, C]; channel i turns with channel i + C/2, by cos and sin [N, 1, C/2]."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
 # -------------------------------------------------------------------------------------------------- attention
 
 
@@ -272,6 +275,9 @@ class PackedAttention:
         self.gathers = [index.to(device) for index in gathers]
         self.kept = [index.to(device) for index in kept]
         self.restore = torch.cat(order).argsort().to(device)
+
+    def cache_write(self, layer: int) -> None:
+        """Training caches nothing."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.uniform:
@@ -327,24 +333,24 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.heads, self.kv_heads, self.channels = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        merged = (self.heads + 2 * self.kv_heads) * self.channels
+        self.heads, self.channels, self.eps = config.num_attention_heads, config.head_dim, config.rms_norm_eps
+        merged = (self.heads + 2 * config.num_key_value_heads) * self.channels
         self.qkv = Linear(config.hidden_size, merged, bias=config.qkv_bias)
         self.o = Linear(self.heads * self.channels, config.hidden_size, bias=config.o_bias)
         self.q_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.channels))  # [N, H + 2K, C]
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = qk.split((self.heads, self.kv_heads), dim=1)
-            qk = torch.cat((self.q_norm(q)[0], self.k_norm(k)[0]), dim=1)
-        q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
+        q, k, v = rotary(
+            self.qkv(x).unflatten(-1, (-1, self.channels)),  # [N, H + 2K, C]
+            cos,
+            sin,
+            self.heads,
+            q_norm=None if self.q_norm is None else self.q_norm.weight,
+            k_norm=None if self.k_norm is None else self.k_norm.weight,
+            eps=self.eps,
+            cache=attend.cache_write(self.layer),
+        )
         return self.o(attend(self.layer, q, k, v).flatten(1))
 
 
@@ -403,8 +409,8 @@ class Model(nn.Module):
         """Final normed hidden states [N, D] of packed tokens [N] at their positions [N], both int64."""
         rope = self.config.rope
         angle = positions.float()[:, None] * inverse_frequencies(rope, self.config.head_dim, self.device)
-        cos = (angle.cos() * rope.attention_factor).to(self.dtype)[:, None]
-        sin = (angle.sin() * rope.attention_factor).to(self.dtype)[:, None]
+        cos = (angle.cos() * rope.attention_factor).to(self.dtype)
+        sin = (angle.sin() * rope.attention_factor).to(self.dtype)
         x, residual = self.embed(input_ids), None
         for layer in self.layers:
             x, residual = layer(x, residual, cos, sin, attend)
