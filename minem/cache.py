@@ -37,8 +37,11 @@ class KVCache:
 
     def reserve(self, prefix: int, suffix: int) -> None:
         """Make room for prompts of `prefix` and suffixes of `suffix` positions, keeping what is there."""
-        self.prefix_k, self.prefix_v = (_grow(x, prefix) for x in (self.prefix_k, self.prefix_v))
-        self.suffix_k, self.suffix_v = (_grow(x, suffix) for x in (self.suffix_k, self.suffix_v))
+        # One after the other: old and new copies of all four would not fit where the cache is most of the memory.
+        self.prefix_k = _grow(self.prefix_k, prefix)
+        self.prefix_v = _grow(self.prefix_v, prefix)
+        self.suffix_k = _grow(self.suffix_k, suffix)
+        self.suffix_v = _grow(self.suffix_v, suffix)
 
     def move_prefix(self, source: int, target: int, length: int) -> None:
         for x in (self.prefix_k, self.prefix_v):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from minem.mstep import MStep
 from minem.packing import Example
 from minem.progress import Progress, percent
 from minem.run import RunDirectory, default_path, read_rows, write_rows
-from minem.samplers import import_object, make_sampler
+from minem.samplers import default_budget, import_object, make_sampler
 from minem.statistics import mcnemar
 from minem.weights import load, load_model, read_weights, resolve, save
 
@@ -61,11 +62,12 @@ class Experiment:
         limit_threads(self.model)
         self.generator = Generator(self.model, self.tokenizer, slots=config.run.slots)
         self.mstep = MStep(self.model, config.mstep)
+        self._check_lengths()
 
     @contextmanager
     def open(self, command: Sequence[str], overwrite: bool, **inputs: str) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
-        inputs = {"task rows": self.task.rows_sha256, **inputs}
+        inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
         with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
             self._describe()
             self._restore()
@@ -92,6 +94,7 @@ class Experiment:
         sampler = self.config.sampler
         step = EStep(
             sampler=self.sampler,
+            budget=self.config.sampler.budget or default_budget(self.config.sampler.name),
             generators={"plain": self.generator, "hinted": self._hinted_generator},
             verdict=self.verdict,
             params=SamplingParams(
@@ -123,7 +126,7 @@ class Experiment:
             kept = [row for row, full in zip(files, rows, strict=True) if full["kept"]]
             write_rows(record.path(f"{folder}/samples.jsonl"), files)
             write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
-            record.result.update(counts.summary(), valid=self._valid_share(kept))
+            record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
             self.run.log_metrics(stage, **record.result, tokens_per_second=counts.tokens / max(1e-9, line.elapsed))
 
     def m_step(self, iteration: int, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
@@ -152,7 +155,7 @@ class Experiment:
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
-                if self.mstep.separate_masters:
+                if self._masters_are_needed(iteration):
                     self.mstep.save_masters(record.path(f"{folder}/masters.safetensors"))
                 record.result.update(summary)
         # Outside the stage, so that a run that died between the two still cleans up.
@@ -210,7 +213,7 @@ class Experiment:
     @cached_property
     def _hinted_generator(self) -> Generator:
         """Hinted draws come from the current model, or from a second copy of the base model."""
-        if self.config.sampler.proposal == "current":
+        if self.config.sampler.proposal == "current" or self.config.sampler.name == "rsm":  # rsm never hints
             return self.generator
         base = load_model(self.base_folder, self.device, self.dtype)
         return Generator(base, self.tokenizer, slots=self.config.run.slots)
@@ -241,6 +244,14 @@ class Experiment:
             f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
         )
         self.progress.note(f"run     {self.run.path}")
+        if self._altered():
+            self.progress.note(
+                f"note    {', '.join(self._altered())}: the draws follow this altered policy, not the model's posterior"
+            )
+        if config.mstep.lr > 1e-4 and parameters > 10:
+            self.progress.note(
+                f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual"
+            )
 
     def _restore(self) -> None:
         """Take the weights of the last finished M-step."""
@@ -250,8 +261,45 @@ class Experiment:
         folder = self.run.path / done[-1].partition("/")[0]
         read_weights(self.model, folder / "model")
         self.mstep.reset()
-        if self.mstep.separate_masters:
+        if (folder / "masters.safetensors").exists():
             self.mstep.load_masters(folder / "masters.safetensors")
+
+    def _masters_are_needed(self, iteration: int) -> bool:
+        """Whether a later M-step goes on from float32 masters that the saved model does not hold."""
+        continues = self.config.run.init == "previous" and iteration < self.config.run.iterations
+        return continues and self.mstep.separate_masters
+
+    def _check_lengths(self) -> None:
+        """Refuse prompts that leave no room for an answer now, rather than after hours."""
+        task, sampler = self.task, self.config.sampler
+        wordings = [None] if sampler.name == "rsm" else [None, sampler.hint]  # rsm never shows a hint
+        for section, new, questions, hints in (
+            ("eval", self.config.eval.max_new_tokens, task.validation + task.test, [None]),
+            ("sampler", sampler.max_new_tokens, task.train, wordings),
+        ):
+            for question, hint in product(questions, hints):
+                length = len(encode_prompt(self.tokenizer, question, hint))
+                if length + new > self.generator.max_length:
+                    raise UserError(
+                        f"question {question.id!r}: its prompt of {length} tokens does not leave {new} of the "
+                        f"model's {self.generator.max_length} positions; lower {section}.max_new_tokens"
+                    )
+
+    def _altered(self) -> list[str]:
+        """What makes accepted draws follow another distribution than the model's own posterior: none by default.
+
+        The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer.
+        """
+        sampler = self.config.sampler
+        switches = {
+            "sampler.temperature": (sampler.temperature, 1.0),
+            "sampler.top_k": (sampler.top_k, 0),
+            "sampler.top_p": (sampler.top_p, 1.0),
+            "sampler.min_p": (sampler.min_p, 0.0),
+            "sampler.filter": (sampler.filter, "correct"),
+            "sampler.drop_leaks": (sampler.drop_leaks, False),
+        }
+        return [f"{key} = {value}" for key, (value, usual) in switches.items() if value != usual]
 
     def _skip(self, stage: str) -> bool:
         if self.run.finished(stage):
@@ -310,7 +358,11 @@ def train_on_samples(
     config: Config, samples: Path, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those whose status is "accepted", or all where none has a status."""
-    rows = [row for row in read_rows(samples) if row.get("status", "accepted") == "accepted"]
+    rows = [
+        row
+        for row in read_rows(samples)
+        if row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
+    ]
     if not rows:
         raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
@@ -375,6 +427,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the weights and the config of a model folder: a run is continued on the same model only."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def limit_threads(model: Model) -> None:
     """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS says otherwise.
 
@@ -393,4 +454,14 @@ def pick_verdict(name: str | None) -> Verdict:
     own: Callable[..., Any] = import_object(name, "task.verdict")
     if not callable(own):
         raise UserError(f"task.verdict = {name!r} is not a function")
-    return own
+
+    def checked(text: str, question: Question) -> str | None:
+        try:
+            answer = own(text, question)
+        except Exception as error:  # it is the user's: whatever it raises is told with the question it failed on
+            raise UserError(f"task.verdict {name!r} raised {error!r} on question {question.id!r}") from error
+        if answer is not None and not isinstance(answer, str):
+            raise UserError(f"task.verdict {name!r} must return a text or None, not {answer!r}")
+        return answer
+
+    return checked

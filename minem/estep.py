@@ -58,12 +58,14 @@ def judge(completion: Completion, question: Question, verdict: Verdict) -> tuple
 class EStep:
     """All that the E-step of an iteration needs to know.
 
+    budget: the most attempts at a question, whatever the sampler asks for.
     generators: which generator draws from which prompt. Two different ones where hinted draws come from the base model.
     keep_all: keep every draw whatever its verdict (r = 1), the control experiment.
     drop_leaks: also reject correct hinted rationales that cite the hint.
     """
 
     sampler: Sampler
+    budget: int
     generators: Mapping[Prompt, Generator]
     verdict: Verdict
     params: SamplingParams
@@ -113,11 +115,11 @@ class EStep:
         """Decide what can be decided, in the order of attempts, and see that the next one is under way."""
         while True:
             index = len(search.attempts)
-            wanted = self.sampler.next(search.question, search.attempts)
+            wanted = self._next(search, search.attempts)
             if wanted is None:
                 self._cancel_from(search, index, counts)
                 counts.done += 1
-                counts.solved += any(a.accepted for a in search.attempts)
+                counts.solved += any(a.status == "accepted" for a in search.attempts)
                 search.done = True
                 return
             if search.prompts.get(index) != wanted:  # not started, or started on an assumption that did not hold
@@ -126,6 +128,17 @@ class EStep:
             if index not in search.finished:
                 return
             self._decide(search, index, counts)
+
+    def _next(self, search: _Search, attempts: Sequence[Attempt]) -> Prompt | None:
+        """What the sampler wants next, within the budget.
+
+        Raises:
+            UserError: it wants something that is no prompt.
+        """
+        wanted = self.sampler.next(search.question, attempts) if len(attempts) < self.budget else None
+        if wanted is not None and wanted not in self.generators:
+            raise UserError(f"the sampler asked for {wanted!r}; next() must return 'plain', 'hinted' or None")
+        return wanted
 
     def _decide(self, search: _Search, index: int, counts: Counts) -> None:
         completion, prompt = search.finished.pop(index), search.prompts[index]
@@ -179,7 +192,7 @@ class EStep:
     def _fill_idle_slots(self, searches: Sequence[_Search]) -> None:
         """Start attempts ahead of time where slots would stand empty, one more for each open question in turn."""
         idle = {id(g): g.idle_slots for g in self.generators.values()}
-        if not any(idle.values()):
+        if not all(idle.values()):  # of two generators the second may have nothing to do yet: that is no reason
             return
         waiting = sorted((s for s in searches if not s.done), key=lambda s: len(s.in_flight))
         while waiting and any(idle.values()):
@@ -187,7 +200,7 @@ class EStep:
             for search in waiting:
                 index = len(search.attempts) + len(search.in_flight)
                 assumed = [Attempt(search.prompts[i], accepted=False) for i in range(len(search.attempts), index)]
-                prompt = self.sampler.next(search.question, [*search.attempts, *assumed])
+                prompt = self._next(search, [*search.attempts, *assumed])
                 if prompt is None or not idle[id(self.generators[prompt])]:
                     continue
                 self._start(search, index, prompt, first=False)
@@ -202,7 +215,7 @@ class Counts:
 
     questions: int
     done: int = 0
-    solved: int = 0  # questions with a kept draw
+    solved: int = 0  # questions with a right draw
     attempts: int = 0
     kept: int = 0
     kept_tokens: int = 0

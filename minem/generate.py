@@ -15,6 +15,7 @@ Scheduling depends on tokens only, never on the clock, so the same start gives t
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from minem.cache import Decode, KVCache, Prefill
-from minem.errors import UserError
+from minem.errors import GuardError, UserError
 from minem.kernels import sample
 from minem.model import Model
 from minem.tokenizer import Tokenizer
@@ -35,7 +36,10 @@ MIN_ROWS = 8  # below 8 rows the CPU's matrix products round differently for eac
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to draw. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off."""
+    """How to draw. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch those filters off.
+
+    EOS is not drawn, and stop texts are not looked for, before min_new_tokens.
+    """
 
     n: int = 1
     temperature: float = 1.0
@@ -68,7 +72,10 @@ class SamplingParams:
 
 @dataclass(eq=False)
 class Request:
-    """One draw from one prompt. `seed` keys its random stream; `tag` is the caller's own and comes back untouched."""
+    """One draw from one prompt, whatever `params.n` and `params.seed` say: those are for `Generator.generate`.
+
+    `seed` keys the draw's random stream (`stream_seed`); `tag` is the caller's own and comes back untouched.
+    """
 
     prompt_ids: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -137,7 +144,6 @@ class Generator:
         self._waiting: deque[Request] = deque()
         self._active: list[_Slot] = []  # position in this list = slot in the cache
         self._prompts: list[tuple[int, ...]] = []  # position in this list = prefix row in the cache
-        self._weights_version = -1  # of the weights that the cached prompts were computed with
         self._finished: list[Completion] = []
         self._sampling: _SamplingTensors | None = None  # of the active slots; None when they changed
 
@@ -158,7 +164,7 @@ class Generator:
             UserError: a prompt is empty, or does not fit max_length together with max_new_tokens.
         """
         params = params or SamplingParams()
-        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
+        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
         seen: Counter[tuple[int, ...]] = Counter()
         requests: list[list[Request]] = []
         for ids in encoded:
@@ -170,8 +176,10 @@ class Generator:
             self._check(request)  # all of them before any is drawn
         for request in (r for group in requests for r in group):
             self.submit(request)
-        done = {id(completion.request): completion for completion in self}
-        return [[done[id(r)] for r in group] for group in requests]
+        done = {completion.request: completion for completion in self}
+        drawn = [[done.pop(request) for request in group] for group in requests]
+        self._finished += done.values()  # of requests that were submitted before: still to be handed out
+        return drawn
 
     # ---------------------------------------------------------------------------------------------- streaming form
 
@@ -257,7 +265,7 @@ class Generator:
         free = self.slots - len(self._active)
         admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
         if not self._active:
-            self._forget_old_weights()
+            self._prompts.clear()  # whoever runs the generator dry may have changed the weights since
         if not admitted and self._sampling is not None:
             return  # the slots are as they were in the last step
         self._keep_prompts({slot.row for slot in self._active}, {tuple(r.prompt_ids) for r in admitted})
@@ -276,13 +284,6 @@ class Generator:
             self._active.append(_Slot(request, rows[prompt]))
         self._sampling = None
         self._prefill([row for row in new if len(self._prompts[row]) > 1])
-
-    def _forget_old_weights(self) -> None:
-        """Drop cached prompts if the weights were changed in place since (PyTorch counts the changes)."""
-        version = sum(parameter._version for parameter in self.model.parameters())
-        if version != self._weights_version:
-            self._prompts.clear()
-            self._weights_version = version
 
     def _keep_prompts(self, used_rows: set[int], wanted: set[tuple[int, ...]]) -> None:
         """Drop the prompts that are neither in use nor about to be; the others close up to the front."""
@@ -338,6 +339,8 @@ class Generator:
             self._sampling = _SamplingTensors([s.request for s in active], device)
         drawn = self._sampling.draw(logits, [s.suffix for s in active], self._stop_ids)
         tokens, logprobs, proposal_logprobs = (x.tolist() for x in drawn)
+        if not math.isfinite(sum(logprobs)):
+            raise GuardError("the model's logits are not finite, so nothing can be drawn: are its weights intact?")
         for slot, token, logprob, proposal in zip(active, tokens, logprobs, proposal_logprobs, strict=True):
             slot.token_ids.append(token)
             slot.logprobs.append(logprob)

@@ -168,12 +168,16 @@ def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
     if not isinstance(rope, Mapping):
         raise UserError(f"{source}: {key} must be an object, not {rope!r}")
     where = f"{source}: {key}"
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(f"{where}: settings for each kind of layer are not supported, only one for all layers")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise UserError(f"{where}: rope_type {kind!r} is not one of default, linear, llama3, yarn")
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported")
     theta = _number(rope, "rope_theta", where) if "rope_theta" in rope else _number(raw, "rope_theta", source, 10_000.0)
+    if theta <= 1:
+        raise UserError(f"{where}: rope_theta must be above 1, not {theta:g}")
     if kind == "default":
         return RopeConfig(theta)
     factor = _number(rope, "factor", where)

@@ -1,4 +1,4 @@
-"""The M-step: raise the log-probability of the kept samples, exactly the same however they are cut into micro-batches.
+"""The M-step: raise the log-probability of the kept samples; how they are cut into micro-batches does not matter.
 
     mstep = MStep(model, MStepConfig(lr=1e-5))
     summary = mstep.run(examples, seed=0, iteration=1, on_step=print)

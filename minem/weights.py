@@ -24,13 +24,13 @@ from torch import Tensor
 
 from minem.errors import UserError
 from minem.model import ARCHITECTURES, Model, ModelConfig
-from minem.tokenizer import Tokenizer
+from minem.tokenizer import Tokenizer, read_json
 
 TOY = Path(__file__).parent / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
 COPY_BYTES = 4 * 2**20
-MAX_JSON_BYTES = 64 * 2**20
+INDEX_LIMIT = 64 * 2**20  # bytes of a shard index, which names every tensor
 
 
 def load(
@@ -107,8 +107,8 @@ def _copy_rows(source: Any, target: Tensor) -> None:
 def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a Hugging Face folder: transformers loads it to the same logits, ids, EOS and chat template.
 
-    The tokenizer's files, generation_config.json and config.json are those the model came with, byte for byte, but
-    for config.json's dtype, which says what the weights are now. Files of 5 GiB at most, with an index where several.
+    The tokenizer's files and generation_config.json are those the model came with, byte for byte; config.json has the
+    same fields, and its dtype says what the weights are now. Files of 5 GiB at most, with an index where several.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,32 +180,13 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     return download(str(folder_or_hub_id), "model", HUB_FILES, revision)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of at most 64 MiB.
-
-    Raises:
-        UserError: the file is missing, too large, or not a JSON object.
-    """
-    if not path.is_file():
-        raise UserError(f"{path.parent}: {path.name} is missing; a Hugging Face model folder has one")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, which no such file needs")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         raise UserError(f"{folder}: model.safetensors is missing (other formats are not read; convert to safetensors)")
-    names = read_json(index).get("weight_map")
+    names = read_json(index, INDEX_LIMIT).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     for name in sorted(set(names.values())):
@@ -224,6 +205,8 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+    for old in folder.glob("model*.safetensors*"):  # a model that was saved here before must not win over this one
+        old.unlink()
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import minem
 from minem.data.tasks import Question
 from minem.data.verdict import strict
+from minem.errors import UserError
 from minem.estep import EStep, encode_prompt, judge
 from minem.generate import Completion, Request, SamplingParams, stream_seed
 from minem.samplers import Attempt, make_sampler
@@ -101,6 +102,7 @@ class _Tokenizer:
 def e_step(generator: Any, name: str = "rsm", budget: int = 8, draws: str = "first", **more: Any) -> EStep:
     return EStep(
         sampler=make_sampler(name, budget, draws),
+        budget=budget,
         generators={"plain": generator, "hinted": more.pop("hinted", generator)},
         verdict=strict,
         params=SamplingParams(max_new_tokens=40),
@@ -199,6 +201,24 @@ class Fickle:
         if len(attempts) >= 6 or any(a.accepted for a in attempts):
             return None
         return "hinted" if attempts and attempts[-1].status == "unparsed" else "plain"
+
+
+class Endless:
+    """Asks for more whatever happened."""
+
+    def next(self, question: Question, attempts: list[Attempt]) -> str:
+        return self.wants
+
+    wants = "plain"
+
+
+def test_a_sampler_of_ones_own_is_held_to_the_budget():
+    for slots in (1, 300):
+        _, counts = dataclasses.replace(e_step(Scripted(slots), budget=3), sampler=Endless()).run(QUESTIONS)
+        assert counts.attempts == 3 * len(QUESTIONS)
+    Endless.wants = "Hinted"
+    with pytest.raises(UserError, match="'Hinted'"):
+        dataclasses.replace(e_step(Scripted(4)), sampler=Endless()).run(QUESTIONS)
 
 
 @pytest.mark.parametrize("slots", [1, 7, 300])
