@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from minem.errors import UserError
+from minem.errors import UserError, is_reference, require
 from minem.hub import download
 
 SPLITS = ("train", "validation", "test")
@@ -41,6 +41,20 @@ TASKS = ("toy", *HUB)
 TOY = Path(__file__).parent / "toy"
 MMLU_TRAIN = 5_000  # questions sampled from the 99,842 of auxiliary_train: about as many as OpenBookQA has
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """Which questions, and who says what is right."""
+
+    name: str = "toy"  # toy, arc-challenge, arc-easy, openbookqa, mmlu, or a folder or file of your own
+    limit: int | None = None  # at most so many questions of each split, train and test alike
+    verdict: str | None = None  # module:function that replaces the answer check
+
+    def __post_init__(self) -> None:
+        require("task", self, limit=(self.limit is None or self.limit >= 1, "1 or more"))
+        if self.verdict is not None:
+            require("task", self, verdict=(is_reference(self.verdict), "written as module:function"))
 
 
 @dataclass(frozen=True)

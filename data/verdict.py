@@ -131,7 +131,7 @@ def _another(labels: tuple[str, ...]) -> re.Pattern[str]:
     """A second label offered beside the first: "or B", ", B", "/B", "& B", "and (C)"."""
     names = "|".join(re.escape(label) for label in labels)
     return re.compile(
-        rf"[\s,.;:(\[*]*(?:or|and|nor|and/or)\b|\s*[/&]|\s*,[\s*(\[]*(?:{names})[*)\]]*\s*(?:\Z|[,.;]|or\b|and\b)",
+        rf"[\s,.;:(\[*\-\u2013\u2014]*(?:maybe|perhaps|possibly)?\s*(?:or|and|nor|and/or|as\s+well\s+as)\b|\s*[/&]|\s*[,;][\s*(\[]*(?:{names})[*)\]]*\s*(?:\Z|[,.;]|or\b|and\b)",
         re.IGNORECASE,
     )
 

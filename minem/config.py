@@ -1,6 +1,6 @@
 """The config of a run: six small sections, read from TOML and flags, and checked before anything starts.
 
-    minem train CONFIG.toml --set mstep.lr=2e-5 --set sampler.draws=all --dry-run
+    minem train CONFIG.toml --set mstep.lr=2e-5 --set sampler.draws=all
 
 Every key has a default, so a config names only what differs; `configs/` holds commented examples. A mistake is one
 sentence that says where it stands (file or flag), which key it is, what would be right, and the nearest valid name.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 import tomllib
 import types
@@ -21,10 +20,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from minem.data.prompts import DEFAULT_HINT, HINTS
-from minem.errors import UserError
+from minem.data.tasks import TaskConfig
+from minem.errors import UserError, one_of, shown
+from minem.evaluate import EvalConfig
 from minem.mstep import MStepConfig
-from minem.samplers import SAMPLERS, default_budget
+from minem.run import RunConfig, difference, to_toml
+from minem.samplers import SamplerConfig
+from minem.weights import WeightsConfig
+
+__all__ = ["FLAGS", "Config", "difference", "load_config", "to_toml"]
 
 SIZE_LIMIT = 1 << 20  # bytes of a config file
 # The flags that are short for a key. They win over the file; saying a key twice on one command line is an error.
@@ -43,100 +47,18 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
-class ModelSection:
-    id: str = "toy"  # the embedded model, a Hugging Face folder, or a hub id
-    revision: str | None = None  # of a hub id: branch, tag or commit
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights: bfloat16 on a GPU, float32 on the CPU
-
-
-@dataclass(frozen=True)
-class TaskSection:
-    name: str = "toy"  # toy, arc-challenge, arc-easy, openbookqa, mmlu, or a folder or file of your own
-    limit: int | None = None  # at most so many questions of each split, train and test alike
-    verdict: str | None = None  # module:function that replaces the answer check
-
-    def __post_init__(self) -> None:
-        _require("task", self, limit=(self.limit is None or self.limit >= 1, "1 or more"))
-        if self.verdict is not None:
-            _require("task", self, verdict=(_is_reference(self.verdict), "written as module:function"))
-
-
-@dataclass(frozen=True)
-class SamplerSection:
-    name: str = "rsm"  # rsm, star, pps, or module:Class
-    budget: int | None = None  # most attempts per question and iteration; by default rsm 8, star 2, pps 1
-    draws: Literal["first", "all"] = "first"  # stop at the first accepted draw, or spend the budget and keep them all
-    proposal: Literal["current", "base"] = "current"  # the model that hinted draws come from
-    hint: str = DEFAULT_HINT  # the wording that shows the answer, a name of minem.data.prompts.HINTS
-    filter: Literal["correct", "none"] = "correct"  # "none" keeps every draw: the control experiment
-    drop_leaks: bool = False  # also reject hinted rationales that cite the hint
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if self.budget is None:  # resolved here, so that a run's record shows the number
-            object.__setattr__(self, "budget", default_budget(self.name))
-        _require(
-            "sampler",
-            self,
-            name=(self.name in SAMPLERS or _is_reference(self.name), _one_of(self.name, SAMPLERS, "or module:Class")),
-            budget=(typing.cast(int, self.budget) >= 1, "1 or more"),
-            hint=(self.hint in HINTS, _one_of(self.hint, HINTS)),
-            temperature=(self.temperature > 0, "above 0: draws that never vary cannot be sampled from"),
-            top_k=(self.top_k >= 0, "0 (off) or more"),
-            top_p=(0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            min_p=(0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
-        )
-
-
-@dataclass(frozen=True)
-class EvalSection:
-    max_new_tokens: int = 1024
-    samples: int = 1  # draws per question at temperature 1, beside the greedy answer; 0: greedy alone
-
-    def __post_init__(self) -> None:
-        _require(
-            "eval",
-            self,
-            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
-            samples=(self.samples >= 0, "0 or more"),
-        )
-
-
-@dataclass(frozen=True)
-class RunSection:
-    iterations: int = 4
-    seed: int = 0
-    out: str | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    init: Literal["previous", "base"] = "previous"  # what each M-step starts from; "base" as in STaR
-    keep: Literal["last", "all"] = "last"  # model folders that stay on disk
-    slots: int | None = None  # sequences generated at once; by default what memory allows
-
-    def __post_init__(self) -> None:
-        _require(
-            "run",
-            self,
-            iterations=(self.iterations >= 1, "1 or more"),
-            seed=(0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
-            slots=(self.slots is None or self.slots >= 1, "1 or more"),
-        )
-
-
-@dataclass(frozen=True)
 class Config:
-    """What a run is. Two runs with equal configs, `run.out` apart, are the same experiment."""
+    """What a run is; each section is owned by the module that uses it.
 
-    model: ModelSection = field(default_factory=ModelSection)
-    task: TaskSection = field(default_factory=TaskSection)
-    sampler: SamplerSection = field(default_factory=SamplerSection)
+    Two runs with equal configs, `run.out` apart, are the same experiment.
+    """
+
+    model: WeightsConfig = field(default_factory=WeightsConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
     mstep: MStepConfig = field(default_factory=MStepConfig)
-    eval: EvalSection = field(default_factory=EvalSection)
-    run: RunSection = field(default_factory=RunSection)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
 
 
 SECTIONS: dict[str, type] = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config)}
@@ -169,39 +91,6 @@ def load_config(
     return Config(**sections)
 
 
-def to_toml(config: Config) -> str:
-    """The config as TOML that `load_config` reads back to an equal one. Keys that are None are left out."""
-    lines = []
-    for section, values in dataclasses.asdict(config).items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def difference(old: Config, new: Config) -> list[str]:
-    """One line per key that differs, like "sampler.budget: 8 -> 4"."""
-    before, after = _flat(old), _flat(new)
-    return [f"{key}: {_shown(before[key])} -> {_shown(after[key])}" for key in before if before[key] != after[key]]
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    return {f"{s}.{key}": value for s, values in dataclasses.asdict(config).items() for key, value in values.items()}
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else _toml_value(value)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, str):
-        # TOML's basic strings are JSON's, but that they also escape DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
-
-
 def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:
     """("section.key", value) for everything in the file."""
     try:
@@ -214,7 +103,7 @@ def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"config {path} is not valid TOML: {' '.join(str(error).split())[:300]}") from error
     for section, values in content.items():
         if section not in SECTIONS:
-            wanted = _one_of(section, [f"[{name}]" for name in SECTIONS])
+            wanted = one_of(section, [f"[{name}]" for name in SECTIONS])
             raise UserError(f"{path}: there is no section [{section}]; it must be {wanted}")
         if not isinstance(values, dict):
             raise UserError(f"{path}: {section} must be a section, [{section}], not a value")
@@ -277,41 +166,13 @@ def _typed(key: str, value: Any, origin: str) -> Any:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise UserError(f"{origin}: {key} is {_any(value)}; it must be {_one_of(value, choices)}")
+            raise UserError(f"{origin}: {key} is {shown(value)}; it must be {one_of(value, choices)}")
         return value
     if hint is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         wanted = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}[hint]
-        raise UserError(f"{origin}: {key} is {_any(value)}; it must be {wanted}")
+        raise UserError(f"{origin}: {key} is {shown(value)}; it must be {wanted}")
     if hint is str and (not value or any("\ud800" <= c <= "\udfff" for c in value)):
         raise UserError(f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode and not empty")
     return value
-
-
-def _any(value: Any) -> str:
-    """Whatever TOML may hold, short enough for a sentence."""
-    try:
-        shown = _toml_value(value) if isinstance(value, str | bool | int | float) else str(value)
-    except ValueError:  # Python prints no integer of thousands of digits
-        shown = "too long to show"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
-
-
-def _require(section: str, values: Any, **rules: tuple[bool, str]) -> None:
-    for name, (valid, wanted) in rules.items():
-        if not valid:
-            raise UserError(f"{section}.{name} is {_any(getattr(values, name))}; it must be {wanted}")
-
-
-def _one_of(value: Any, choices: Iterable[str], more: str = "") -> str:
-    names = list(choices)
-    listed = " ".join(filter(None, ["one of " + ", ".join(names), more]))
-    near = difflib.get_close_matches(str(value), names, n=1)
-    return f"{listed} (did you mean {near[0]}?)" if near else listed
-
-
-def _is_reference(name: str) -> bool:
-    """Is it written as module:name?"""
-    module, _, attribute = name.partition(":")
-    return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))

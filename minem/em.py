@@ -17,12 +17,11 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import minem
-from minem.config import Config
 from minem.data import verdict
 from minem.data.tasks import Question, load_task
 from minem.errors import GuardError, UserError
@@ -37,6 +36,9 @@ from minem.run import RunDirectory, default_path, read_rows, write_rows
 from minem.samplers import default_budget, import_object, make_sampler
 from minem.statistics import mcnemar
 from minem.weights import load, load_model, read_weights, resolve, save
+
+if TYPE_CHECKING:
+    from minem.config import Config
 
 SMALL_MODEL = 10_000_000  # parameters
 

@@ -1,8 +1,16 @@
 """The three ways a run ends other than well, each with its exit code.
 
 Everything that a person can put right is raised as one of these with one clear sentence; the command line prints
-the sentence and exits with the code. Anything else is a bug in minem and keeps its traceback.
+the sentence and exits with the code. Anything else is a bug in minem and keeps its traceback. Below them stand the few
+words with which the configs of several modules say what is wrong.
 """
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from typing import Any
 
 
 class MinemError(Exception):
@@ -25,3 +33,31 @@ class GuardError(MinemError):
     """A guard stopped the run: non-finite numbers, or nothing accepted and so nothing to train on. Exit code 4."""
 
     exit_code = 4
+
+
+def require(section: str, values: Any, **rules: tuple[bool, str]) -> None:
+    for name, (valid, wanted) in rules.items():
+        if not valid:
+            raise UserError(f"{section}.{name} is {shown(getattr(values, name))}; it must be {wanted}")
+
+
+def shown(value: Any) -> str:
+    """Whatever TOML may hold, short enough for a sentence."""
+    try:
+        shown = json.dumps(value) if isinstance(value, str | bool) else str(value)
+    except ValueError:  # Python prints no integer of thousands of digits
+        shown = "too long to show"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
+def one_of(value: Any, choices: Iterable[str], more: str = "") -> str:
+    names = list(choices)
+    listed = " ".join(filter(None, ["one of " + ", ".join(names), more]))
+    near = difflib.get_close_matches(str(value), names, n=1)
+    return f"{listed} (did you mean {near[0]}?)" if near else listed
+
+
+def is_reference(name: str) -> bool:
+    """Is it written as module:name?"""
+    module, _, attribute = name.partition(":")
+    return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))

@@ -9,14 +9,31 @@ at 95 %. Unparsed and truncated answers count as wrong and are reported apart, s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from minem.data.tasks import Question
 from minem.data.verdict import flexible
-from minem.errors import UserError
+from minem.errors import UserError, require
 from minem.estep import Verdict, encode_prompt, judge
 from minem.generate import Completion, Generator, Request, SamplingParams, stream_seed
 from minem.statistics import wilson
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """How accuracy is measured."""
+
+    max_new_tokens: int = 1024
+    samples: int = 1  # draws per question at temperature 1, beside the greedy answer; 0: greedy alone
+
+    def __post_init__(self) -> None:
+        require(
+            "eval",
+            self,
+            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
+            samples=(self.samples >= 0, "0 or more"),
+        )
 
 
 def evaluate(

@@ -28,21 +28,47 @@ import re
 import shutil
 import subprocess
 import time
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import minem
-from minem.config import Config, difference, load_config, to_toml
-from minem.errors import Interrupted, UserError
+from minem.errors import Interrupted, UserError, require
+
+if TYPE_CHECKING:
+    from minem.config import Config
 
 PARTIAL = ".partial."
 LOCK = ".lock"
 ROW_LIMIT = 64 << 20  # bytes of one line of a JSONL file
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How long, from which seed, and where."""
+
+    iterations: int = 4
+    seed: int = 0
+    out: str | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    init: Literal["previous", "base"] = "previous"  # what each M-step starts from; "base" as in STaR
+    keep: Literal["last", "all"] = "last"  # model folders that stay on disk
+    slots: int | None = None  # sequences generated at once; by default 64 on the CPU, 256 on a GPU
+
+    def __post_init__(self) -> None:
+        require(
+            "run",
+            self,
+            iterations=(self.iterations >= 1, "1 or more"),
+            seed=(0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            slots=(self.slots is None or self.slots >= 1, "1 or more"),
+        )
 
 
 class Stage:
@@ -229,7 +255,7 @@ class RunDirectory:
             _write_whole(self.path / "metrics.jsonl", b"".join(map(_json_line, kept)))
 
     def _refuse_another_run(self, inputs: dict[str, str]) -> None:
-        changes = difference(_without_out(load_config(self.path / "config.toml")), self.config)
+        changes = difference(_read_config(self.path / "config.toml"), dataclasses.asdict(self.config))
         before = read_facts(self.path).get("inputs", {})
         changes += [f"{name} changed" for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
         if changes:
@@ -237,6 +263,46 @@ class RunDirectory:
                 f"{self.path} holds a run that was started differently ({'; '.join(changes)}): "
                 "give --overwrite to start it anew, or another --out to keep both"
             )
+
+
+def to_toml(config: Config) -> str:
+    """The config as TOML, as `load_config` reads it back to an equal one. Keys that are None are left out."""
+    lines = []
+    for section, values in dataclasses.asdict(config).items():
+        lines.append(f"[{section}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line per key that differs, like "sampler.budget: 8 -> 4"; {section: {key: value}}, None for not set."""
+    before, after = ({f"{s}.{key}": v for s, values in c.items() for key, v in values.items()} for c in (old, new))
+    keys = {**after, **before}
+    return [f"{k}: {_shown(before.get(k))} -> {_shown(after.get(k))}" for k in keys if before.get(k) != after.get(k)]
+
+
+def _read_config(path: Path) -> dict[str, dict[str, Any]]:
+    """What `to_toml` wrote."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged ({' '.join(str(error).split())}); give --overwrite to start anew"
+        ) from error
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else _toml_value(value)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, str):
+        # TOML's basic strings are JSON's, but that they also escape DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
 
 
 def default_path(config: Config) -> Path:

@@ -26,7 +26,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from minem.errors import UserError
+from minem.data.prompts import DEFAULT_HINT, HINTS
+from minem.errors import UserError, is_reference, one_of, require
 
 if TYPE_CHECKING:
     from minem.data.tasks import Question
@@ -97,6 +98,40 @@ SAMPLERS: dict[str, type[Budgeted]] = {
     "pps": PromptPosteriorSampling,
 }
 DEFAULT_BUDGETS = {"rsm": 8, "star": 2, "pps": 1}
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """How rationales are looked for, and which are kept."""
+
+    name: str = "rsm"  # rsm, star, pps, or module:Class
+    budget: int | None = None  # most attempts per question and iteration; by default rsm 8, star 2, pps 1
+    draws: Literal["first", "all"] = "first"  # stop at the first accepted draw, or spend the budget and keep them all
+    proposal: Literal["current", "base"] = "current"  # the model that hinted draws come from
+    hint: str = DEFAULT_HINT  # the wording that shows the answer, a name of minem.data.prompts.HINTS
+    filter: Literal["correct", "none"] = "correct"  # "none" keeps every draw: the control experiment
+    drop_leaks: bool = False  # also reject hinted rationales that cite the hint
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.budget is None:  # resolved here, so that a run's record shows the number
+            object.__setattr__(self, "budget", default_budget(self.name))
+        require(
+            "sampler",
+            self,
+            name=(self.name in SAMPLERS or is_reference(self.name), one_of(self.name, SAMPLERS, "or module:Class")),
+            budget=((self.budget or 0) >= 1, "1 or more"),
+            hint=(self.hint in HINTS, one_of(self.hint, HINTS)),
+            temperature=(self.temperature > 0, "above 0: draws that never vary cannot be sampled from"),
+            top_k=(self.top_k >= 0, "0 (off) or more"),
+            top_p=(0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
+            min_p=(0 <= self.min_p <= 1, "between 0 (off) and 1"),
+            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
+        )
 
 
 def default_budget(name: str) -> int:

@@ -14,8 +14,9 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +32,15 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 64 * 2**20  # bytes of a shard index, which names every tensor
+
+
+@dataclass(frozen=True)
+class WeightsConfig:
+    """Which model, and what its weights become."""
+
+    id: str = "toy"  # the embedded model, a Hugging Face folder, or a hub id
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights: bfloat16 on a GPU, float32 on the CPU
 
 
 def load(
