@@ -88,7 +88,7 @@ def _tiles(rows: Tensor) -> tuple[tuple[int], dict[str, int]]:
         "WIDTH": width,
         "BLOCK": block,
         "ROWS": height,
-        "num_warps": min(16, max(4, block // 512)),
+        "num_warps": min(16, max(4, block // 256)),
     }
 
 

@@ -3,7 +3,7 @@
     python -m minem.kernels.resources --target sm_90
     python -m minem.kernels.resources --target sm_80 --json
 
-Every public operation is called as the toolkit calls it, at the shapes of four models, on tensors that have shapes but
+Every public operation is called as the toolkit calls it, at the shapes of seven models, on tensors that have shapes but
 no data (device "meta"), under a driver that names the target and launches nothing. So what is compiled is exactly what
 would run, launch rule included. Registers and stack are read from the machine code by the cuobjdump that triton
 carries; a spilled register lives on the stack, so any stack is counted as a spill. Exits with 1 if there is one.
@@ -41,6 +41,12 @@ SHAPES = (
     Shape("qwen2.5-3b", 2048, 16, 2, 128, 11_008, 151_936),
     Shape("llama-3.2-1b", 2048, 32, 8, 64, 8192, 128_256),
     Shape("llama-3.2-3b", 3072, 24, 8, 128, 8192, 128_256),
+)
+# Also compiled, for what they have that those have not: tiny and wide rows, other numbers of queries a key.
+OTHERS = (
+    Shape("toy", 128, 4, 4, 32, 320, 278),
+    Shape("qwen3-0.6b", 1024, 16, 8, 128, 3072, 151_936),
+    Shape("llama-2-7b", 4096, 32, 32, 128, 11_008, 32_000),
 )
 
 
@@ -134,7 +140,7 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """(variant, call) for every operation, shape and dtype that the toolkit launches."""
     import torch
 
-    for shape in SHAPES:
+    for shape in (*SHAPES, *OTHERS):
         for dtype in (torch.bfloat16, torch.float32):  # fp16 compiles to what bf16 does
             for variant, call in chain(*(calls(shape, dtype) for calls in CALLS)):
                 yield f"{shape.name} {str(dtype).removeprefix('torch.')} {variant}".strip(), call

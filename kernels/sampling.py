@@ -233,7 +233,8 @@ def _sample_triton(
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
     proposal = torch.empty_like(logprobs)
-    block = min(8192, max(128, 1 << (vocabulary - 1).bit_length()))
+    block = min(8192, max(512, 1 << (vocabulary - 1).bit_length()))
+    warps = max(4, block // 512)
     _sample_kernel[(rows,)](
         logits,
         logits.stride(0),
@@ -248,8 +249,8 @@ def _sample_triton(
         # bits of a logit's fp32 pattern that are 0 in every number of its own dtype need no searching
         KEY_SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
         BLOCK=block,
-        SEARCH_BLOCK=min(block, 2048),
-        num_warps=max(4, block // 512),
+        SEARCH_BLOCK=128 * warps,  # 8 pivots for 4 logits a thread: more spill registers
+        num_warps=warps,
     )
     return tokens, logprobs, proposal
 
