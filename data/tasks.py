@@ -19,6 +19,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -40,6 +41,7 @@ HUB = {
 TASKS = ("toy", *HUB)
 TOY = Path(__file__).parent / "toy"
 MMLU_TRAIN = 5_000  # questions sampled from the 99,842 of auxiliary_train: about as many as OpenBookQA has
+_SURROGATE = re.compile("[\ud800-\udfff]")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -99,9 +101,9 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Tas
         splits, note = _mmlu(revision or None, seed)
     elif name in HUB:
         splits, note = _hub_splits(name, revision or None)
-    elif path.is_dir():
+    elif os.path.isdir(name_or_path):
         splits, note = _folder(path)
-    elif path.is_file():
+    elif os.path.isfile(name_or_path):
         splits, note = _one_file(path)
     else:
         close = difflib.get_close_matches(name, TASKS, n=1)
@@ -124,8 +126,8 @@ def _folder(folder: Path) -> tuple[dict[str, list[Question]], str]:
             folder / f"{split}{suffix}" for suffix in (".jsonl", ".parquet") if (folder / f"{split}{suffix}").is_file()
         ]
         if len(found) != 1:
-            what = "both" if found else "neither"
-            raise UserError(f"{folder} holds {what} {split}.jsonl and {split}.parquet: it needs one of the two")
+            what = f"both {split}.jsonl and {split}.parquet" if found else f"neither {split}.jsonl nor {split}.parquet"
+            raise UserError(f"{folder} holds {what}: it needs one of the two")
         splits[split] = read_questions(found[0])
     trained = {question.id for question in splits["train"]}
     seen = sum(question.id in trained for split in ("validation", "test") for question in splits[split])
@@ -253,8 +255,8 @@ def _rows(path: Path) -> Iterable[tuple[int, Any]]:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line.decode())
-                except ValueError as error:  # bad UTF-8 is one, too
+                    yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
                     yield number, UserError(f"{path.name}, row {number}: not one JSON object in UTF-8 ({error})")
 
 
@@ -316,6 +318,8 @@ def _question(row: Any, where: str) -> Question:
     identity = _label(row["id"]) if "id" in row else _content_id(text, options, subject)
     if not identity:
         raise UserError(f"{where}: the field 'id' must be a text or a number, not {_shown(row['id'])}")
+    if any(_SURROGATE.search(part) for part in (text, *options, identity, subject)):
+        raise UserError(f"{where}: a field holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return Question(identity, text, tuple(options), tuple(labels), gold, subject)
 
 
@@ -333,7 +337,7 @@ def _shown(value: Any) -> str:
 
 def _content_id(text: str, options: list[str], subject: str) -> str:
     content = json.dumps([text, options, subject], ensure_ascii=False)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def _id_hash(question: Question) -> bytes:

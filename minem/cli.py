@@ -42,7 +42,9 @@ class _Group(click.Group):
             click.echo(f"minem: {clean(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo("minem: stopped; give the same command again to go on from the last finished stage", err=True)
+            resumable = ctx.invoked_subcommand in ("train", "sample")
+            advice = "; give the same command again to go on from the last finished stage" if resumable else ""
+            click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
 
 
@@ -148,7 +150,7 @@ def sample(
 @click.option("--limit", type=int, help="At most N questions.")
 @click.option("--verdict", help="Your own answer check, module:function.")
 @click.option("--samples", type=click.IntRange(min=0), default=0, show_default=True, help="Draws at temperature 1.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="By default 1024, or what the model has room for.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
@@ -159,7 +161,7 @@ def evaluate(
     limit: int | None,
     verdict: str | None,
     samples: int,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     seed: int,
     device: str,
     as_json: bool,
@@ -167,12 +169,14 @@ def evaluate(
     """Measure accuracy: greedy, with its 95 % interval, and the mean over draws at temperature 1."""
     from minem.data.tasks import load_task
     from minem.em import pick_verdict
+    from minem.estep import encode_prompt
     from minem.evaluate import evaluate as run
     from minem.progress import Progress, percent
 
     questions = getattr(load_task(task, limit, seed), split)
     generator = _generator(model, device)
-    new = min(max_new_tokens, generator.max_length // 2)
+    longest = max(len(encode_prompt(generator.tokenizer, question)) for question in questions)
+    new = max_new_tokens or max(1, min(1024, generator.max_length - longest))
     with Progress().stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
         _, summary = run(
             generator,

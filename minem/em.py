@@ -61,6 +61,8 @@ class Experiment:
         self.verdict = pick_verdict(config.task.verdict)
         self.base_folder = resolve(config.model.id, config.model.revision)
         self.model, self.tokenizer = load(self.base_folder, self.device, self.dtype)
+        if not self.tokenizer.eos_ids:
+            raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
         self.generator = Generator(self.model, self.tokenizer, slots=config.run.slots)
         self.mstep = MStep(self.model, config.mstep)
@@ -131,13 +133,13 @@ class Experiment:
             record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
             self.run.log_metrics(stage, **record.result, tokens_per_second=counts.tokens / max(1e-9, line.elapsed))
 
-    def m_step(self, iteration: int, rows: Sequence[Mapping[str, Any]] | None = None) -> None:
-        """Train on the kept rows of this iteration (or on `rows`) and write the model."""
+    def m_step(self, iteration: int, examples: Sequence[Example] | None = None) -> None:
+        """Train on the kept rows of this iteration (or on `examples`) and write the model."""
         folder = f"iter-{iteration:02d}"
         stage = f"{folder}/mstep"
         if not self._skip(stage):
-            kept = list(read_rows(self.run.path / folder / "accepted.jsonl")) if rows is None else rows
-            examples = self.examples(kept)
+            if examples is None:
+                examples = self.examples(self.run.path / folder / "accepted.jsonl", lambda row: True)
             if not examples:
                 raise GuardError(
                     f"iteration {iteration}: no rationale was accepted, so there is nothing to train on; "
@@ -193,23 +195,31 @@ class Experiment:
 
     # ---------------------------------------------------------------------------------------------------- the parts
 
-    def examples(self, rows: Sequence[Mapping[str, Any]]) -> list[Example]:
-        """What is trained: the *plain* prompt of the question with the very token ids that were drawn.
+    def examples(self, file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> list[Example]:
+        """What is trained of the rows that `keep` keeps: the *plain* prompt of the question with the ids as drawn.
 
         Raises:
-            UserError: a row has no such question in the training split, or no token ids.
+            UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or
+                more of them than the model has positions.
         """
         questions = {question.id: question for question in self.task.train}
         examples = []
-        for number, row in enumerate(rows, start=1):
-            question, ids = questions.get(str(row.get("id"))), row.get("token_ids")
+        for number, row in enumerate(read_rows(file), start=1):
+            if not keep(row):
+                continue
+            where, question, ids = f"{file}, row {number}", questions.get(str(row.get("id"))), row.get("token_ids")
             if question is None:
+                raise UserError(f"{where}: id {row.get('id')!r} is no training question of {self.task.name}")
+            if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+                raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
+            if row.get("text") is not None and self.tokenizer.decode(ids) != row["text"]:
+                raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")
+            prompt = encode_prompt(self.tokenizer, question)
+            if len(prompt) + len(ids) > self.generator.max_length:
                 raise UserError(
-                    f"samples, row {number}: id {row.get('id')!r} is no training question of {self.task.name}"
+                    f"{where}: {len(ids)} token ids and their prompt exceed {self.generator.max_length} positions"
                 )
-            if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
-                raise UserError(f"samples, row {number}: token_ids must be a list of the ids that were drawn")
-            examples.append(Example(question.id, encode_prompt(self.tokenizer, question), ids))
+            examples.append(Example(question.id, prompt, ids))
         return examples
 
     @cached_property
@@ -342,6 +352,8 @@ def sample(
     config: Config, iteration: int, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
 ) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
+    if overwrite and iteration > 1:
+        raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
     experiment = Experiment(config, progress)
     with experiment.open(command, overwrite) as run:
         before = f"iter-{iteration - 1:02d}"
@@ -359,21 +371,31 @@ def sample(
 def train_on_samples(
     config: Config, samples: Path, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
 ) -> dict[str, Any]:
-    """The M-step alone, on rows made anywhere: those whose status is "accepted", or all where none has a status."""
-    rows = [
-        row
-        for row in read_rows(samples)
-        if row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
-    ]
-    if not rows:
-        raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
+    """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
+
+    With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
+    """
+    if not samples.is_file():
+        raise UserError(f"--samples {samples} is not a file")
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
     if config.run.out is None:
         out = f"{default_path(config)}.samples-{digest[:8]}"
         config = replace(config, run=replace(config.run, out=out))
+
+    def keep(row: Mapping[str, Any]) -> bool:
+        return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
+
     experiment = Experiment(config, progress)
+    examples = experiment.examples(samples, keep)
+    if not examples:
+        raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
+    endless = sum(example.token_ids[-1] not in experiment.tokenizer.eos_ids for example in examples)
+    if endless:
+        progress.note(
+            f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
+        )
     with experiment.open(command, overwrite, samples=digest) as run:
-        experiment.m_step(1, rows)
+        experiment.m_step(1, examples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
 
 
@@ -463,7 +485,9 @@ def pick_verdict(name: str | None) -> Verdict:
         except Exception as error:  # it is the user's: whatever it raises is told with the question it failed on
             raise UserError(f"task.verdict {name!r} raised {error!r} on question {question.id!r}") from error
         if answer is not None and not isinstance(answer, str):
-            raise UserError(f"task.verdict {name!r} must return a text or None, not {answer!r}")
+            raise UserError(
+                f"task.verdict {name!r} must return a text or None, not {answer!r} (question {question.id!r})"
+            )
         return answer
 
     return checked

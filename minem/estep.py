@@ -133,10 +133,15 @@ class EStep:
         """What the sampler wants next, within the budget.
 
         Raises:
-            UserError: it wants something that is no prompt.
+            UserError: it fails, or wants something that is no prompt.
         """
-        wanted = self.sampler.next(search.question, attempts) if len(attempts) < self.budget else None
-        if wanted is not None and wanted not in self.generators:
+        if len(attempts) >= self.budget:
+            return None
+        try:
+            wanted = self.sampler.next(search.question, attempts)
+        except Exception as error:  # it may be the user's: whatever it raises is told with the question it failed on
+            raise UserError(f"the sampler raised {error!r} on question {search.question.id!r}") from error
+        if wanted is not None and wanted not in ("plain", "hinted"):
             raise UserError(f"the sampler asked for {wanted!r}; next() must return 'plain', 'hinted' or None")
         return wanted
 

@@ -31,6 +31,7 @@ from minem.model import Model
 from minem.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens
+MAX_SLOTS = 65_536
 MIN_ROWS = 8  # below 8 rows the CPU's matrix products round differently for each number of rows
 
 
@@ -57,8 +58,8 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         rules = [
             ("n", self.n >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
-            ("top_k", self.top_k >= 0, "0 (off) or a positive whole number"),
+            ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "0 (greedy) or 0.001 to 1000"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (off) or a positive whole number below 2^31"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
@@ -131,8 +132,8 @@ class Generator:
 
     def __init__(self, model: Model, tokenizer: Tokenizer, slots: int | None = None, max_length: int | None = None):
         limit = model.config.max_position_embeddings
-        if slots is not None and slots < 1:
-            raise UserError(f"slots = {slots} must be at least 1")
+        if slots is not None and not 1 <= slots <= MAX_SLOTS:
+            raise UserError(f"slots = {slots} must be between 1 and {MAX_SLOTS}")
         if max_length is not None and not 2 <= max_length <= limit:
             raise UserError(f"max_length = {max_length} must be between 2 and the model's {limit} positions")
         self.model = model
@@ -339,7 +340,7 @@ class Generator:
             self._sampling = _SamplingTensors([s.request for s in active], device)
         drawn = self._sampling.draw(logits, [s.suffix for s in active], self._stop_ids)
         tokens, logprobs, proposal_logprobs = (x.tolist() for x in drawn)
-        if not math.isfinite(sum(logprobs)):
+        if not math.isfinite(sum(logprobs) + sum(proposal_logprobs)):
             raise GuardError("the model's logits are not finite, so nothing can be drawn: are its weights intact?")
         for slot, token, logprob, proposal in zip(active, tokens, logprobs, proposal_logprobs, strict=True):
             slot.token_ids.append(token)

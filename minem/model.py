@@ -138,11 +138,18 @@ def _positive(raw: Mapping[str, Any], key: str, source: str, default: int | None
     value = default if raw.get(key) is None else raw[key]
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise UserError(f"{source}: {key} must be a positive whole number, not {value!r}")
+    if value >= 2**31:
+        raise UserError(f"{source}: {key} = {value} is beyond any model")
     return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
     """Name the first field that asks for what this decoder does not compute; approximating it would be a lie."""
+    kinds = {"model_type": str, "hidden_act": str, "layer_types": list, "sliding_window": int, "max_window_layers": int}
+    kinds |= dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), bool)
+    for key, kind in kinds.items():
+        if raw.get(key) is not None and type(raw[key]) is not kind:
+            raise UserError(f"{source}: {key} must be of the kind {kind.__name__}, not {raw[key]!r}")
     if raw.get("model_type") not in ARCHITECTURES:
         raise UserError(f"{source}: model_type {raw.get('model_type')!r} is not one of {', '.join(ARCHITECTURES)}")
     if raw.get("hidden_act", "silu") != "silu":
@@ -151,9 +158,11 @@ def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
         if raw.get(key) not in (None, harmless):
             raise UserError(f"{source}: {key} = {raw[key]!r} is not supported; use a checkpoint without it")
     window = raw.get("sliding_window")
-    layers = raw.get("layer_types") or []
+    layers = [str(kind) for kind in raw.get("layer_types") or []]
     windowed = "sliding_attention" in layers or (
-        not layers and raw.get("use_sliding_window") and raw.get("max_window_layers", 28) < raw["num_hidden_layers"]
+        not layers
+        and raw.get("use_sliding_window")
+        and raw.get("max_window_layers", 28) < _positive(raw, "num_hidden_layers", source)
     )
     if windowed and window is not None and window < raw.get("max_position_embeddings", 2048):
         raise UserError(f"{source}: sliding_window = {window} would bite; only full attention is supported")
@@ -190,6 +199,8 @@ def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
     )
     if kind == "llama3":
         low, high = _number(rope, "low_freq_factor", where), _number(rope, "high_freq_factor", where)
+        if low >= high:
+            raise UserError(f"{where}: low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})")
         return RopeConfig(theta, kind, factor, low, high, original)
     return RopeConfig(
         theta,
@@ -211,7 +222,7 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float, where: str) -
         return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
 
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return scale(rope["mscale"]) / scale(rope["mscale_all_dim"])
+        return scale(_number(rope, "mscale", where)) / scale(_number(rope, "mscale_all_dim", where))
     return scale(1.0)
 
 

@@ -196,6 +196,7 @@ class MStep:
                     row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
                     row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": float(norm)}
                     on_step(row | _metrics(totals, time.perf_counter() - started))
+        self._check_weights()
         seconds = time.perf_counter() - began
         return {
             "examples": len(examples),
@@ -233,6 +234,12 @@ class MStep:
             supervised += len(packed.targets)
             weight += sum(example.weight * len(example.token_ids) for example in members)
         return Totals(float(sum(losses)), float(sum(entropies)), tokens, supervised, weight)
+
+    def _check_weights(self) -> None:
+        """The last update has no loss after it that would show what it did."""
+        odd = [name for name, master in self.masters.items() if not master.isfinite().all()]
+        if odd:
+            raise GuardError(f"weights are not finite after the last update ({_some(odd)}); lower mstep.lr")
 
     def _check(self, examples: Sequence[Example]) -> None:
         if not examples:

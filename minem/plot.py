@@ -41,7 +41,7 @@ def plot_accuracy(run: RunDirectory, path: Path) -> None:
         label="test, greedy",
     )
     sampler = run.config.sampler
-    axes.set_title(f"{run.config.task.name}: {sampler.name}, budget {sampler.budget}")
+    axes.set_title(f"{run.config.task.name}: {sampler.name}, budget {sampler.budget}", parse_math=False)
     axes.set_xlabel("EM iteration (0: base model)")
     axes.set_ylabel("accuracy in %")
     axes.set_xticks(iterations)

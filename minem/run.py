@@ -67,7 +67,7 @@ class RunConfig:
             self,
             iterations=(self.iterations >= 1, "1 or more"),
             seed=(0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
-            slots=(self.slots is None or self.slots >= 1, "1 or more"),
+            slots=(self.slots is None or 1 <= self.slots <= 65_536, "between 1 and 65536"),
         )
 
 
@@ -143,7 +143,7 @@ class RunDirectory:
         Raises UserError where the directory holds something else, belongs to a running process, was started with a
         different config or other inputs, or cannot be written.
         """
-        path = Path(config.run.out) if config.run.out is not None else default_path(config)
+        path = Path(config.run.out).expanduser() if config.run.out is not None else default_path(config)
         config = _without_out(config)
         try:
             _check_place(path)

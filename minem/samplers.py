@@ -126,8 +126,8 @@ class SamplerConfig:
             name=(self.name in SAMPLERS or is_reference(self.name), one_of(self.name, SAMPLERS, "or module:Class")),
             budget=((self.budget or 0) >= 1, "1 or more"),
             hint=(self.hint in HINTS, one_of(self.hint, HINTS)),
-            temperature=(self.temperature > 0, "above 0: draws that never vary cannot be sampled from"),
-            top_k=(self.top_k >= 0, "0 (off) or more"),
+            temperature=(1e-3 <= self.temperature <= 1e3, "between 0.001 and 1000"),
+            top_k=(0 <= self.top_k < 2**31, "0 (off) or more, below 2^31"),
             top_p=(0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             min_p=(0 <= self.min_p <= 1, "between 0 (off) and 1"),
             max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
@@ -151,7 +151,7 @@ def make_sampler(name: str, budget: int | None = None, draws: Literal["first", "
     made = import_object(name, "sampler.name", ", ".join(SAMPLERS))
     try:
         sampler = made(budget=budget, draws=draws)
-    except TypeError as error:
+    except Exception as error:  # the user's own code: whatever it raises
         raise UserError(
             f"sampler.name {name!r} cannot be built as {name}(budget={budget}, draws={draws!r}): {error}"
         ) from error
@@ -173,8 +173,9 @@ def import_object(name: str, key: str, known: str = "") -> type:
     if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look where the user stands
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
-    except ImportError as error:
-        raise UserError(f"{key} = {name!r}: module {module!r} cannot be imported ({error})") from error
-    except AttributeError as error:
-        raise UserError(f"{key} = {name!r}: module {module!r} has no {attribute!r}") from error
+        imported = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises
+        raise UserError(f"{key} = {name!r}: module {module!r} cannot be imported ({error!r})") from error
+    if not hasattr(imported, attribute):
+        raise UserError(f"{key} = {name!r}: module {module!r} has no {attribute!r}")
+    return getattr(imported, attribute)

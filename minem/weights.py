@@ -30,6 +30,7 @@ from minem.tokenizer import Tokenizer, read_json
 TOY = Path(__file__).parent / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
+FILE_DTYPES = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 64 * 2**20  # bytes of a shard index, which names every tensor
 
@@ -66,6 +67,7 @@ def load(
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model of a local folder; see `load`."""
     config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    _check_size(config, folder)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -75,6 +77,19 @@ def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
         torch.set_default_dtype(usual)
     read_weights(model, folder)
     return model.eval()
+
+
+def _check_size(config: ModelConfig, folder: Path) -> None:
+    """Refuse a config that asks for more weights than its files can hold, before any memory is taken for them."""
+    heads = (config.num_attention_heads * 2 + config.num_key_value_heads * 2) * config.head_dim
+    block = config.hidden_size * (heads + 3 * config.intermediate_size)
+    vocabularies = 1 if config.tie_word_embeddings else 2
+    wanted = config.num_hidden_layers * block + vocabularies * config.vocab_size * config.hidden_size
+    there = sum(path.stat().st_size for path in _weight_files(folder))
+    if wanted > there:  # a weight takes a byte at the least
+        raise UserError(
+            f"{folder}: the weights do not fit config.json: {wanted:,} asked for, but files of {there:,} bytes"
+        )
 
 
 def read_weights(model: Model, folder: Path) -> None:
@@ -90,8 +105,11 @@ def read_weights(model: Model, folder: Path) -> None:
     for path in _weight_files(folder):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a dict)
-                shape = tuple(file.get_slice(name).get_shape())
-                if name in views and shape == tuple(views[name].shape):
+                shape, dtype = tuple(file.get_slice(name).get_shape()), file.get_slice(name).get_dtype()
+                if name in views and dtype not in FILE_DTYPES:
+                    problems.append(f"{name} is stored as {dtype}, not as one of {', '.join(FILE_DTYPES)}")
+                    found.add(name)
+                elif name in views and shape == tuple(views[name].shape):
                     _copy_rows(file.get_slice(name), views[name])
                     found.add(name)
                 elif name in views:
@@ -176,6 +194,8 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     Raises:
         UserError: neither a folder nor a repository that can be had; the sentence says what to do.
     """
+    if not str(folder_or_hub_id).strip():
+        raise UserError("model is empty; give a folder, a hub id, or toy")
     if str(folder_or_hub_id) == "toy":
         return TOY
     path = Path(folder_or_hub_id).expanduser()

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,44 @@ def test_the_benchmark_of_the_generator_runs():
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["tokens"] == 2 * 2 * 3
     assert {name: len(times) for name, times in told["seconds"].items()} == {"minem": 1, "transformers": 1}
+
+
+# Lowest first; a module may import from its own floor or from those below, never from above (types apart).
+FLOORS = [
+    {"errors", "kernels"},
+    {"hub", "statistics", "progress", "model", "weights", "tokenizer"},
+    {"cache", "generate", "data"},
+    {"samplers", "estep", "packing", "mstep"},
+    {"run"},
+    {"em", "evaluate", "plot"},
+    {"config"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def imports_at_run_time(tree: ast.AST) -> Iterator[str]:
+    """Modules of minem that a file imports, but for those under `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("minem."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.ImportFrom) and node.module == "minem":
+            yield from (alias.name for alias in node.names)
+        yield from imports_at_run_time(node)
+
+
+def test_no_module_imports_from_a_floor_above():
+    floor = {name: number for number, names in enumerate(FLOORS) for name in names}
+    files = {path: path.stem for path in (ROOT / "minem").glob("*.py") if path.stem != "__init__"}
+    files |= dict.fromkeys((ROOT / "kernels").glob("*.py"), "kernels")
+    files |= dict.fromkeys((ROOT / "data").glob("*.py"), "data")
+    for path, name in files.items():
+        for imported in imports_at_run_time(ast.parse(path.read_text())):
+            if imported in floor:
+                assert floor[imported] <= floor[name], f"{path.name} imports minem.{imported}"
+            if name == "kernels":
+                assert imported == "kernels", f"{path.name} knows of minem.{imported}"
+    for knows, other in (("samplers", "mstep"), ("mstep", "samplers"), ("samplers", "generate"), ("samplers", "model")):
+        assert other not in set(imports_at_run_time(ast.parse((ROOT / "minem" / f"{knows}.py").read_text())))

@@ -137,6 +137,24 @@ def test_a_repeated_id_is_named(tmp_path: Path):
         read_questions(write_jsonl(tmp_path / "rows.jsonl", [ARC, {**ARC, "id": "q2"}, ARC]))
 
 
+def test_what_json_allows_and_text_does_not_is_named(tmp_path: Path):
+    path = tmp_path / "q.jsonl"
+    good = json.dumps(ARC)
+    for bad, named in (
+        (json.dumps({**ARC, "question": "half \ud800 a pair"}), "surrogate"),
+        (json.dumps({**ARC, "id": "\udfff"}), "surrogate"),
+        ("[" * 100_000, "not one JSON object"),
+    ):
+        path.write_text(f"{good}\n{bad}\n")
+        with pytest.raises(UserError, match=named) as error:
+            read_questions(path)
+        assert "row 2" in str(error.value)
+    path.write_bytes(b"\xef\xbb\xbf" + good.encode())  # as Windows writes UTF-8
+    assert len(read_questions(path)) == 1
+    with pytest.raises(UserError, match="no task or path"):
+        load_task("x" * 5000)
+
+
 def test_bad_rows_can_be_left_out(tmp_path: Path):
     bad: list[str] = []
     path = write_jsonl(tmp_path / "rows.jsonl", [ARC, {**ARC, "answerKey": "Z"}, {**ARC, "id": "q3"}])
@@ -169,7 +187,7 @@ def test_a_folder_from_jsonl_and_from_parquet_is_the_same_task(tmp_path: Path):
 
 def test_a_folder_that_lacks_or_doubles_a_split_is_refused(tmp_path: Path):
     folder = write_folder(tmp_path, {"train": 2, "test": 2})
-    with pytest.raises(UserError, match=r"neither validation\.jsonl and validation\.parquet"):
+    with pytest.raises(UserError, match=r"neither validation\.jsonl nor validation\.parquet"):
         load_task(str(folder))
     write_folder(tmp_path, {"validation": 2})
     write_folder(tmp_path, {"validation": 2}, write_parquet, ".parquet")

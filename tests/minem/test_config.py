@@ -111,7 +111,7 @@ MISTAKES = {
     "empty text": ('[task]\nname = ""', "valid Unicode and not empty"),
     "infinite": ("[mstep]\nlr = inf", "mstep.lr is inf; it must be a finite number"),
     "not a number": ("[sampler]\ntemperature = nan", "sampler.temperature is nan; it must be a finite number"),
-    "zero temperature": ("[sampler]\ntemperature = 0", "sampler.temperature is 0.0; it must be above 0"),
+    "zero temperature": ("[sampler]\ntemperature = 0", "sampler.temperature is 0.0; it must be between 0.001 and 1000"),
     "top_p": ("[sampler]\ntop_p = 1.5", "sampler.top_p is 1.5; it must be above 0 and at most 1"),
     "negative": ("[mstep]\nlr = -1", "mstep.lr is -1.0; it must be"),
     "no iterations": ("[run]\niterations = 0", "run.iterations is 0; it must be 1 or more"),
@@ -198,7 +198,8 @@ ALLOWED: dict[str, st.SearchStrategy[Any]] = {
     "task.verdict": st.sampled_from(["a:b", "my.module:check"]),
     "sampler.name": st.sampled_from(["rsm", "star", "pps", "mine:Sampler"]),
     "sampler.hint": st.sampled_from(sorted(HINTS)),
-    "sampler.temperature": floats(1e-9, 1e9),
+    "sampler.temperature": floats(1e-3, 1e3),
+    "sampler.top_k": st.integers(0, 2**31 - 1),
     "sampler.top_p": floats(0, 1, exclude_min=True),
     "sampler.min_p": floats(0, 1),
     "mstep.schedule": st.sampled_from(SCHEDULES),
@@ -206,6 +207,7 @@ ALLOWED: dict[str, st.SearchStrategy[Any]] = {
     "mstep.beta1": floats(0, 1, exclude_max=True),
     "mstep.beta2": floats(0, 1, exclude_max=True),
     "run.seed": st.integers(0, 2**63 - 1),
+    "run.slots": st.none() | st.integers(1, 65_536),
 }
 BY_TYPE: dict[Any, st.SearchStrategy[Any]] = {
     str: texts(),

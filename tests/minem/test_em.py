@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import minem
 from minem.cli import main
 from minem.data.tasks import load_task
+from minem.errors import Interrupted
 from minem.estep import encode_prompt
-from minem.run import read_rows
+from minem.run import RunDirectory, read_rows
 from minem.samplers import Budgeted
 from tests.minem.folders import make_model
 
@@ -143,15 +144,26 @@ def test_the_m_step_alone_gives_the_model_of_the_run(finished, tmp_path):
         assert torch.equal(tensor, weights[name]), name
 
 
-def test_base_as_start_and_as_proposal(finished, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_as_start_and_as_proposal(dtype, tmp_path):
     """init = "base" trains the base model in iteration 2, and with proposal = "base" hinted draws come from it."""
     run = tmp_path / "base"
     ok(
         train(
-            run, "--sampler", "pps", "--set", "run.init=base", "--set", "sampler.proposal=base", "--set", "run.keep=all"
+            run,
+            "--sampler",
+            "pps",
+            "--set",
+            "run.init=base",
+            "--set",
+            "sampler.proposal=base",
+            "--set",
+            "run.keep=all",
+            "--set",
+            f"model.dtype={dtype}",
         )
     )
-    again, tokenizer = minem.load("toy")
+    again, tokenizer = minem.load("toy", dtype=getattr(torch, dtype))
     from minem.config import load_config
     from minem.em import Experiment
     from minem.mstep import MStep
@@ -159,11 +171,17 @@ def test_base_as_start_and_as_proposal(finished, tmp_path):
 
     config = load_config(run / "config.toml")
     helper = Experiment(config, Progress())
-    examples = helper.examples(list(read_rows(run / "iter-02" / "accepted.jsonl")))
+    examples = helper.examples(run / "iter-02" / "accepted.jsonl", lambda row: True)
+    for example in examples:  # the trained prompt is the plain one, though every draw was shown the answer
+        question = next(q for q in helper.task.train if q.id == example.id)
+        assert example.prompt_ids == encode_prompt(tokenizer, question)
+        assert "correct answer" not in tokenizer.decode(example.prompt_ids)
     MStep(again, config.mstep).run(examples, 0, 2)
-    trained = minem.load(run / "iter-02" / "model")[0].state_dict()
+    trained = minem.load(run / "iter-02" / "model", dtype=getattr(torch, dtype))[0].state_dict()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, trained[name]), name
+    if dtype == "bfloat16":
+        return  # whose log-probabilities are too coarse to tell the base model from the trained one
     base, _ = minem.load("toy")
     questions = {q.id: q for q in helper.task.train}
     for row in list(read_rows(run / "iter-02" / "samples.jsonl"))[:8]:
@@ -174,6 +192,56 @@ def test_base_as_start_and_as_proposal(finished, tmp_path):
         drawn = logprobs.gather(1, torch.tensor(row["token_ids"])[:, None]).sum().item()
         assert row["prompt"] == "hinted"
         assert row["logprob_q"] == pytest.approx(drawn, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--set", "model.dtype=bfloat16"],
+        [
+            "--sampler",
+            "star",
+            "--set",
+            "sampler.proposal=base",
+            "--set",
+            "run.init=base",
+            "--set",
+            "model.dtype=bfloat16",
+        ],
+    ],
+    ids=["float32", "bfloat16", "bfloat16-base"],
+)
+def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_path, monkeypatch):
+    ok(train(tmp_path / "whole", *more))
+    enter, left = RunDirectory._enter, [0]
+
+    def enter_and_stop(self, *arguments):
+        enter(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Interrupted("stopped by the test")
+
+    monkeypatch.setattr(RunDirectory, "_enter", enter_and_stop)
+    stops = 0
+    while True:
+        left[0] = 1  # one more stage each time
+        result = train(tmp_path / "pieces", *more)
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 3, result.output
+        stops += 1
+    assert stops >= 9
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+
+
+def test_weights_that_an_update_ruined_are_not_saved(tmp_path):
+    """One update only, so that no loss comes after it which would show what it did."""
+    one = ["--limit", 8, "--iterations", 1, "--set", "eval.samples=0", "--set", "mstep.warmup=0"]
+    result = minem_cli("train", *one, "--out", tmp_path / "run", "--set", "mstep.lr=1e39")
+    assert result.exit_code == 4
+    assert "not finite" in result.stderr
+    assert not (tmp_path / "run" / "iter-01" / "model").exists()
 
 
 def test_without_the_filter_every_draw_is_trained(tmp_path):
@@ -213,6 +281,51 @@ def test_a_sampler_and_a_verdict_of_ones_own(tmp_path):
     questions = {q.id: q for q in load_task("toy", 24).train}
     for row in read_rows(tmp_path / "verdict" / "iter-01" / "samples.jsonl"):
         assert row["answer"] == questions[row["id"]].labels[0]
+
+
+class Failing(Budgeted):
+    def propose(self, question, attempts):
+        raise RuntimeError("of the user's own")
+
+
+def failing(text, question):
+    raise RuntimeError("of the user's own")
+
+
+def returns_a_number(text, question):
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--sampler", "Failing"), ("--verdict", "failing"), ("--verdict", "returns_a_number")]
+)
+def test_the_failure_of_ones_own_code_is_one_sentence(flag, name, tmp_path):
+    result = minem_cli("sample", *SMALL, "--out", tmp_path / "run", flag, f"{__name__}:{name}")
+    assert result.exit_code == 2
+    assert "toy-train" in result.stderr
+    assert "of the user's own" in result.stderr or "must return a text or None, not 3" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"id": "nobody", "token_ids": [1]}, "'nobody'"),
+        ({"token_ids": []}, "token_ids"),
+        ({"token_ids": [1.5]}, "token_ids"),
+        ({"token_ids": [10**30]}, "token_ids"),
+        ({"token_ids": [5] * 600}, "600 token ids"),
+        ({"token_ids": [5, 6], "text": "something else"}, "another tokenizer"),
+    ],
+)
+def test_samples_that_cannot_be_trained_on_are_named_before_a_run_is_made(row, named, tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    known = load_task("toy", 24).train[0].id
+    samples.write_text('{"id": "x", "status": "wrong"}\n' + json.dumps({"id": known, **row}) + "\n")
+    result = train(tmp_path / "run", "--samples", samples)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert "row 2" in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def never_right(text, question):
@@ -256,6 +369,14 @@ def test_another_config_is_refused_with_the_difference(finished):
         (["train", "--verdict", "nothing"], "module:function"),
         (["train", "--samples", "no-such.jsonl"], "no-such.jsonl"),
         (["train", "--limit", "0"], "task.limit"),
+        (["train", "--samples", "."], "not a file"),
+        (["train", "--set", "sampler.max_new_tokens=1024"], "sampler.max_new_tokens"),
+        (["train", "--set", "eval.max_new_tokens=1024"], "eval.max_new_tokens"),
+        (["train", "--set", "run.slots=100000000"], "run.slots"),
+        (["train", "--set", "sampler.top_k=99999999999999999999"], "sampler.top_k"),
+        (["train", "--model", ""], "model"),
+        (["sample", "--iteration", "2", "--overwrite"], "--overwrite"),
+        (["eval", "--max-new-tokens", "1024", "--limit", "2"], "max_new_tokens"),
         (["tran"], "train"),
         (["sample", "--iteration", "0"], "--iteration"),
         (["eval", "--split", "dev"], "--split"),

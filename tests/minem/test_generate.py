@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import minem
 from minem import Request, SamplingParams
-from minem.errors import UserError
+from minem.errors import GuardError, UserError
 from minem.generate import stream_seed
+from minem.mstep import MStep, MStepConfig
+from minem.packing import Example
 from tests.minem.folders import VOCABULARY, make_folder
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=24)
@@ -132,13 +134,30 @@ def test_new_weights_are_used_at_once(folder):
     model, tokenizer = minem.load(folder)
     generator = minem.Generator(model, tokenizer, slots=4)
     asked = prompts([12, 30])
-    generator.generate(asked, GREEDY)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    before = generator.generate(asked, GREEDY)
+    examples = [Example(str(i), p, p[::-1]) for i, p in enumerate(prompts([20] * 8))]
+    MStep(model, MStepConfig(lr=0.03, batch_size=4)).run(examples, seed=0, iteration=1)
     after = generator.generate(asked, GREEDY)
     fresh = minem.Generator(model, tokenizer, slots=4).generate(asked, GREEDY)
     assert_same_draws(fresh, after)
+    assert [c.logprobs for (c,) in after] != [c.logprobs for (c,) in before]
+
+
+def test_weights_that_are_not_finite_are_no_policy(folder):
+    model, tokenizer = minem.load(folder)
+    with torch.no_grad():
+        model.layers[1].mlp.down.weight[0, 0] = torch.nan
+    with pytest.raises(GuardError, match="not finite"):
+        minem.Generator(model, tokenizer).generate(prompts([5]), GREEDY)
+
+
+def test_requests_that_were_waiting_are_not_lost_to_a_whole_batch(loaded):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer, slots=2)
+    earlier = Request(prompts([4])[0], SamplingParams(max_new_tokens=3))
+    generator.submit(earlier)
+    assert len(generator.generate(prompts([5, 6]), GREEDY)) == 2
+    assert [completion.request for completion in generator] == [earlier]
 
 
 def test_frequencies_follow_the_policy(loaded):

@@ -153,6 +153,16 @@ def edit(path: Path, **fields: object) -> None:
         ({"num_attention_heads": 3}, "num_key_value_heads"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
         ({"intermediate_size": 81}, "mlp"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"layer_types": [["a"]]}, "layer_types"),
+        ({"sliding_window": "x"}, "sliding_window"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
+        ({"vocab_size": 10**30}, "vocab_size"),
+        ({"num_hidden_layers": 10**7}, "asked for"),
+        ({"hidden_size": 10**9}, "asked for"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "kind of layer"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1, "factor": 2.0}}, "rope_theta"),
         ({"model_type": "qwen3", "head_dim": 12}, "q_norm"),
     ],
 )
@@ -188,11 +198,32 @@ def test_wrong_tensors_are_listed(tmp_path):
         assert part in str(error.value)
 
 
+def test_weights_that_are_not_floating_are_refused(tmp_path):
+    make_folder(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="I32"):
+        minem.load(tmp_path)
+
+
+def test_a_second_save_replaces_the_first(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a", "qwen3")
+    model, tokenizer = minem.load(tmp_path / "a")
+    minem.save(model, tokenizer, tmp_path / "b")
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    monkeypatch.setattr("minem.weights.SHARD_BYTES", 60_000)
+    minem.save(model, tokenizer, tmp_path / "b")
+    assert not minem.load(tmp_path / "b")[0].norm.weight.any()
+
+
 def test_broken_folders_are_refused_in_one_sentence(tmp_path):
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         minem.load("no/such/folder/here")
     make_folder(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 64)
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 500_000)
     with pytest.raises(UserError, match="not a readable safetensors file"):
         minem.load(tmp_path)
     (tmp_path / "model.safetensors").unlink()
