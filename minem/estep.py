@@ -99,6 +99,8 @@ class EStep:
         for generator in generators:  # what was cancelled last still has to come out
             for completion in generator:
                 self._receive(completion, counts)
+        if on_progress is not None:
+            on_progress(counts)
         return [row for search in searches for row in search.rows], counts
 
     def _receive(self, completion: Completion, counts: Counts) -> None:
