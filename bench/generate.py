@@ -13,12 +13,8 @@ counted; the table shows medians. minem also returns each token's log-probabilit
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,6 +25,7 @@ import rich.table
 import tokenizers
 import torch
 import transformers
+from record import facts
 from rich.console import Console
 
 import minem
@@ -129,33 +126,20 @@ def measure(contestants: dict[str, Callable[[], int]], options: argparse.Namespa
 
 
 def describe(options: argparse.Namespace, model: Any) -> dict[str, str]:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     return {
         "work": f"{options.prompts} prompts of {options.lengths[0]}-{options.lengths[1]} tokens, "
         f"{options.draws} draws each, {options.new} new tokens",
         "model": f"Llama, {options.layers} layers, width {options.width}, vocabulary {options.vocabulary}, float32, "
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters",
-        "device": f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": f"minem {minem.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"Python {platform.python_version()}",
-        "others at work": f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores",
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        **facts("transformers"),
     }
 
 
-def processor() -> str:
-    """The CPU's name as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def report(seconds: dict[str, list[float]], facts: dict[str, str], options: argparse.Namespace) -> None:
+def report(seconds: dict[str, list[float]], about: dict[str, str], options: argparse.Namespace) -> None:
     tokens = options.prompts * options.draws * options.new
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     console = Console(highlight=False, soft_wrap=True)
-    for name, fact in facts.items():
+    for name, fact in about.items():
         console.print(f"{name}: {fact}")
     table = rich.table.Table("", "median s", "fastest s", "slowest s", "tokens/s", "times transformers")
     for name, times in seconds.items():
@@ -165,7 +149,7 @@ def report(seconds: dict[str, list[float]], facts: dict[str, str], options: argp
     console.print(table)
     if options.json:
         ratio = medians["transformers"] / medians["minem"]
-        print(json.dumps({**facts, "tokens": tokens, "seconds": seconds, "ratio": ratio}))
+        print(json.dumps({**about, "tokens": tokens, "seconds": seconds, "ratio": ratio}))
 
 
 if __name__ == "__main__":

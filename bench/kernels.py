@@ -12,31 +12,29 @@ measured in the same run. Without a GPU the eager references run, and the shapes
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
 import rich.table
 import torch
 import torch.nn.functional as F
+from record import facts
 from rich.console import Console
 from torch import Tensor
 
-import minem
 from minem.kernels import decode_attention, linear_cross_entropy, rms_norm, rotary, sample, swiglu
 from minem.kernels.resources import SHAPES, Shape
 
 TINY = Shape("tiny", 256, 8, 2, 32, 704, 16_384)  # for the CPU
+
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "flashinfer-python")  # whose versions are recorded
 
 
 @dataclass
@@ -347,18 +345,6 @@ def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
     return row
 
 
-def facts(on: Setting) -> dict[str, str]:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return {
-        "device": torch.cuda.get_device_name() if on.device == "cuda" else cpu,
-        "dtype": str(on.dtype).removeprefix("torch."),
-        "versions": f"minem {minem.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        "date": datetime.date.today().isoformat(),
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
-    }
-
-
 def say_what_a_gpu_would_get(console: Console) -> None:
     console.print("No CUDA device: the eager references run on small shapes. On a GPU this would measure, in bfloat16:")
     for shape in GPU.shapes:
@@ -399,7 +385,7 @@ def main(only: tuple[str, ...], as_json: bool) -> None:
     if on is CPU:
         say_what_a_gpu_would_get(console)
     bandwidth, rate = ceilings(on)
-    about = facts(on)
+    about = {"dtype": str(on.dtype).removeprefix("torch."), **facts(*PEERS, device=on.device)}
     for name, fact in about.items():
         console.print(f"{name}: {fact}")
     console.print(f"ceilings measured here: {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.2f} TFLOP/s")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 import torch
+from record import facts
 
 WIDTH, VOCABULARY, CHUNK_ROWS = 256, 151_936, 512
 
@@ -56,7 +57,7 @@ def main(as_json: bool) -> None:
     holds = peaks[8192] < 1e9 and ratio < 1.1
     if as_json:
         shape = {"width": WIDTH, "vocabulary": VOCABULARY, "chunk_rows": CHUNK_ROWS}
-        click.echo(json.dumps({**shape, "peak_bytes": peaks, "torch": torch.__version__, "holds": holds}))
+        click.echo(json.dumps({**facts(), **shape, "peak_bytes": peaks, "holds": holds}))
     else:
         for rows, size in peaks.items():
             click.echo(f"N={rows}: {size / 1e6:.0f} MB above inputs and gradients")

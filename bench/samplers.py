@@ -10,15 +10,14 @@ rationales in which every step is true, which a program can check on the toy alo
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from record import facts
 
 RUNS = {
     "rsm, budget 8": ["--sampler", "rsm"],
@@ -35,25 +34,6 @@ def train(arguments: list[str], out: Path, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "minem", "train", *arguments, "--seed", str(seed), "--out", str(out), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def facts(out: Path) -> dict[str, Any]:
-    """Device, versions, commit and date, as the runs recorded them."""
-    run = json.loads((out / "run.json").read_text())
-    return {
-        "device": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": run["versions"],
-        "commit": run["commit"],
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def percent(value: float | None) -> str:
@@ -82,12 +62,12 @@ def main() -> None:
         for number, (name, arguments) in enumerate(RUNS.items()):
             print(f"--- {name}", file=sys.stderr)
             results[name] = train(arguments, Path(folder) / str(number), options.seed)
-        made = facts(Path(folder) / "0")
     if options.json:
-        print(json.dumps({**made, "seed": options.seed, "runs": results}))
+        print(json.dumps({**facts(), "seed": options.seed, "runs": results}))
         return
-    versions = ", ".join(f"{package} {version}" for package, version in made["versions"].items())
-    print(f"{made['device']}; {versions}; commit {made['commit']}; {made['date']}; seed {options.seed}\n")
+    for name, fact in {**facts(), "seed": options.seed}.items():
+        print(f"{name}: {fact}")
+    print()
     print_table(results)
 
 
