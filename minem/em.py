@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -72,6 +73,9 @@ class Experiment:
     def open(self, command: Sequence[str], overwrite: bool, **inputs: str) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
         inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
+        for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
+            if ":" in name:  # the user's own code is part of the experiment, too
+                inputs[f"{key} {name}"] = hash_source(name)
         with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
             self._describe()
             self._restore()
@@ -98,7 +102,7 @@ class Experiment:
         sampler = self.config.sampler
         step = EStep(
             sampler=self.sampler,
-            budget=self.config.sampler.budget or default_budget(self.config.sampler.name),
+            budget=sampler.budget or default_budget(sampler.name),
             generators={"plain": self.generator, "hinted": self._hinted_generator},
             verdict=self.verdict,
             params=SamplingParams(
@@ -212,7 +216,7 @@ class Experiment:
                 raise UserError(f"{where}: id {row.get('id')!r} is no training question of {self.task.name}")
             if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
                 raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
-            if row.get("text") is not None and self.tokenizer.decode(ids) != row["text"]:
+            if isinstance(row.get("text"), str) and self.tokenizer.decode(ids).split() != row["text"].split():
                 raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")
             prompt = encode_prompt(self.tokenizer, question)
             if len(prompt) + len(ids) > self.generator.max_length:
@@ -458,6 +462,12 @@ def fingerprint(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def hash_source(name: str) -> str:
+    """SHA-256 of the file that the module of "module:name" was imported from; "" where it has none."""
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def limit_threads(model: Model) -> None:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import minem
+import minem.weights
 from minem.cli import main
 from minem.data.tasks import load_task
 from minem.errors import Interrupted
@@ -326,6 +327,25 @@ def test_samples_that_cannot_be_trained_on_are_named_before_a_run_is_made(row, n
     assert named in result.stderr
     assert "row 2" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_continued_with_the_same_code_and_model_only(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def check(text, question):\n    return question.gold\n")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(minem.weights.TOY, tmp_path / "model")
+    limits = ["--set", "sampler.max_new_tokens=32", "--set", "eval.max_new_tokens=32", "--limit", 8, "--budget", 1]
+    command = ["sample", "--model", "model", "--verdict", "mine:check", *limits, "--out", tmp_path / "run"]
+    ok(minem_cli(*command))
+    ok(minem_cli(*command))
+    with open(tmp_path / "mine.py", "a") as file:
+        file.write("# another\n")
+    result = minem_cli(*command)
+    assert result.exit_code == 2
+    assert "verdict mine:check changed" in result.stderr
+    model, tokenizer = minem.load("toy")
+    minem.save(model.bfloat16(), tokenizer, tmp_path / "model")
+    result = minem_cli(*command)
+    assert "base model changed" in result.stderr
 
 
 def never_right(text, question):
