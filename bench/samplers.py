@@ -33,7 +33,8 @@ RUNS = {
 def train(arguments: list[str], out: Path, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "minem", "train", *arguments, "--seed", str(seed), "--out", str(out), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
+    return {key: value for key, value in result.items() if key not in ("run", "model")}  # folders that are gone
 
 
 def percent(value: float | None) -> str:

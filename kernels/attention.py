@@ -58,6 +58,14 @@ def decode_attention(
     Returns:
         [S, H, C] in the dtype of q; scores and sums in float32 or wider. No gradients: this is for decoding.
     """
+    if q.shape[1] % prefix_k.shape[1] or prefix_k.shape[1] != suffix_k.shape[1]:
+        raise ValueError(
+            f"the query heads ({q.shape[1]}) must be a multiple of the key heads, the same in both segments "
+            f"({prefix_k.shape[1]} and {suffix_k.shape[1]})"
+        )
+    prefix_lengths, sibling_index, suffix_lengths = (
+        x.contiguous() for x in (prefix_lengths, sibling_index, suffix_lengths)
+    )
     implementation = _decode_attention_triton if pick(backend, q) == "triton" else _decode_attention_eager
     return implementation(
         q, prefix_k, prefix_v, prefix_lengths, siblings, sibling_index, suffix_k, suffix_v, suffix_lengths
@@ -225,7 +233,7 @@ def _segment_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
 ):
     batch = (tl.program_id(0) // tiles).to(tl.int64)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(lengths_ptr + batch).to(tl.int32))

@@ -23,6 +23,7 @@ the L2 is 50). At N=8192, V=151,936 that is 5 GB, about 1.2 ms at 4.3 TB/s, besi
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,9 +50,12 @@ def linear_cross_entropy(
     """Weighted negative log-likelihood of `targets` under softmax(hidden @ weight.T).
 
     hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants: they get
-    no gradient), all ones where None. Rows whose target is `ignore_index` or whose weight is 0 give 0 everywhere.
+    no gradient), all ones where None. Rows whose target is `ignore_index` or whose weight is 0 give 0
+    everywhere, if their hidden states are finite (0 * NaN is NaN).
     chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows). backend: "eager", "triton", None (by
     device).
+
+    Differentiable once: second derivatives are not there, and `create_graph` gives gradients without a history.
 
     Returns (loss [], token_logprobs [N], token_entropy [N]) in float32 (float64 for float64 inputs), in nats.
     loss = -sum(token_weights * token_logprobs), undivided; the other two are detached. Gradients flow to hidden and
@@ -64,6 +68,8 @@ def linear_cross_entropy(
     _check(hidden, weight, targets, token_weights, chunk_rows)
     wide = torch.promote_types(hidden.dtype, torch.float32)
     active = targets != ignore_index
+    if token_weights is not None:
+        active &= token_weights != 0
     weights = active.to(wide) if token_weights is None else token_weights.to(wide).masked_fill(~active, 0.0)
     targets = targets.masked_fill(~active, 0)
     if chunk_rows is None:
@@ -71,7 +77,9 @@ def linear_cross_entropy(
         chunk_rows = max(64, budget // (weight.shape[0] * weight.element_size()))
     grads = torch.is_grad_enabled()
     needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
-    result = _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_rows, needs, pick(backend, hidden))
+    # The inputs alone say which dtype is used, not autocast (which meta tensors, that only compile, do not know).
+    with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
+        result = _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_rows, needs, pick(backend, hidden))
     return result[0], result[1], result[2]
 
 
@@ -82,6 +90,8 @@ def _check(
         raise ValueError(
             f"hidden [N, D] and weight [V, D] must share D; got {list(hidden.shape)} and {list(weight.shape)}"
         )
+    if weight.shape[0] == 0:
+        raise ValueError("weight [V, D] must have at least one row")
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must have one floating dtype; got {hidden.dtype} and {weight.dtype}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
@@ -124,7 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del grad_logits
         loss = -(weights * logprobs).sum()
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_grad_dtype = getattr(weight, "grad_dtype", None) or weight.dtype
+        # Only a leaf has a `grad_dtype`; asking any other tensor for it raises.
+        ctx.weight_grad_dtype = (getattr(weight, "grad_dtype", None) if weight.is_leaf else None) or weight.dtype
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy
 

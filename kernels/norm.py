@@ -40,7 +40,7 @@ def rms_norm(
     if weight.dtype != x.dtype or (residual is not None and residual.dtype != x.dtype):
         raise ValueError(f"x, weight and residual must have one dtype; x has {x.dtype}, weight {weight.dtype}")
     if pick(backend, x) == "triton":
-        return _RMSNorm.apply(x, weight, eps, residual)
+        return _RMSNorm.apply(x, weight.contiguous(), eps, residual)
     total = x if residual is None else x + residual
     return F.rms_norm(total, weight.shape, weight, eps), total
 

@@ -46,8 +46,12 @@ SHAPES = (
 OTHERS = (
     Shape("toy", 128, 4, 4, 32, 320, 278),
     Shape("qwen3-0.6b", 1024, 16, 8, 128, 3072, 151_936),
+    Shape("llama-3.1-8b", 4096, 32, 8, 128, 14_336, 128_256),
     Shape("llama-2-7b", 4096, 32, 32, 128, 11_008, 32_000),
 )
+
+
+TARGETS = (80, 86, 87, 89, 90, 100, 103, 120)  # Ampere to Blackwell; the compiler aborts on numbers it does not know
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ def measure(target: str) -> list[Resources]:
     not of this form.
     """
     matched = re.fullmatch(r"sm_(\d+)", target)
-    if matched is None:
-        raise ValueError(f"target must look like sm_90, not {target!r}")
+    if matched is None or int(matched[1]) not in TARGETS:
+        known = ", ".join(f"sm_{number}" for number in TARGETS)
+        raise ValueError(f"target must be one of {known}, not {target!r}")
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -184,7 +189,7 @@ def _attention_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[
     query = _empty(256, shape.heads, shape.head_dim, dtype=dtype)
     prefix, suffix = (_empty(256, shape.kv_heads, length, shape.head_dim, dtype=dtype) for length in (320, 256))
     lengths, index = _empty(256, dtype=torch.int64), _empty(256, dtype=torch.int64)
-    for n in (1, 16):
+    for n in (1, 3, 16):
         siblings = _empty(256, n, dtype=torch.int64)
         arguments = (query, prefix, prefix, lengths, siblings, index, suffix, suffix, lengths)
         yield f"{n} sibling{'s' * (n > 1)}", partial(decode_attention, *arguments, backend="triton")

@@ -1,8 +1,8 @@
 """Rotary embedding of queries and keys, with their norms before it (Qwen3) and the cache write after it, in one pass.
 
 What must move: the merged projection in, q and k out, k and v into the cache: 2 (2 H + 5 K) C bytes a token in bf16,
-whatever is asked for. PyTorch alone makes a pass for each of norm, halves, products, join and the two writes. A decode
-step at B=1 is bound by its launches, of which this saves about ten a layer.
+2 (2 H + 3 K) C without a cache. PyTorch alone makes a pass for each of norm, halves, products, join and the two
+writes. A decode step at B=1 is bound by its launches, of which this saves about ten a layer.
 
     python -m pytest tests/kernels/test_rope.py
 """
@@ -57,7 +57,8 @@ def rotary(
         raise ValueError(f"cos and sin must be [{n}, {channels // 2}]; got {list(cos.shape)} and {list(sin.shape)}")
     if (q_norm is None) != (k_norm is None):
         raise ValueError("q_norm and k_norm belong together: pass both or neither")
-    differentiable = torch.is_grad_enabled() and qkv.requires_grad
+    wanted = any(x is not None and x.requires_grad for x in (qkv, q_norm, k_norm))
+    differentiable = torch.is_grad_enabled() and wanted
     if backend == "triton" and differentiable:
         raise ValueError('backend "triton" of rotary gives no gradients; call it under no_grad, or pass "eager"')
     if pick("eager" if differentiable else backend, qkv) == "triton":
@@ -98,14 +99,14 @@ def _rotary_triton(
         qkv,
         cos.contiguous(),
         sin.contiguous(),
-        q if q_norm is None else q_norm,
-        q if k_norm is None else k_norm,
+        q if q_norm is None else q_norm.contiguous(),
+        q if k_norm is None else k_norm.contiguous(),
         q,
         k,
         k_cache,
         v_cache,
-        rows,
-        positions,
+        rows.contiguous(),
+        positions.contiguous(),
         *(cache.k.stride()[:3] if cache is not None else (0, 0, 0)),
         heads,
         kv_heads,
@@ -176,7 +177,7 @@ def _rotary_kernel(  # type: ignore[no-untyped-def]
     q_at = (token * heads + head)[:, None] * (2 * HALF) + channel[None, :]
     tl.store(q_ptr + q_at, turned_first, mask=mask & is_q[:, None])
     tl.store(q_ptr + q_at + HALF, turned_second, mask=mask & is_q[:, None])
-    kv_head = (head - heads) % kv_heads  # of k and of v alike
+    kv_head = ((head - heads) % kv_heads).to(tl.int64)  # of k and of v alike
     k_at = (token * kv_heads + kv_head)[:, None] * (2 * HALF) + channel[None, :]
     tl.store(k_ptr + k_at, turned_first, mask=mask & is_k[:, None])
     tl.store(k_ptr + k_at + HALF, turned_second, mask=mask & is_k[:, None])

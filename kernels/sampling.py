@@ -52,17 +52,18 @@ def sample(
     """Draw a token for each row of logits [B, V].
 
     Per row, all [B]: temperature float (0: greedy, the lowest index among equals), top_k int64 (0: off), top_p float
-    (1: off), min_p float (0: off), seeds int64, positions int64 (tokens drawn so far). stop_ids [K] int64 cannot be
-    drawn while positions < min_tokens [B] int64; pass both or neither.
+    (1: off), min_p float (0: off), seeds int64, positions int64 (tokens drawn so far). stop_ids [K] int64, within
+    [0, V), cannot be drawn while positions < min_tokens [B] int64; pass both or neither.
 
     Returns (tokens [B] int64, logprobs [B], proposal_logprobs [B]), the latter two in float32 (float64 for float64
     logits), in nats: the raw logits' log-softmax at the token (temperature 1, nothing masked), and the log-probability
     with which it was drawn, after temperature, truncation and stop mask (0 for greedy). A row in which nothing can be
     drawn, all its logits being -inf or masked, gives token 0 with a log-probability of -inf; one with NaN or +inf gives
-    log-probabilities of NaN. A row's result does not depend on the other rows.
+    a raw log-probability of NaN. A row's result does not depend on the other rows.
 
     Raises ValueError for shapes that do not fit.
     """
+    logits = logits.detach()
     _check(logits, temperature, top_k, top_p, min_p, seeds, positions, stop_ids, min_tokens)
     implementation = _sample_triton if pick(backend, logits) == "triton" else _sample_eager
     return implementation(logits, temperature, top_k, top_p, min_p, seeds, positions, stop_ids, min_tokens)
@@ -74,6 +75,8 @@ def _check(logits: Tensor, *rows_and_stops: Tensor | None) -> None:
     *rows, stop_ids, min_tokens = rows_and_stops
     if (stop_ids is None) != (min_tokens is None):
         raise ValueError("stop_ids and min_tokens belong together: pass both or neither")
+    if stop_ids is not None and (stop_ids.ndim != 1 or stop_ids.dtype != torch.int64):
+        raise ValueError(f"stop_ids must be int64 [K]; got {stop_ids.dtype} {list(stop_ids.shape)}")
     names = ("temperature", "top_k", "top_p", "min_p", "seeds", "positions", "min_tokens")
     for name, row in zip(names, (*rows, min_tokens), strict=True):
         if row is not None and row.shape != logits.shape[:1]:

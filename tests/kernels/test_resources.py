@@ -35,5 +35,7 @@ def test_no_kernel_spills(target: str) -> None:
 def test_an_unknown_target_is_named() -> None:
     done = resources("--target", "hopper")
     assert done.returncode == 2
-    assert "must look like sm_90, not 'hopper'" in done.stderr
+    assert "must be one of sm_80" in done.stderr
+    assert "not 'hopper'" in done.stderr
+    assert resources("--target", "sm_999").returncode == 2
     assert "Traceback" not in done.stderr
