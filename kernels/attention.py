@@ -192,7 +192,7 @@ def _segment_triton(
         BLOCK=64 if narrow else 32,
         SPLIT=SPLIT,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,  # with 2 some shapes spill on sm_80 under triton 3.6
     )
     return values, highest, sums
 
@@ -233,7 +233,7 @@ def _segment_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
 ):
     batch = (tl.program_id(0) // tiles).to(tl.int64)
-    kv_head = tl.program_id(1).to(tl.int64)
+    kv_head = tl.program_id(1)
     split = tl.program_id(2)
     begin = split * SPLIT
     end = tl.minimum(begin + SPLIT, tl.load(lengths_ptr + batch).to(tl.int32))
@@ -253,8 +253,8 @@ def _segment_kernel(  # type: ignore[no-untyped-def]
         real = channel < CHANNELS
         q = tl.load(q_ptr + head[:, None] * CHANNELS + channel[None, :], mask=live[:, None] & real[None, :], other=0.0)
 
-        k_base = k_ptr + batch * k_batch + kv_head * k_head
-        v_base = v_ptr + batch * v_batch + kv_head * v_head
+        k_base = k_ptr + batch * k_batch + kv_head.to(tl.int64) * k_head
+        v_base = v_ptr + batch * v_batch + kv_head.to(tl.int64) * v_head
         highest = tl.full((ROWS,), -1e30, tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         values = tl.zeros((ROWS, CHANNEL_BLOCK), tl.float32)

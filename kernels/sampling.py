@@ -385,7 +385,13 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     # 2. The threshold: no logit below it is kept.
     greedy = temperature == 0.0
     divisor = tl.where(greedy, 1.0, temperature)
-    log_min_p = tl.where(min_p > 0.0, tl.minimum(tl.log(tl.maximum(min_p, 1e-37)), 0.0), -float("inf"))
+    # The smallest fp32 number that is not below log(min_p), so that comparing fp32 logits with it is exact at the
+    # boundary too: rounded to fp32, and one step up (towards 0: it is negative) where that fell below.
+    exact = tl.minimum(tl.log(tl.maximum(min_p, 1e-37).to(tl.float64)), 0.0)
+    rounded = exact.to(tl.float32)
+    next_up = (rounded.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
+    log_min_p = tl.where(rounded.to(tl.float64) < exact, next_up, rounded)
+    log_min_p = tl.where(min_p > 0.0, log_min_p, -float("inf"))
     # int64, for the distance between two keys may pass 2^31
     lowest = _order_keys(tl.full((1,), -float("inf"), tl.float32), KEY_SHIFT).to(tl.int64)
     threshold = tl.max(lowest, 0)

@@ -103,6 +103,23 @@ def test_drawing_needs_no_gradients_and_takes_none(backend):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_min_p_is_exact_at_its_boundary(backend):
+    """Logits that stand at the threshold but for one rounding: kept if exp(logit) >= min_p in float64, else not."""
+    values = [0.5, float(torch.tensor(-1.0).exp()), 0.3, 1.0]
+    for min_p in values:
+        edge = torch.tensor(min_p).double().log().float()
+        steps = [edge, torch.nextafter(edge, torch.tensor(-100.0)), torch.nextafter(edge, torch.tensor(0.0))]
+        logits = torch.stack([torch.tensor(0.0), *steps])[None].repeat(96, 1).contiguous()
+        rows = torch.arange(96)
+        drawn = sample(
+            logits, torch.ones(96), rows * 0, torch.ones(96), torch.full((96,), min_p), rows, rows, backend=backend
+        )[0]
+        kept = logits[0].double() >= torch.tensor(min_p).double().log()
+        kept[0] = True
+        assert set(drawn.tolist()) == set(kept.nonzero().flatten().tolist()), min_p
+
+
 def test_heads_that_do_not_divide_are_refused():
     q, segment, lengths = numbers(1, 3, 16), numbers(1, 2, 4, 16), torch.tensor([2])
     index = torch.tensor([0])
