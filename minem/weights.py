@@ -1,6 +1,6 @@
 """A Hugging Face checkpoint folder <-> a `Model` and a `Tokenizer`.
 
-    python -c "import minem; m, t = minem.load('toy'); minem.save(m, t, '/tmp/copy')"
+    python -c "import minem; m, t = minem.load('toy'); minem.save(m, t, 'copy')"
 
 Reading goes tensor by tensor from the memory-mapped safetensors file into the model's own parameters, so there is
 never a second copy of the weights in anonymous memory. Queries, keys and values are one merged parameter here and
