@@ -291,7 +291,7 @@ class Generator:
         keep = [row for row, prompt in enumerate(self._prompts) if row in used_rows or prompt in wanted]
         if len(keep) == len(self._prompts):
             return
-        holes = [row for row in range(len(keep)) if row not in set(keep)]
+        holes = sorted(set(range(len(keep))) - set(keep))
         moved = dict(zip((row for row in keep if row >= len(keep)), holes, strict=True))
         for source, target in moved.items():
             self._cache.move_prefix(source, target, len(self._prompts[source]) - 1)

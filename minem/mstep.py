@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minem.errors import GuardError, UserError
+from minem.errors import GuardError, UserError, one_of, require
 from minem.model import Model
 from minem.packing import Example, Step, pack, plan
 
@@ -47,21 +47,20 @@ class MStepConfig:
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
 
     def __post_init__(self) -> None:
-        rules = {
-            "lr": (self.lr >= 0 and math.isfinite(self.lr), "a finite number, 0 or more"),
-            "epochs": (self.epochs >= 1, "1 or more"),
-            "batch_size": (self.batch_size >= 1, "1 or more"),
-            "pack_tokens": (self.pack_tokens >= 1, "1 or more"),
-            "warmup": (0 <= self.warmup <= 1, "a share of the steps, between 0 and 1"),
-            "schedule": (self.schedule in SCHEDULES, "one of " + ", ".join(SCHEDULES)),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
-            "beta1": (0 <= self.beta1 < 1, "at least 0 and less than 1"),
-            "beta2": (0 <= self.beta2 < 1, "at least 0 and less than 1"),
-            "clip": (self.clip >= 0, "0 (off) or more"),
-        }
-        for name, (valid, wanted) in rules.items():
-            if not valid:
-                raise UserError(f"mstep.{name} is {getattr(self, name)!r}; it must be {wanted}")
+        require(
+            "mstep",
+            self,
+            lr=(self.lr >= 0 and math.isfinite(self.lr), "a finite number, 0 or more"),
+            epochs=(self.epochs >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            pack_tokens=(self.pack_tokens >= 1, "1 or more"),
+            warmup=(0 <= self.warmup <= 1, "a share of the steps, between 0 and 1"),
+            schedule=(self.schedule in SCHEDULES, one_of(self.schedule, SCHEDULES)),
+            weight_decay=(self.weight_decay >= 0, "0 or more"),
+            beta1=(0 <= self.beta1 < 1, "at least 0 and less than 1"),
+            beta2=(0 <= self.beta2 < 1, "at least 0 and less than 1"),
+            clip=(self.clip >= 0, "0 (off) or more"),
+        )
 
 
 def learning_rate(config: MStepConfig, step: int, steps: int) -> float:
