@@ -185,14 +185,17 @@ def _attention_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[
     import torch
 
     from minem.kernels import decode_attention
+    from minem.kernels.attention import ROWS
 
     query = _empty(256, shape.heads, shape.head_dim, dtype=dtype)
-    prefix, suffix = (_empty(256, shape.kv_heads, length, shape.head_dim, dtype=dtype) for length in (320, 256))
-    lengths, index = _empty(256, dtype=torch.int64), _empty(256, dtype=torch.int64)
-    for n in (1, 3, 16):
-        siblings = _empty(256, n, dtype=torch.int64)
-        arguments = (query, prefix, prefix, lengths, siblings, index, suffix, suffix, lengths)
-        yield f"{n} sibling{'s' * (n > 1)}", partial(decode_attention, *arguments, backend="triton")
+    prefix, suffix = (_empty(257, shape.kv_heads, length, shape.head_dim, dtype=dtype) for length in (320, 1024))
+    lengths, index, own = (_empty(n, dtype=torch.int64) for n in (257, 256, 256))
+    siblings = _empty(256, max(1, ROWS * shape.kv_heads // shape.heads), dtype=torch.int64)
+    attend = partial(
+        decode_attention, query, prefix, prefix, lengths, siblings, index, suffix, suffix, own, backend="triton"
+    )
+    yield "", partial(attend, suffix_rows=index)
+    yield "slots", partial(attend, prefix_rows=index, suffix_rows=index)  # as the generator calls it
 
 
 def _norm_calls(shape: Shape, dtype: Any) -> Iterator[tuple[str, Callable[[], object]]]:

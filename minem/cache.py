@@ -7,69 +7,109 @@ Both are `Attend` functions of the model (model.py): they write the new keys and
 to what a token may see. The last prompt token is decoded rather than prefilled, so that every drawn token, the first
 included, is sampled in one and the same place.
 
-Active rows and slots are kept at the front (`move_*` fills holes), so that a decode step reads plain slices.
+Nothing ever moves: rows and slots are taken and given back where they are, and `Groups` says which of them a decode
+step is about. On a GPU a step has a fixed shape, so that a CUDA graph can replay it; on the CPU it reads plain slices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minem.kernels import decode_attention
+from minem.kernels.attention import ROWS
 from minem.kernels.rope import CacheWrite
-from minem.model import ModelConfig, PackedAttention
+from minem.model import ModelConfig, PackedAttention, upload
 
 BLOCK = 64  # positions are allocated in multiples of this
+MIN_ROWS = 16  # with fewer rows the CPU's matrix products round differently for each number of rows
+
+
+def cache_bytes(config: ModelConfig, dtype: torch.dtype, slots: int, prefix: int, suffix: int) -> int:
+    """Bytes of a cache of `slots` sequences with prompts of up to `prefix` and suffixes of up to `suffix` positions."""
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    return (slots + 1) * (_whole_blocks(prefix) + _whole_blocks(suffix)) * position
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU, PyTorch's own reserve included, or in the machine's memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return 1 << 62  # not Linux: nobody says, so the allocation itself must
+    line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 class KVCache:
-    """Keys and values of `slots` sequences and of as many prompts; grows to the longest one that was asked for."""
+    """Keys and values of `slots` sequences and of as many prompts."""
 
-    def __init__(self, config: ModelConfig, slots: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, config: ModelConfig, slots: int, prefix: int, suffix: int, device: torch.device, dtype: torch.dtype
+    ):
+        """Room for prompts of `prefix` and suffixes of `suffix` positions at least."""
         self.spare = slots  # one row and one slot more, where padding is written and nobody reads
         shape = (config.num_hidden_layers, slots + 1, config.num_key_value_heads, 0, config.head_dim)
-        # Zeros, not empty: masked positions are multiplied by weight 0, which must not meet a NaN.
         self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = (
             torch.zeros(shape, device=device, dtype=dtype) for _ in range(4)
         )
+        self.prefix_lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        self.grow(prefix, suffix)
 
-    def reserve(self, prefix: int, suffix: int) -> None:
+    @property
+    def prefix(self) -> int:
+        """Positions of each row."""
+        return self.prefix_k.shape[3]
+
+    @property
+    def suffix(self) -> int:
+        """Positions of each slot."""
+        return self.suffix_k.shape[3]
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.itemsize for x in (self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v))
+
+    def grow(self, prefix: int, suffix: int) -> None:
         """Make room for prompts of `prefix` and suffixes of `suffix` positions, keeping what is there."""
         # One after the other: old and new copies of all four would not fit where the cache is most of the memory.
-        self.prefix_k = _grow(self.prefix_k, prefix)
-        self.prefix_v = _grow(self.prefix_v, prefix)
-        self.suffix_k = _grow(self.suffix_k, suffix)
-        self.suffix_v = _grow(self.suffix_v, suffix)
-
-    def move_prefix(self, source: int, target: int, length: int) -> None:
-        for x in (self.prefix_k, self.prefix_v):
-            x[:, target, :, :length] = x[:, source, :, :length]
-
-    def move_suffix(self, source: int, target: int, length: int) -> None:
-        for x in (self.suffix_k, self.suffix_v):
-            x[:, target, :, :length] = x[:, source, :, :length]
+        self.prefix_k = _grown(self.prefix_k, prefix)
+        self.prefix_v = _grown(self.prefix_v, prefix)
+        self.suffix_k = _grown(self.suffix_k, suffix)
+        self.suffix_v = _grown(self.suffix_v, suffix)
 
 
-def _grow(x: Tensor, positions: int) -> Tensor:
+def _grown(x: Tensor, positions: int) -> Tensor:
     if positions <= x.shape[3]:
         return x
-    bigger = x.new_zeros(*x.shape[:3], -(-positions // BLOCK) * BLOCK, x.shape[4])
+    # Zeros: masked positions are multiplied by weight 0, which must not meet a NaN.
+    bigger = x.new_zeros(*x.shape[:3], _whole_blocks(positions), x.shape[4])
     bigger[:, :, :, : x.shape[3]] = x
     return bigger
+
+
+def _whole_blocks(positions: int) -> int:
+    return -(-max(1, positions) // BLOCK) * BLOCK
 
 
 class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
-    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int], device: torch.device):
+    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int]):
         """rows[i] is where the i-th packed prompt goes; packed sequences beyond the listed rows are padding."""
+        device = cache.prefix_k.device
         self.cache = cache
         targets = [*rows, *[cache.spare] * (len(lengths) - len(rows))]
-        self.rows = torch.cat([torch.full((n,), row) for row, n in zip(targets, lengths, strict=True)]).to(device)
-        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
+        self.rows = upload([row for row, n in zip(targets, lengths, strict=True) for _ in range(n)], device)
+        self.positions = upload([i for n in lengths for i in range(n)], device)
         self.packed = PackedAttention(lengths, device)
+        cache.prefix_lengths[upload(list(rows), device)] = upload(list(lengths[: len(rows)]), device)
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
@@ -78,63 +118,119 @@ class Prefill:
         return self.packed(layer, q, k, v)
 
 
-class Decode:
-    """Attention of one new token for each of the first n slots over its prompt's prefix and its own suffix."""
+@dataclass(frozen=True)
+class Groups:
+    """The sequences of a decode step: their slots, and who shares a prefix with whom (`decode_attention`).
 
-    def __init__(
-        self,
-        cache: KVCache,
-        prefix_rows: Sequence[int],
-        prefix_lengths: Sequence[int],
-        drawn: Sequence[int],
-        padding: int,
-    ):
+    B tokens enter the model, of which the first S are attended; those beyond are padding.
+    """
+
+    slots: Tensor  # int64 [B]: where each token's keys and values go; padding goes to the spare slot
+    siblings: Tensor  # int64 [T, n]
+    sibling_index: Tensor  # int64 [S]
+    prefix_rows: Tensor | None  # int64 [T]; None: group t reads row t
+    suffix_rows: Tensor | None  # int64 [S]; None: sequence s reads slot s
+
+    @classmethod
+    def compact(cls, slots: Sequence[int], rows: Sequence[int], spare: int, device: torch.device) -> Groups:
+        """As small as can be, for the CPU: slices wherever the slots and rows in use lie side by side from 0.
+
+        slots, rows: for each sequence its slot and the row of its prompt.
+        """
+        count = max(rows) + 1
+        most = max(rows.count(row) for row in set(rows))
+        # One group a row needs no gather of keys and values, unless one crowded prompt makes most places empty.
+        crowded = count * most > 2 * len(rows) + MIN_ROWS
+        groups = _groups(rows, 4) if crowded else list(enumerate(_members(rows, count)))
+        width = max(len(members) for _, members in groups)
+        places = {s: t * width + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
+        together = list(slots) == list(range(len(slots)))
+        return cls(
+            slots=upload([*slots, *[spare] * (MIN_ROWS - len(slots))], device),
+            siblings=upload([members + [0] * (width - len(members)) for _, members in groups], device),
+            sibling_index=upload([places[s] for s in range(len(rows))], device),
+            prefix_rows=upload([row for row, _ in groups], device) if crowded else None,
+            suffix_rows=None if together else upload(list(slots), device),
+        )
+
+    @classmethod
+    def fixed(
+        cls, batch: int, width: int, slots: Sequence[int], rows: Sequence[int], spare: int, device: torch.device
+    ) -> Groups:
+        """Of the same shape whoever is in it: `batch` sequences in as many groups of `width`, the rest empty."""
+        groups = _groups(rows, width)
+        places = {s: t * width + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
+        padding = batch - len(slots)  # where there is any, the last group is empty, and padding belongs to it
+        return cls(
+            slots=upload([*slots, *[spare] * padding], device),
+            siblings=upload(
+                [m + [0] * (width - len(m)) for _, m in groups] + [[0] * width] * (batch - len(groups)), device
+            ),
+            sibling_index=upload([places.get(s, (batch - 1) * width) for s in range(batch)], device),
+            prefix_rows=upload([row for row, _ in groups] + [spare] * (batch - len(groups)), device),
+            suffix_rows=upload([*slots, *[spare] * padding], device),
+        )
+
+    def copy_(self, other: Groups) -> None:
+        """Take over what another of the same shape says, into the same memory."""
+        for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
+            mine.copy_(theirs)
+
+
+def _members(rows: Sequence[int], count: int) -> list[list[int]]:
+    """The sequences that read each of the first `count` rows."""
+    members: list[list[int]] = [[] for _ in range(count)]
+    for sequence, row in enumerate(rows):
+        members[row].append(sequence)
+    return members
+
+
+def _groups(rows: Sequence[int], width: int) -> list[tuple[int, list[int]]]:
+    """(row, the sequences that read it), at most `width` of them in a group."""
+    members = _members(rows, max(rows, default=-1) + 1)
+    return [(row, every[i : i + width]) for row, every in enumerate(members) for i in range(0, len(every), width)]
+
+
+def group_width(config: ModelConfig) -> int:
+    """Siblings whose queries fill a tile of the attention kernel."""
+    return max(1, ROWS * config.num_key_value_heads // config.num_attention_heads)
+
+
+class Decode:
+    """Attention of one new token for each sequence of `groups` over its prompt's prefix and its own suffix."""
+
+    def __init__(self, cache: KVCache, groups: Groups, drawn: Tensor, longest_prefix: int, longest_suffix: int):
         """
         Args:
-            prefix_rows: for each active slot the row of its prompt; rows 0..max are all in use.
-            prefix_lengths: for each row the positions it holds.
-            drawn: for each active slot the suffix positions it held before this step.
-            padding: tokens beyond the active slots, written to the spare slot.
+            drawn: int64 [B], the suffix positions that each sequence held before this step.
+            longest_prefix, longest_suffix: no sequence reads positions beyond these.
         """
-        device = cache.suffix_k.device
-        self.n = len(prefix_rows)
-        self.cache = cache
-        self.slots = torch.tensor([*range(self.n), *[cache.spare] * padding], device=device)
-        self.positions = torch.tensor([*drawn, *[0] * padding], device=device)
-        self.suffix_lengths = self.positions[: self.n] + 1
-        self.prefix_lengths = torch.tensor(prefix_lengths, device=device)
-        self.siblings, self.sibling_index = (x.to(device) for x in _sibling_grid(prefix_rows, len(prefix_lengths)))
-        longest_prefix, longest_suffix = max(1, *prefix_lengths), max(drawn) + 1
-        self.prefix_k, self.prefix_v = (
-            x[:, : len(prefix_lengths), :, :longest_prefix] for x in (cache.prefix_k, cache.prefix_v)
-        )
-        self.suffix_k, self.suffix_v = (x[:, : self.n, :, :longest_suffix] for x in (cache.suffix_k, cache.suffix_v))
+        self.cache, self.groups, self.drawn = cache, groups, drawn
+        self.attended = len(groups.sibling_index)
+        self.suffix_lengths = drawn[: self.attended] + 1
+        rows = len(cache.prefix_lengths) if groups.prefix_rows is not None else len(groups.siblings)
+        slots = cache.spare + 1 if groups.suffix_rows is not None else self.attended
+        self.prefix_lengths = cache.prefix_lengths[:rows]
+        self.prefix_k, self.prefix_v = (x[:, :rows, :, :longest_prefix] for x in (cache.prefix_k, cache.prefix_v))
+        self.suffix_k, self.suffix_v = (x[:, :slots, :, :longest_suffix] for x in (cache.suffix_k, cache.suffix_v))
 
     def cache_write(self, layer: int) -> CacheWrite:
-        return CacheWrite(self.cache.suffix_k[layer], self.cache.suffix_v[layer], self.slots, self.positions)
+        return CacheWrite(self.cache.suffix_k[layer], self.cache.suffix_v[layer], self.groups.slots, self.drawn)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rows of q beyond the active slots are padding; they come back as zeros."""
+        """Rows of q beyond the attended ones come back as zeros."""
         attended = decode_attention(
-            q[: self.n],
+            q[: self.attended],
             self.prefix_k[layer],
             self.prefix_v[layer],
             self.prefix_lengths,
-            self.siblings,
-            self.sibling_index,
+            self.groups.siblings,
+            self.groups.sibling_index,
             self.suffix_k[layer],
             self.suffix_v[layer],
             self.suffix_lengths,
+            prefix_rows=self.groups.prefix_rows,
+            suffix_rows=self.groups.suffix_rows,
         )
-        return attended if self.n == len(q) else torch.cat((attended, torch.zeros_like(q[self.n :])))
-
-
-def _sibling_grid(prefix_rows: Sequence[int], rows: int) -> tuple[Tensor, Tensor]:
-    """Who shares which prefix: slots by row [R, n] (unused places 0), and each slot's place in that grid [S]."""
-    members: list[list[int]] = [[] for _ in range(rows)]
-    for slot, row in enumerate(prefix_rows):
-        members[row].append(slot)
-    n = max(len(m) for m in members)
-    places = {slot: row * n + i for row, slots in enumerate(members) for i, slot in enumerate(slots)}
-    index = [places[slot] for slot in range(len(prefix_rows))]
-    return torch.tensor([m + [0] * (n - len(m)) for m in members]), torch.tensor(index)
+        padding = len(q) - self.attended
+        return torch.cat((attended, q.new_zeros(padding, *q.shape[1:]))) if padding else attended

@@ -6,10 +6,13 @@
     for draws in generator.generate(["..."], minem.SamplingParams(n=4, temperature=0.8)):
         print([completion.text for completion in draws])
 
-One `step` is: finish and cancel, admit waiting requests into free slots (prefilling prompts that are not in the cache
-yet), and decode one token for every active slot. Which tokens come out does not depend on who shares the batch: each
-draw has a random stream of its own, keyed by its request and counted by its tokens (`minem.kernels.sample`).
-Scheduling depends on tokens only, never on the clock, so the same start gives the same schedule.
+One `step` is: admit waiting requests into free slots (prefilling prompts that are not in the cache yet), start the
+decoding of one token for every active slot, and read what an earlier step drew. What runs on the device is
+`minem.engine`; the host keeps one step behind a GPU, and never waits for the step that it has just started.
+
+Which tokens come out does not depend on who shares the batch: each draw has a random stream of its own, keyed by its
+request and counted by its tokens (`minem.kernels.sample`). Scheduling depends on tokens only, never on the clock, so
+the same start gives the same schedule.
 """
 
 from __future__ import annotations
@@ -17,22 +20,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from minem.cache import Decode, KVCache, Prefill
+from minem.cache import cache_bytes, free_memory
+from minem.engine import Engine, Step
 from minem.errors import GuardError, UserError
-from minem.kernels import sample
 from minem.model import Model
 from minem.tokenizer import Tokenizer
 
-PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens
 MAX_SLOTS = 65_536
-MIN_ROWS = 8  # below 8 rows the CPU's matrix products round differently for each number of rows
+DEFAULT_SLOTS = {"cpu": 128, "cuda": 256}
+MEMORY_SHARE = 0.85  # of what is free may go to the cache; the rest is for activations and graphs
 
 
 @dataclass(frozen=True)
@@ -104,20 +106,16 @@ def stream_seed(*parts: object) -> int:
 
 @dataclass(eq=False)
 class _Slot:
-    """A request in flight: where its prompt is cached and what it has drawn."""
+    """A request in flight: which slot it has, the row of its prompt, and what it has drawn."""
 
     request: Request
-    row: int
+    index: int = -1
+    row: int = -1
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     proposal_logprobs: list[float] = field(default_factory=list)
     finish_reason: Literal["stop", "length", "cancelled"] | None = None
     stop_text: str | None = None  # the text up to a stop text that was found
-
-    @property
-    def suffix(self) -> int:
-        """Suffix positions in the cache: the last prompt token is there once the first token is drawn."""
-        return len(self.token_ids)
 
 
 class Generator:
@@ -126,11 +124,24 @@ class Generator:
     Args:
         model, tokenizer: as `minem.load` returns them. The model's weights are used in place: train it between two
             uses and the next draws come from the new weights.
-        slots: sequences decoded at once; 64 on the CPU, 256 on a GPU by default.
+        slots: the most sequences decoded at once; 128 on the CPU, 256 on a GPU by default. `reserve` takes fewer where
+            memory does not hold so many.
         max_length: the longest prompt plus completion in tokens; what the model was made for by default.
+        on_note: told, in a sentence each, what had to be changed for want of memory.
+
+    Attributes:
+        slots: sequences decoded at once by now.
+        prefill_tokens: prompt tokens that went through the model so far.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, slots: int | None = None, max_length: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        slots: int | None = None,
+        max_length: int | None = None,
+        on_note: Callable[[str], None] = lambda note: None,
+    ):
         limit = model.config.max_position_embeddings
         if slots is not None and not 1 <= slots <= MAX_SLOTS:
             raise UserError(f"slots = {slots} must be between 1 and {MAX_SLOTS}")
@@ -138,15 +149,18 @@ class Generator:
             raise UserError(f"max_length = {max_length} must be between 2 and the model's {limit} positions")
         self.model = model
         self.tokenizer = tokenizer
-        self.slots = slots or (64 if model.device.type == "cpu" else 256)
+        self.slots = slots or DEFAULT_SLOTS[model.device.type]
         self.max_length = max_length or limit
-        self._cache = KVCache(model.config, self.slots, model.device, model.dtype)
-        self._stop_ids = torch.tensor(sorted(tokenizer.eos_ids), dtype=torch.int64, device=model.device)
+        self.on_note = on_note
+        self.prefill_tokens = 0
+        self._lag = 1 if model.device.type == "cuda" else 0  # steps whose results are still to be read
         self._waiting: deque[Request] = deque()
-        self._active: list[_Slot] = []  # position in this list = slot in the cache
-        self._prompts: list[tuple[int, ...]] = []  # position in this list = prefix row in the cache
+        self._active: list[_Slot] = []  # in the order of their slots
+        self._running: deque[tuple[list[_Slot], Step]] = deque()  # started and not read, oldest first
         self._finished: list[Completion] = []
-        self._sampling: _SamplingTensors | None = None  # of the active slots; None when they changed
+        self._room = (1, 1)  # the longest prompt but for its last token, and the most new tokens, submitted so far
+        self._engine: Engine | None = None  # made by the first request, or by `reserve`
+        self._rows: dict[tuple[int, ...], int] = {}  # prompts in the cache, and their rows
 
     # -------------------------------------------------------------------------------------------- whole batches
 
@@ -188,9 +202,11 @@ class Generator:
         """Queue one draw, before all waiting ones if `first`. Its completion comes out of `step` or iteration.
 
         Raises:
-            UserError: the prompt is empty, or does not fit max_length together with max_new_tokens.
+            UserError: the prompt is empty, or does not fit max_length together with max_new_tokens, or the two need
+                more memory than there is.
         """
         self._check(request)
+        self._room = self._fitting(len(request.prompt_ids) - 1, request.params.max_new_tokens)
         if first:
             self._waiting.appendleft(request)
         else:
@@ -200,9 +216,9 @@ class Generator:
         """Stop a draw; its completion, with what it had drawn, comes next with finish_reason "cancelled"."""
         if request in self._waiting:
             self._waiting.remove(request)
-            self._finished.append(self._complete(_Slot(request, row=-1, finish_reason="cancelled")))
+            self._finished.append(self._complete(_Slot(request, finish_reason="cancelled")))
         for slot in self._active:
-            if slot.request is request:
+            if slot.request is request and slot.finish_reason is None:
                 slot.finish_reason = "cancelled"
 
     @property
@@ -217,15 +233,132 @@ class Generator:
             yield from self.step()
 
     def step(self) -> list[Completion]:
-        """Decode one token for every active slot, and return what finished. Nothing to do: an empty list."""
-        with torch.no_grad():
-            self._release()
-            self._admit()
-            if self._active:
-                self._decode()
+        """Decode one token for every active slot, and return what finished. Nothing to do: an empty list.
+
+        Raises:
+            GuardError: the model's logits are not finite.
+            UserError: not even one sequence fits into memory.
+        """
+        exhausted = False
+        try:
+            self._advance()
+        except RuntimeError as error:
+            exhausted = _out_of_memory(error)
+            if not exhausted:
+                raise
+        if exhausted:  # and the error, which holds on to the memory of where it arose, is gone
+            self._back_off()
         self._release()
         finished, self._finished = self._finished, []
         return finished
+
+    # ------------------------------------------------------------------------------------------------------ memory
+
+    def reserve(self, prompt: int, new: int) -> str:
+        """Make room for prompts of `prompt` tokens with `new` drawn ones, in as many slots as memory holds.
+
+        Requests make their own room; called before any, this says at start-up what a run will have.
+
+        Returns:
+            the plan in words: slots, positions, and bytes of the cache and of what is free.
+        Raises:
+            UserError: not even one such sequence fits.
+        """
+        self._room = self._fitting(prompt - 1, new)
+        cache = self._ready().cache
+        free = free_memory(self.model.device)
+        return (
+            f"{self.slots} slots of {cache.prefix} + {cache.suffix} positions, "
+            f"{cache.bytes / 1e9:.2f} GB of cache, {free / 1e9:.1f} GB free beside it"
+        )
+
+    def release(self) -> int:
+        """Give the cache and the graphs back, and say how many bytes they were; the next request makes them anew.
+
+        Raises:
+            RuntimeError: draws are in flight.
+        """
+        if self._active:
+            raise RuntimeError("the generator cannot release its cache while draws are in flight")
+        size = self._held()
+        self._forget()
+        return size
+
+    def _ready(self) -> Engine:
+        """The engine, with room for all that was submitted, and with fewer slots where memory is short."""
+        engine, (prefix, suffix) = self._engine, self._room
+        if engine is not None and prefix <= engine.cache.prefix and suffix <= engine.cache.suffix:
+            return engine
+        if engine is not None and self._cache_bytes(self.slots) <= MEMORY_SHARE * free_memory(self.model.device):
+            engine.grow(prefix, suffix)
+            return engine
+        self._restart()
+        self._forget()
+        self._fit_slots()
+        self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, prefix, suffix)
+        return self._engine
+
+    def _fit_slots(self) -> None:
+        free, slots = free_memory(self.model.device), self.slots
+        while slots > 1 and self._cache_bytes(slots) > MEMORY_SHARE * free:
+            slots //= 2
+        if slots < self.slots:
+            self.on_note(
+                f"{self.slots} slots for prompts of {self._room[0] + 1} and completions of {self._room[1]} tokens need "
+                f"{self._cache_bytes(self.slots) / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: taking {slots} slots"
+            )
+            self.slots = slots
+
+    def _held(self) -> int:
+        return self._engine.cache.bytes if self._engine is not None else 0
+
+    def _cache_bytes(self, slots: int, room: tuple[int, int] | None = None) -> int:
+        return cache_bytes(self.model.config, self.model.dtype, slots, *(room or self._room))
+
+    def _fitting(self, prefix: int, suffix: int) -> tuple[int, int]:
+        """The room that is needed by now with prompts and suffixes of so many positions.
+
+        Raises:
+            UserError: one slot of it would be more than there is.
+        """
+        room = max(self._room[0], prefix), max(self._room[1], suffix)
+        if room != self._room:  # else it has been seen to fit
+            needed, free = self._cache_bytes(1, room), free_memory(self.model.device) + self._held()
+            if needed > free:
+                raise UserError(
+                    f"a prompt of {prefix + 1} tokens and max_new_tokens = {suffix} need {needed / 1e9:.1f} GB of "
+                    f"cache and {free / 1e9:.1f} GB are free; lower max_new_tokens, or take a smaller model"
+                )
+        return room
+
+    def _restart(self) -> None:
+        """Put the draws in flight back before all waiting ones. They come out the same: nothing is lost but time."""
+        self._waiting.extendleft(slot.request for slot in reversed(self._active) if slot.finish_reason is None)
+        self._active = [slot for slot in self._active if slot.finish_reason is not None]
+        self._running.clear()
+
+    def _forget(self) -> None:
+        self._engine = None
+        self._rows.clear()
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _back_off(self) -> None:
+        """Memory ran out on the way: go on with half the slots.
+
+        Raises:
+            UserError: there was but one.
+        """
+        self._restart()
+        self._forget()
+        if self.slots == 1:
+            raise UserError(
+                f"out of memory with one sequence at a time, a prompt of {self._room[0] + 1} and {self._room[1]} new "
+                "tokens at most; lower max_new_tokens, or take a smaller model"
+            )
+        self.slots //= 2
+        self.on_note(f"memory ran out; going on with {self.slots} slots, and what was in flight is drawn again")
 
     # ---------------------------------------------------------------------------------------------------- the parts
 
@@ -240,19 +373,23 @@ class Generator:
         vocabulary = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise UserError(f"a prompt holds a token id outside the model's vocabulary of {vocabulary}")
+        self._fitting(length - 1, new)
+
+    @torch.no_grad()
+    def _advance(self) -> None:
+        self._release()
+        self._admit()
+        if self._active:
+            self._start()
+        if len(self._running) > (self._lag if self._active else 0):
+            self._read(*self._running.popleft())
 
     def _release(self) -> None:
-        """Turn finished slots into completions and close the gaps, so that active slots stay at the front."""
-        for index in reversed(range(len(self._active))):
-            slot = self._active[index]
-            if slot.finish_reason is None:
-                continue
-            self._finished.append(self._complete(slot))
-            last = self._active.pop()
-            if last is not slot:
-                self._active[index] = last
-                self._cache.move_suffix(len(self._active), index, last.suffix)
-            self._sampling = None
+        """Turn finished slots into completions."""
+        done = [slot for slot in self._active if slot.finish_reason is not None]
+        if done:
+            self._active = [slot for slot in self._active if slot.finish_reason is None]
+            self._finished += map(self._complete, done)
 
     def _complete(self, slot: _Slot) -> Completion:
         text = slot.stop_text
@@ -262,88 +399,51 @@ class Generator:
         return Completion(slot.token_ids, text, slot.logprobs, slot.finish_reason, slot.proposal_logprobs, slot.request)
 
     def _admit(self) -> None:
-        """Move waiting requests into free slots; prompts that no active slot needs make room for new ones."""
-        free = self.slots - len(self._active)
-        admitted = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        """Move waiting requests into free slots; prompts that no slot needs make room for new ones."""
         if not self._active:
-            self._prompts.clear()  # whoever runs the generator dry may have changed the weights since
-        if not admitted and self._sampling is not None:
-            return  # the slots are as they were in the last step
-        self._keep_prompts({slot.row for slot in self._active}, {tuple(r.prompt_ids) for r in admitted})
-        if not admitted:
+            self._rows.clear()  # whoever runs the generator dry may have changed the weights since
+        if not self._waiting or len(self._active) == self.slots:
             return
-        longest_prompt = max(len(r.prompt_ids) for r in admitted)
-        self._cache.reserve(longest_prompt, max(r.params.max_new_tokens for r in admitted))
-        rows = {prompt: row for row, prompt in enumerate(self._prompts)}
-        new = []
-        for request in admitted:
-            prompt = tuple(request.prompt_ids)
-            if prompt not in rows:
-                rows[prompt] = len(self._prompts)
-                self._prompts.append(prompt)
-                new.append(rows[prompt])
-            self._active.append(_Slot(request, rows[prompt]))
-        self._sampling = None
-        self._prefill([row for row in new if len(self._prompts[row]) > 1])
+        engine = self._ready()
+        free = sorted(set(range(self.slots)) - {slot.index for slot in self._active})
+        admitted = [_Slot(self._waiting.popleft(), index) for index in free[: len(self._waiting)]]
+        used = {slot.row for slot in self._active}
+        # Before anything can run out of memory: what was taken from the queue must not be lost.
+        self._active = sorted([*self._active, *admitted], key=lambda slot: slot.index)
+        self.prefill_tokens += engine.prefill(self._take_rows(admitted, used))
+        engine.admit([slot.index for slot in admitted], [slot.request for slot in admitted])
 
-    def _keep_prompts(self, used_rows: set[int], wanted: set[tuple[int, ...]]) -> None:
-        """Drop the prompts that are neither in use nor about to be; the others close up to the front."""
-        keep = [row for row, prompt in enumerate(self._prompts) if row in used_rows or prompt in wanted]
-        if len(keep) == len(self._prompts):
-            return
-        holes = sorted(set(range(len(keep))) - set(keep))
-        moved = dict(zip((row for row in keep if row >= len(keep)), holes, strict=True))
-        for source, target in moved.items():
-            self._cache.move_prefix(source, target, len(self._prompts[source]) - 1)
-            self._prompts[target] = self._prompts[source]
-        del self._prompts[len(keep) :]
-        for slot in self._active:
-            slot.row = moved.get(slot.row, slot.row)
+    def _take_rows(self, admitted: Sequence[_Slot], used: set[int]) -> dict[tuple[int, ...], int]:
+        """Give each new request the row of its prompt. Returns the prompts that are not in the cache yet."""
+        wanted = {tuple(slot.request.prompt_ids) for slot in admitted}
+        self._rows = {prompt: row for prompt, row in self._rows.items() if row in used or prompt in wanted}
+        free = iter(sorted(set(range(self.slots)) - set(self._rows.values())))
+        new = {}
+        for slot in admitted:
+            prompt = tuple(slot.request.prompt_ids)
+            if prompt not in self._rows:
+                new[prompt] = self._rows[prompt] = next(free)
+            slot.row = self._rows[prompt]
+        return new
 
-    def _prefill(self, rows: list[int]) -> None:
-        """Write the prompts of these rows, all but their last tokens, in packs of about PREFILL_TOKENS."""
-        packs: list[list[int]] = []
-        size = PREFILL_TOKENS
-        for row in rows:
-            length = len(self._prompts[row]) - 1
-            if size + length > PREFILL_TOKENS:
-                packs.append([])
-                size = 0
-            packs[-1].append(row)
-            size += length
-        for pack in packs:
-            prompts = [self._prompts[row][:-1] for row in pack]
-            lengths = [len(p) for p in prompts]
-            if sum(lengths) < MIN_ROWS:
-                prompts.append((0,) * (MIN_ROWS - sum(lengths)))
-                lengths.append(len(prompts[-1]))
-            ids = torch.tensor([i for p in prompts for i in p], device=self.model.device)
-            positions = torch.cat([torch.arange(n) for n in lengths]).to(self.model.device)
-            self.model.hidden(ids, positions, Prefill(self._cache, pack, lengths, self.model.device))
-
-    def _decode(self) -> None:
-        """One token for every active slot: the model, the head, the draw, and who is finished by it."""
-        active, device = self._active, self.model.device
-        last = [s.token_ids[-1] if s.token_ids else s.request.prompt_ids[-1] for s in active]
-        positions = [len(s.request.prompt_ids) - 1 + s.suffix for s in active]
-        padding = [0] * max(0, MIN_ROWS - len(active))
-        ids, at = torch.tensor([last + padding, positions + padding], device=device)
-        attend = Decode(
-            self._cache,
-            prefix_rows=[s.row for s in active],
-            prefix_lengths=[len(p) - 1 for p in self._prompts],
-            drawn=[s.suffix for s in active],
-            padding=len(padding),
+    def _start(self) -> None:
+        """Have one token decoded for every active slot."""
+        active = self._active
+        longest_prompt = max(len(slot.request.prompt_ids) for slot in active)
+        longest_suffix = max(len(slot.token_ids) for slot in active) + 1 + len(self._running)
+        step = self._ready().start(
+            [slot.index for slot in active], [slot.row for slot in active], longest_prompt, longest_suffix
         )
-        logits = self.model.head(self.model.hidden(ids, at, attend))[: len(active)]
-        if self._sampling is None:
-            self._sampling = _SamplingTensors([s.request for s in active], device)
-        drawn = self._sampling.draw(logits, [s.suffix for s in active], self._stop_ids)
-        tokens, logprobs, proposal_logprobs = (x.tolist() for x in drawn)
-        if not math.isfinite(sum(logprobs) + sum(proposal_logprobs)):
-            raise GuardError("the model's logits are not finite, so nothing can be drawn: are its weights intact?")
-        for slot, token, logprob, proposal in zip(active, tokens, logprobs, proposal_logprobs, strict=True):
-            slot.token_ids.append(token)
+        self._running.append((active, step))
+
+    def _read(self, slots: Sequence[_Slot], step: Step) -> None:
+        """Take what a step drew, but for the slots that had finished before it was known."""
+        for slot, token, logprob, proposal in zip(slots, *step.read(), strict=False):  # padding follows
+            if slot.finish_reason is not None:
+                continue
+            if not math.isfinite(logprob + proposal):
+                raise GuardError("the model's logits are not finite, so nothing can be drawn: are its weights intact?")
+            slot.token_ids.append(int(token))
             slot.logprobs.append(logprob)
             slot.proposal_logprobs.append(proposal)
             self._finish(slot)
@@ -364,32 +464,5 @@ class Generator:
         return bool(found)
 
 
-class _SamplingTensors:
-    """The sampling parameters of the active slots as tensors, rebuilt when the slots change."""
-
-    def __init__(self, requests: Sequence[Request], device: torch.device):
-        def column(values: list[Any], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=device)
-
-        params = [r.params for r in requests]
-        self.temperature = column([p.temperature for p in params], torch.float32)
-        self.top_k = column([p.top_k for p in params], torch.int64)
-        self.top_p = column([p.top_p for p in params], torch.float32)
-        self.min_p = column([p.min_p for p in params], torch.float32)
-        self.min_tokens = column([p.min_new_tokens for p in params], torch.int64)
-        self.seeds = column([r.seed for r in requests], torch.int64)
-        self.masks_eos = any(p.min_new_tokens for p in params)
-
-    def draw(self, logits: Tensor, positions: list[int], stop_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(tokens, raw log-probabilities, log-probabilities as drawn), each [S]; positions count tokens drawn."""
-        return sample(
-            logits,
-            self.temperature,
-            self.top_k,
-            self.top_p,
-            self.min_p,
-            self.seeds,
-            torch.tensor(positions, device=logits.device),
-            stop_ids=stop_ids if self.masks_eos else None,
-            min_tokens=self.min_tokens if self.masks_eos else None,
-        )
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -262,6 +262,12 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -
 # -------------------------------------------------------------------------------------------------- attention
 
 
+def upload(values: Sequence[Any], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers from the host as a tensor on the device; a GPU takes them in its own time, and the host does not wait."""
+    on_gpu = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=True)
+
+
 class PackedAttention:
     """Causal attention inside each of several packed sequences; none can see another. An `Attend`.
 

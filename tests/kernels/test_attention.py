@@ -94,6 +94,45 @@ def test_equals_the_definition(sizes: Sizes, backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+def test_sequences_may_lie_anywhere(sizes: Sizes, backend: str, device: str) -> None:
+    """Prefixes and suffixes scattered over a larger cache, groups of at most two, some without members."""
+    arguments, row = problem(sizes, torch.float32, device)
+    expected = by_definition(arguments, row)
+    q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
+    generator = torch.Generator().manual_seed(1)
+    prefixes, suffixes = (torch.randperm(2 * n, generator=generator)[:n] for n in (sizes.prefixes, sizes.sequences))
+
+    def scatter(x: Tensor, places: Tensor) -> Tensor:
+        larger = torch.full((2 * len(places), *x.shape[1:]), 7, dtype=x.dtype, device=device)
+        larger[places.to(device)] = x[: len(places)]
+        return larger
+
+    groups = [
+        (r, members[i : i + 2])
+        for r in range(sizes.prefixes)
+        for members in [(row == r).nonzero().flatten().tolist()]
+        for i in range(0, max(1, len(members)), 2)
+    ]
+    places = {s: 2 * t + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
+    out = decode_attention(
+        q,
+        scatter(prefix_k, prefixes),
+        scatter(prefix_v, prefixes),
+        scatter(prefix_lengths, prefixes),
+        torch.tensor([members + [0] * (2 - len(members)) for _, members in groups], device=device),
+        torch.tensor([places[s] for s in range(sizes.sequences)], device=device),
+        scatter(suffix_k, suffixes),
+        scatter(suffix_v, suffixes),
+        suffix_lengths,
+        prefix_rows=torch.tensor([int(prefixes[r]) for r, _ in groups], device=device),
+        suffix_rows=suffixes.to(device),
+        backend=backend,
+    )
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, device: str) -> None:
     """PyTorch's own: scaled_dot_product_attention in the same dtype on the joined cache of each sequence."""

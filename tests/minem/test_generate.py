@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import minem
 from minem import Request, SamplingParams
+from minem.engine import Engine
 from minem.errors import GuardError, UserError
 from minem.generate import stream_seed
 from minem.mstep import MStep, MStepConfig
@@ -311,3 +314,248 @@ def test_stream_seeds_are_stable_and_distinct():
     seeds = {stream_seed(s, i, q, a) for s in range(3) for i in range(3) for q in "ab" for a in range(5)}
     assert len(seeds) == 90
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def by_graphs(monkeypatch, generator: minem.Generator, lag: int) -> list[int]:
+    """Let a generator on the CPU run as on a GPU: recorded steps of fixed shapes, read `lag` steps late.
+
+    Returns the list of recorded batch sizes, which fills as it runs. What a CUDA graph adds is tested on a GPU.
+    """
+    recorded = []
+
+    def record(function, pool):
+        result = function()
+        recorded.append(result.shape[1])
+        return lambda: result.copy_(function()), result
+
+    def engine(*arguments):
+        made = Engine(*arguments)
+        made.graphs = {}
+        return made
+
+    monkeypatch.setattr(minem.engine, "record", record)
+    monkeypatch.setattr(minem.generate, "Engine", engine)
+    generator._lag = lag
+    return recorded
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_recorded_steps_that_are_read_late_draw_the_same(loaded, monkeypatch, lag):
+    model, tokenizer = loaded
+    asked = prompts([3, 40, 11, 25, 7, 60, 1, 18])
+    params = SamplingParams(n=5, max_new_tokens=20, seed=5, temperature=1.3, min_new_tokens=2)
+    expected = minem.Generator(model, tokenizer, slots=13).generate(asked, params)
+    generator = minem.Generator(model, tokenizer, slots=13)
+    recorded = by_graphs(monkeypatch, generator, lag)
+    assert_same_draws(expected, generator.generate(asked, params))
+    assert len({c.finish_reason for draws in expected for c in draws}) == 2
+    assert len(recorded) == len(set(recorded)) > 1  # each batch size once
+    assert_same_draws(expected, generator.generate(asked, params))
+    assert len(recorded) == len(set(recorded))
+
+
+def test_crowded_prompts_draw_the_same(loaded):
+    """Many draws of one prompt beside single ones of others, where a group for each prompt would be mostly empty."""
+    model, tokenizer = loaded
+    asked = prompts([20, *range(3, 18)])
+    generator = minem.Generator(model, tokenizer, slots=48)
+    requests = [Request(asked[0], SamplingParams(max_new_tokens=9), seed=i) for i in range(33)]
+    requests += [Request(ids, SamplingParams(max_new_tokens=9), seed=i) for i, ids in enumerate(asked[1:])]
+    for request in requests:
+        generator.submit(request)
+    for completion in generator:
+        alone = minem.Generator(model, tokenizer, slots=1)
+        alone.submit(Request(completion.request.prompt_ids, completion.request.params, completion.request.seed))
+        assert completion.token_ids == next(iter(alone)).token_ids
+
+
+# ------------------------------------------------------------------------------------------------------------ memory
+
+
+def test_fewer_slots_where_memory_is_short(loaded, monkeypatch):
+    model, tokenizer = loaded
+    asked = prompts([30, 12, 9, 21])
+    params = SamplingParams(n=4, max_new_tokens=20)
+    expected = minem.Generator(model, tokenizer, slots=16).generate(asked, params)
+    position = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
+    monkeypatch.setattr(minem.generate, "free_memory", lambda device: 6 * 128 * position)
+    notes: list[str] = []
+    generator = minem.Generator(model, tokenizer, slots=16, on_note=notes.append)
+    assert_same_draws(expected, generator.generate(asked, params))
+    assert generator.slots == 4  # with the spare one five of the six that would fit: 85 % may be taken
+    assert len(notes) == 1
+    assert "taking 4 slots" in notes[0]
+    plan = minem.Generator(model, tokenizer, slots=16).reserve(31, 20)
+    assert plan.startswith("4 slots of 64 + 64 positions")
+
+
+def test_what_can_never_fit_is_refused_at_once(loaded, monkeypatch):
+    model, tokenizer = loaded
+    monkeypatch.setattr(minem.generate, "free_memory", lambda device: 200_000)
+    generator = minem.Generator(model, tokenizer, slots=16)
+    with pytest.raises(UserError, match=r"a prompt of 300 tokens and max_new_tokens = 24 need .* lower max_new_tokens"):
+        generator.submit(Request(prompts([300])[0], GREEDY))
+    assert generator.generate(prompts([20]), GREEDY)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("fails_in", ["prefill", "start", "grow"])
+def test_running_out_of_memory_loses_nothing(loaded, monkeypatch, fails_in, lag):
+    """Memory runs out in the middle of the work: fewer slots, the same draws, each of them once."""
+    model, tokenizer = loaded
+    asked = prompts([3, 40, 11, 25, 7, 60, 1, 18])
+    params = SamplingParams(n=3, max_new_tokens=20, seed=5)
+    late = SamplingParams(n=3, max_new_tokens=90, seed=6)
+    plain = minem.Generator(model, tokenizer, slots=8)
+    expected = [plain.generate(asked, p) for p in (params, late)]
+    generator = minem.Generator(model, tokenizer, slots=8)
+    generator._lag = lag
+    calls = 0
+    whole = getattr(Engine, fails_in)
+
+    def fails(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls in (1, 4) or (fails_in == "start" and calls == 11):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Engine, fails_in, fails)
+    notes: list[str] = []
+    generator.on_note = notes.append
+    assert_same_draws(expected[0], generator.generate(asked, params))
+    for i, ids in enumerate(asked):  # something in flight when the room has to grow
+        generator.submit(Request(ids, params, seed=i))
+    first = generator.step()
+    assert_same_draws(expected[1], generator.generate(asked, late))
+    left = [*first, *generator]
+    assert len(left) == len(asked)
+    assert generator.slots < 8
+    assert all("memory ran out" in note for note in notes)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(loaded, monkeypatch):
+    model, tokenizer = loaded
+
+    def fails(*arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(Engine, "start", fails)
+    with pytest.raises(RuntimeError, match="something else"):
+        minem.Generator(model, tokenizer, slots=2).generate(prompts([5, 6]), GREEDY)
+
+
+def test_a_single_slot_that_runs_out_of_memory_says_so(loaded, monkeypatch):
+    model, tokenizer = loaded
+
+    def fails(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Engine, "start", fails)
+    with pytest.raises(UserError, match="out of memory with one sequence at a time"):
+        minem.Generator(model, tokenizer, slots=2).generate(prompts([5, 6]), GREEDY)
+
+
+def test_released_memory_is_taken_again(loaded):
+    model, tokenizer = loaded
+    asked = prompts([9, 30])
+    generator = minem.Generator(model, tokenizer, slots=4)
+    assert generator.release() == 0
+    expected = generator.generate(asked, GREEDY)
+    assert generator.release() == 5 * (64 + 64) * 2 * 3 * 2 * 16 * 4
+    assert generator.release() == 0
+    assert_same_draws(expected, generator.generate(asked, GREEDY))
+    generator.submit(Request(asked[0], GREEDY))
+    generator.step()
+    with pytest.raises(RuntimeError, match="in flight"):
+        generator.release()
+
+
+def test_a_soak_leaks_nothing(loaded):
+    """5,000 requests of mixed length with stops, cancellations and refills; memory stays where it was half-way."""
+    model, tokenizer = loaded
+    random = torch.Generator().manual_seed(0)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=random))
+
+    shared = prompts([number(1, 60) for _ in range(40)])
+    generator = minem.Generator(model, tokenizer, slots=32)
+    stop = tokenizer.decode([40, 41])[:1]
+    open_, finished, sizes, resident = [], 0, set(), []
+    reasons: dict[str, int] = {}
+    submitted = 0
+    while submitted < 5000 or open_:
+        while submitted < 5000 and len(open_) < 40:
+            stops = (stop,) if submitted % 7 == 0 else ()
+            new = 63 if submitted < 32 else number(1, 24)
+            request = Request(shared[number(0, 40)], SamplingParams(max_new_tokens=new, stop=stops), seed=submitted)
+            generator.submit(request, first=submitted % 5 == 0)
+            open_.append(request)
+            submitted += 1
+        if number(0, 8) == 0:
+            generator.cancel(open_[number(0, len(open_))])
+        for completion in generator.step():
+            open_.remove(completion.request)
+            finished += 1
+            reasons[completion.finish_reason] = reasons.get(completion.finish_reason, 0) + 1
+            if finished % 500 == 0:
+                sizes.add(generator._engine.cache.bytes)
+                resident.append(anonymous_memory())
+    assert finished == 5000
+    assert reasons.keys() == {"stop", "length", "cancelled"}
+    assert min(reasons.values()) > 100
+    assert generator.idle_slots == 32
+    assert not generator._active
+    assert not generator._running
+    assert len(generator._rows) <= 32
+    assert len(sizes) == 1
+    assert max(resident[5:]) - resident[4] < 16 << 20
+    assert_same_draws(
+        minem.Generator(model, tokenizer).generate(shared[:4], GREEDY), generator.generate(shared[:4], GREEDY)
+    )
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process's own memory that are in use."""
+    gc.collect()
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+# -------------------------------------------------------------------------------------------------------------- a GPU
+
+
+@pytest.mark.gpu
+def test_graphs_eager_and_the_cpu_agree(folder):
+    """Greedy tokens in float32: one graph for each batch size, the same steps without graphs, and the CPU."""
+    asked = prompts([3, 40, 11, 25, 7, 60, 1, 18, 33])
+    params = SamplingParams(n=3, temperature=0.0, max_new_tokens=40)
+    expected = minem.Generator(*minem.load(folder)).generate(asked, params)
+    for graphs in (True, False):
+        model, tokenizer = minem.load(folder, device="cuda")
+        generator = minem.Generator(model, tokenizer, slots=16)
+        generator.reserve(61, 40)
+        if not graphs:
+            generator._engine.graphs = None
+        got = generator.generate(asked, params)
+        for draws, others in zip(expected, got, strict=True):
+            for draw, other in zip(draws, others, strict=True):
+                assert draw.token_ids == other.token_ids
+                assert draw.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+        drawn = generator.generate(asked, SamplingParams(n=3, max_new_tokens=40, seed=1))
+        assert_same_draws(drawn, generator.generate(asked, SamplingParams(n=3, max_new_tokens=40, seed=1)))
+
+
+@pytest.mark.gpu
+def test_graphs_stay_valid_when_the_model_is_trained(folder):
+    model, tokenizer = minem.load(folder, device="cuda", dtype=torch.bfloat16)
+    generator = minem.Generator(model, tokenizer, slots=4)
+    asked = prompts([12, 30])
+    generator.generate(asked, GREEDY)
+    before = dict(generator._engine.graphs)
+    examples = [Example(str(i), p, p[::-1]) for i, p in enumerate(prompts([20] * 8))]
+    MStep(model, MStepConfig(lr=0.03, batch_size=4)).run(examples, seed=0, iteration=1)
+    after = generator.generate(asked, GREEDY)
+    assert before.items() <= generator._engine.graphs.items()
+    assert_same_draws(minem.Generator(model, tokenizer, slots=4).generate(asked, GREEDY), after)
