@@ -7,6 +7,10 @@ Only when slots of the generator would stand empty are further attempts started 
 the ones before them fail. Whatever finishes first, attempts are *decided* in the order of their index and everything
 above the accepted one is cancelled and forgotten: accepting the earliest finisher instead would prefer short
 rationales. So the rows are those of drawing one attempt after the other, whatever the number of slots.
+
+Towards the end slots run empty, and how many steps that lasts is decided by the questions that were begun last: so
+those that are expected to take longest begin first. A long E-step is done in blocks of questions, each on the disk
+before the next begins; every block has such an end, so a block has many rounds of work for each slot.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from minem.data.prompts import messages
@@ -26,6 +31,7 @@ from minem.tokenizer import Tokenizer
 
 # (text of a completion, its question) -> the answer it states, or None where it states none: minem.data.verdict.strict
 Verdict = Callable[[str, Question], str | None]
+BLOCK_ROUNDS = 16  # questions of a block for each slot, at least: its end, where slots run empty, is some 5 % of it
 Status = Literal["accepted", "wrong", "unparsed", "truncated"]
 
 
@@ -38,6 +44,13 @@ def encode_prompt(tokenizer: Tokenizer, question: Question, hint: str | None = N
     if tokenizer.has_chat_template:
         return tokenizer.chat(chat)
     return tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n")
+
+
+def blocks(questions: Sequence[Question], slots: int) -> list[Sequence[Question]]:
+    """The questions in blocks as alike in size as can be, BLOCK_ROUNDS for each slot or more; few make one block."""
+    count = max(1, len(questions) // (BLOCK_ROUNDS * slots))
+    ends = [len(questions) * i // count for i in range(count + 1)]
+    return [questions[begin:end] for begin, end in pairwise(ends)]
 
 
 def judge(completion: Completion, question: Question, verdict: Verdict) -> tuple[str | None, Status]:
@@ -62,6 +75,8 @@ class EStep:
     generators: which generator draws from which prompt. Two different ones where hinted draws come from the base model.
     keep_all: keep every draw whatever its verdict (r = 1), the control experiment.
     drop_leaks: also reject correct hinted rationales that cite the hint.
+    costs: by question id, the tokens that it is expected to take; the most expensive begin first. It changes nothing
+        else: without it they begin in the order in which they are given.
     """
 
     sampler: Sampler
@@ -74,36 +89,44 @@ class EStep:
     iteration: int
     keep_all: bool = False
     drop_leaks: bool = False
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     def run(
-        self, questions: Sequence[Question], on_progress: Callable[[Counts], None] | None = None
+        self,
+        questions: Sequence[Question],
+        on_progress: Callable[[Counts], None] | None = None,
+        on_decided: Callable[[Completion], None] | None = None,
     ) -> tuple[list[dict[str, Any]], Counts]:
         """Attempt every question.
 
+        Args:
+            on_progress: called with the running counts after every step.
+            on_decided: called with the draw of every decided attempt.
         Returns:
             the decided attempts as rows of samples.jsonl, by question and attempt, each with `kept` beside the fields
             of the file (whether the filter keeps it), and the final counts.
         """
         searches = [_Search(question) for question in questions]
         counts = Counts(questions=len(searches))
-        for search in searches:
-            self._advance(search, counts)
+        on_decided = on_decided or (lambda completion: None)
+        for search in sorted(searches, key=lambda s: -self.costs.get(s.question.id, 0.0)):
+            self._advance(search, counts, on_decided)
         generators = list({id(g): g for g in self.generators.values()}.values())
         while counts.done < counts.questions:
             self._fill_idle_slots(searches)
             for generator in generators:
                 for completion in generator.step():
-                    self._receive(completion, counts)
+                    self._receive(completion, counts, on_decided)
             if on_progress is not None:
                 on_progress(counts)
         for generator in generators:  # what was cancelled last still has to come out
             for completion in generator:
-                self._receive(completion, counts)
+                self._receive(completion, counts, on_decided)
         if on_progress is not None:
             on_progress(counts)
         return [row for search in searches for row in search.rows], counts
 
-    def _receive(self, completion: Completion, counts: Counts) -> None:
+    def _receive(self, completion: Completion, counts: Counts, on_decided: Callable[[Completion], None]) -> None:
         assert completion.request is not None
         search, index = completion.request.tag
         counts.tokens += len(completion.token_ids)
@@ -111,9 +134,9 @@ class EStep:
             counts.cancelled_tokens += len(completion.token_ids)
             return
         search.finished[index] = completion
-        self._advance(search, counts)
+        self._advance(search, counts, on_decided)
 
-    def _advance(self, search: _Search, counts: Counts) -> None:
+    def _advance(self, search: _Search, counts: Counts, on_decided: Callable[[Completion], None]) -> None:
         """Decide what can be decided, in the order of attempts, and see that the next one is under way."""
         while True:
             index = len(search.attempts)
@@ -129,6 +152,7 @@ class EStep:
                 self._start(search, index, wanted, first=index > 0)
             if index not in search.finished:
                 return
+            on_decided(search.finished[index])
             self._decide(search, index, counts)
 
     def _next(self, search: _Search, attempts: Sequence[Attempt]) -> Prompt | None:
