@@ -4,8 +4,8 @@
     task = load_task("my/questions")         # a folder with train, validation and test as .jsonl or .parquet
     task = load_task("my/questions.jsonl")   # one file, split 80/20 by a hash of the id
 
-What a row may look like is in minem/data/rows.py. Hub tasks take their splits as the hub has them, but for two: MMLU has
-no training split of its own (see `_mmlu`) and GSM8K no validation split (see `_gsm8k`).
+What a row may look like is in minem/data/rows.py. Hub tasks take their splits as the hub has them, but for two: MMLU
+has no training split of its own (see `_mmlu`) and GSM8K no validation split (see `_gsm8k`).
 The test split is there to be measured on and nothing else: nothing may be chosen by it.
 """
 
@@ -160,7 +160,8 @@ def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], s
 
     auxiliary_train was put together from other benchmarks (ARC, OpenBookQA, RACE, MCTest), with repetitions. Repeated
     questions, those of MMLU's own splits and those of the multiple-choice tasks here are left out, compared word by
-    word, so that a model trained on "mmlu" has seen nobody's test. (GSM8K is free-form and younger.) Its unreadable rows are left out too, and counted: nobody could put them right.
+    word, so that a model trained on "mmlu" has seen nobody's test. (GSM8K is free-form and younger.) Its unreadable
+    rows are left out too, and counted: nobody could put them right.
     """
     files, source = _hub_files("mmlu", ("auxiliary_train", "dev", "validation", "test"), revision)
     splits = {split: _read_all(files[split]) for split in ("validation", "test")}
