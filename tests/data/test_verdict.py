@@ -1,13 +1,15 @@
 """Verdicts on endings as models really write them: `python -m pytest tests/data/test_verdict.py`."""
 
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minem.data import verdict
-from minem.data.tasks import Question
+from minem.data.tasks import Question, read_questions
 from minem.errors import UserError
 
 
@@ -516,3 +518,24 @@ EARLY: list[tuple[Question, str, bool]] = [
 @pytest.mark.parametrize(("asked", "text", "early"), EARLY)
 def test_answers_that_come_before_their_reasons_are_seen(asked: Question, text: str, early: bool):
     assert verdict.states_early(text, asked) is early
+
+
+@pytest.mark.real_data
+def test_labels_beside_real_options_are_never_taken_for_others():
+    root = os.environ.get("MINEM_REAL_DATA")
+    if not root:
+        pytest.skip("MINEM_REAL_DATA is not set: no real options")
+    read, unread = 0, 0
+    for path in sorted(Path(root).glob("*/*.jsonl")):
+        for asked in read_questions(path):
+            for label, option in zip(asked.labels, asked.options, strict=True):
+                shown = option.replace("\n", " ")
+                for ending in (f"({label})", f"{label}. {shown}", f"**{label}) {shown}**", f"{label}, {shown}"):
+                    text = f"So it is.\nThe best answer is {ending}"
+                    stated = verdict.strict(text, asked)
+                    assert stated in (label, None), text
+                    assert verdict.flexible(text, asked) == stated, text
+                    read += stated is not None
+                    unread += stated is None
+    assert read > 160_000
+    assert unread < read / 2000  # options that begin with "and", or read "A and B"
