@@ -503,6 +503,8 @@ EARLY: list[tuple[Question, str, bool]] = [
     (LIGHT, f"A plant needs light. {REASONS}\nThe best answer is A", False),
     (LIGHT, f"{REASONS}So the answer is A.\nThe best answer is A", False),
     (LIGHT, f"The answer is A. {REASONS}\nThe best answer is A or B", False),
+    (LIGHT, "x" * 19 + " The answer is A. " + "x" * 63, True),  # after 20 of 100 characters
+    (LIGHT, "x" * 20 + " The answer is A. " + "x" * 62, False),
     (LIGHT, "I do not know.", False),
     (LIGHT, "", False),
     (free_form("18"), f"The answer is 18. {REASONS}\nThe best answer is 18", True),
