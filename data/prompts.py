@@ -15,7 +15,7 @@ from minem.errors import UserError
 
 ANSWER_LINE = "The best answer is"
 
-# {label} is the right one. A hint stands between the options and the request for the last line.
+# {label} is the right one, or the answer itself. A hint stands right before the request for the last line.
 HINTS = {
     # Asks for the reasoning that the question calls for, not for a defence of the answer.
     "forward": (
@@ -34,20 +34,22 @@ DEFAULT_HINT = "forward"
 
 
 def messages(question: Question, hint: str | None = None) -> list[dict[str, str]]:
-    """One user message: the question, its options, the hint if one is named, and the request for the last line.
+    """One user message: the question, its options if any, the hint if one is named, the request for the last line.
 
     Raises UserError for a hint that HINTS does not have.
     """
     if hint is not None and hint not in HINTS:
         raise UserError(f"there is no hint {hint!r}: the wordings are {', '.join(HINTS)}")
     options = "\n".join(f"{label}. {option}" for label, option in zip(question.labels, question.options, strict=True))
-    parts = [question.text, options, request(question)]
-    if hint is not None:
-        parts.insert(2, HINTS[hint].format(label=question.gold))
-    return [{"role": "user", "content": "\n\n".join(parts)}]
+    shown = HINTS[hint].format(label=question.gold) if hint is not None else ""
+    parts = [question.text, options, shown, request(question)]
+    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
 
 
 def request(question: Question) -> str:
-    """The closing sentence, with this question's own labels."""
-    labels = ", ".join(question.labels[:-1]) + f" or {question.labels[-1]}"
-    return f'Reason step by step, then end with a last line "{ANSWER_LINE} X", where X is {labels}.'
+    """The closing sentence, with this question's own labels. A free-form one says the same for every answer."""
+    if question.labels:
+        what = ", ".join(question.labels[:-1]) + f" or {question.labels[-1]}"
+    else:
+        what = "the answer alone, in digits if it is a number"
+    return f'Reason step by step, then end with a last line "{ANSWER_LINE} X", where X is {what}.'

@@ -64,7 +64,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.argument("config_file", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path)),
             click.option("--model", help="Hugging Face folder, hub id, or toy (the default).  [model.id]"),
             click.option(
-                "--task", help="toy, arc-challenge, arc-easy, openbookqa, mmlu, a folder or file.  [task.name]"
+                "--task", help="toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k, a folder or file.  [task.name]"
             ),
             click.option("--limit", type=int, help="At most N questions of each split.  [task.limit]"),
             click.option("--verdict", help="Your own answer check, module:function.  [task.verdict]"),

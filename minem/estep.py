@@ -39,11 +39,15 @@ def encode_prompt(tokenizer: Tokenizer, question: Question, hint: str | None = N
     """Token ids of the plain prompt, or of the hinted one in the wording `hint`; through the model's chat template.
 
     A tokenizer without a template gets the text itself, as a base model expects it.
+    Raises UserError, with the question's id, where the template fails.
     """
     chat = messages(question, hint)
-    if tokenizer.has_chat_template:
-        return tokenizer.chat(chat)
-    return tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n")
+    try:
+        if tokenizer.has_chat_template:
+            return tokenizer.chat(chat)
+        return tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n")
+    except UserError as error:
+        raise UserError(f"question {question.id!r}: {error}") from error
 
 
 def blocks(questions: Sequence[Question], slots: int) -> list[Sequence[Question]]:

@@ -49,7 +49,10 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
             return fetch(local_files_only=True)
     except GatedRepoError as error:
         page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo_id}"
-        raise UserError(f"{what} is gated: accept its terms at {page}, then set HF_TOKEN to your token") from error
+        raise UserError(
+            f"{what} is gated: accept its terms at {page}, then set HF_TOKEN to a token that may read it, or run "
+            "`hf auth login`"
+        ) from error
     except RepositoryNotFoundError as error:
         raise UserError(
             f"{what} does not exist on the hub, or is private and HF_TOKEN gives no access to it"
@@ -63,6 +66,14 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
             f"{what} is not in the local cache and the hub cannot be reached: connect once to download it, "
             f"or give the path of a local folder"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{what} could not be downloaded ({reason}); try again, or give a local folder") from error
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code == 401:
+            raise UserError(f"{what}: the hub does not know your token; set HF_TOKEN to a valid one") from error
+        raise UserError(_failed(what, error)) from error
+    except Exception as error:  # proxies, timeouts, full disks: the client has several libraries' errors for them
+        raise UserError(_failed(what, error)) from error
+
+
+def _failed(what: str, error: Exception) -> str:
+    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return f"{what} could not be downloaded ({reason}); try again, or give the path of a local folder"

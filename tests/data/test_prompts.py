@@ -1,5 +1,6 @@
-"""Prompts: what they say and what they must not."""
+"""Prompts: what they say and what they must not: `python -m pytest tests/data/test_prompts.py`."""
 
+import dataclasses
 import gzip
 import os
 import re
@@ -11,8 +12,15 @@ from minem.data import prompts, verdict
 from minem.data.tasks import Question, read_questions
 from minem.errors import UserError
 from minem.tokenizer import Tokenizer
+from tests.minem.folders import make_tokenizer
 
 QUESTION = Question("q", "What do plants need?", ("light", "soup", "shoes"), ("A", "B", "C"), "B")
+FREE_FORM = Question("q", "How many eggs are 2 times 9?", (), (), "18")
+# The date as Llama 3.2's template has it: told, else today's, else a fixed one.
+DATED = """{% if not date_string is defined %}{% if strftime_now is defined %}
+{%- set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26 Jul 2024" %}{% endif %}{% endif -%}
+<s>system: Today Date: {{ date_string }}</s>{% for message in messages %}
+<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"""
 
 
 def content(question: Question, hint: str | None = None) -> str:
@@ -32,6 +40,36 @@ def test_the_plain_prompt_word_for_word():
 def test_the_plain_prompt_does_not_depend_on_the_answer():
     other = Question(QUESTION.id, QUESTION.text, QUESTION.options, QUESTION.labels, "A")
     assert content(QUESTION) == content(other)
+
+
+def test_the_free_form_prompt_word_for_word():
+    plain = (
+        'How many eggs are 2 times 9?\n\nReason step by step, then end with a last line "The best answer is X", '
+        "where X is the answer alone, in digits if it is a number."
+    )
+    assert content(FREE_FORM) == plain
+    for gold in ("20", "1,000", "eighteen", "{label}"):
+        other = dataclasses.replace(FREE_FORM, gold=gold)
+        assert content(other) == plain
+        for hint, wording in prompts.HINTS.items():
+            assert content(other, hint).replace(wording.format(label=gold) + "\n\n", "", 1) == plain
+            assert f" is {gold}" in content(other, hint)
+    assert verdict.strict(plain, FREE_FORM) is verdict.flexible(plain, FREE_FORM) is None
+
+
+def test_the_date_in_a_prompt_is_not_todays(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    make_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(DATED)
+    ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    chat = prompts.messages(QUESTION, "derive")
+    text = ours.render(chat)
+    assert text.startswith("<s>system: Today Date: 26 Jul 2024</s>")
+    kinds = {"tokenize": False, "add_generation_prompt": True}
+    assert theirs.apply_chat_template(chat, date_string="26 Jul 2024", **kinds) == text
+    today = theirs.apply_chat_template(chat, **kinds)
+    assert today != text
+    assert re.sub(r"Today Date: [^<]*", "", today) == re.sub(r"Today Date: [^<]*", "", text)
 
 
 @pytest.mark.parametrize("hint", prompts.HINTS)

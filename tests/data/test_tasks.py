@@ -30,6 +30,7 @@ ARC = {
 }
 OPENBOOK = {"question_stem" if name == "question" else name: value for name, value in ARC.items()}
 MMLU = {"question": "What is 2 + 2?", "subject": "arithmetic", "choices": ["3", "4", "5", "6"], "answer": 1}
+FREE = {"id": "q1", "question": "How many eggs are 2 times 9?", "answer": "2 * 9 = <<2*9=18>>18 eggs.\n#### 18"}
 
 
 def write_jsonl(path: Path, rows: list) -> Path:
@@ -64,6 +65,34 @@ def test_the_three_schemas(tmp_path: Path):
     (mmlu,) = read_questions(write_jsonl(tmp_path / "m.jsonl", [MMLU]))
     assert (mmlu.text, mmlu.options, mmlu.labels) == ("What is 2 + 2?", ("3", "4", "5", "6"), ("A", "B", "C", "D"))
     assert (mmlu.gold, mmlu.subject) == ("B", "arithmetic")
+
+
+def test_free_form_rows(tmp_path: Path):
+    answers = {
+        FREE["answer"]: "18",
+        "#### 1,000 ": "1,000",
+        "18": "18",
+        18: "18",
+        0.5: "0.5",
+        " the Sun ": "the Sun",
+        "a #### b\n#### c": "c",
+    }
+    rows = [{**FREE, "id": i, "answer": answer} for i, answer in enumerate(answers)]
+    questions = read_questions(write_jsonl(tmp_path / "f.jsonl", rows))
+    assert [question.gold for question in questions] == list(answers.values())
+    assert questions[0] == Question("0", FREE["question"], (), (), "18")
+    texts = [{**row, "answer": str(row["answer"])} for row in rows]
+    assert read_questions(write_parquet(tmp_path / "f.parquet", texts)) == questions
+
+
+def test_a_file_holds_one_kind_of_questions(tmp_path: Path):
+    multiple, free = {**ARC, "id": "m"}, {**FREE, "id": "f"}
+    for rows, odd in (
+        ([multiple, free], "lacks 'choices', which every"),
+        ([free, multiple], "has 'choices', which no"),
+    ):
+        with pytest.raises(UserError, match=rf"rows\.jsonl, row 2: this row {odd} row above it has"):
+            read_questions(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
 def test_rows_under_a_train_field(tmp_path: Path):
@@ -109,6 +138,15 @@ def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
         ({"choices": ["a", "b"]}, "'answer' is missing"),
         ({"choices": "a, b"}, "'choices'"),
         ({"subject": 7}, "'subject'"),
+        ({"choices": None, "answerKey": None, "answer": " "}, "'answer' must be a number or a text of one line"),
+        (
+            {"choices": None, "answerKey": None, "answer": "18\n#### "},
+            "'answer' must be a number or a text of one line",
+        ),
+        ({"choices": None, "answerKey": None, "answer": "two\nlines"}, "end with a line '#### ANSWER'"),
+        ({"choices": None, "answerKey": None, "answer": [18]}, "'answer' must be a number or a text of one line"),
+        ({"choices": None, "answerKey": None, "answer": True}, "'answer' must be a number or a text of one line"),
+        ({"choices": None, "answerKey": None}, "'choices' is missing (a free-form question has"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, write, change: dict, field: str):
@@ -232,7 +270,7 @@ def test_limit_caps_every_split_alike_and_is_nested(tmp_path: Path):
 def test_a_name_that_is_not_known_gets_the_nearest_one():
     with pytest.raises(UserError, match="did you mean 'arc-challenge'"):
         load_task("arc-chalenge")
-    with pytest.raises(UserError, match="known tasks are toy, arc-challenge, arc-easy, openbookqa, mmlu"):
+    with pytest.raises(UserError, match="known tasks are toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k;"):
         load_task("no/such/folder")
 
 
@@ -273,7 +311,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     auxiliary = [{**MMLU, "question": f"Auxiliary {i}", "subject": ""} for i in range(20)]
     auxiliary += auxiliary[:3]  # repeated
     auxiliary += [{**MMLU, "question": "what do  plants need", "subject": ""}]  # OpenBookQA's
-    auxiliary += [{**MMLU, "question": "Test 1", "subject": ""}]  # MMLU's own
+    # ARC's, of every split, spelt another way
+    taken = [f"QUESTION  {part} {split} {0}" for part in ("arc_challenge", "arc_easy") for split in tasks.SPLITS]
+    auxiliary += [{**MMLU, "question": name.replace("_", "-"), "subject": ""} for name in taken]
+    auxiliary += [{**MMLU, "question": f"{split} 1!", "subject": ""} for split in ("dev", "validation", "test")]
     auxiliary += [{**MMLU, "answer": 4}]  # unreadable
     mmlu = {
         split: [{**MMLU, "question": f"{split.title()} {i}"} for i in range(3)]
@@ -282,6 +323,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     mmlu["auxiliary_train"] = auxiliary
     files = {f"all/{split}-00000-of-00001.parquet": rows for split, rows in mmlu.items()}
     write_cache(tmp_path / "hub", "cais/mmlu", files)
+    gsm8k = {
+        f"main/{split}-00000-of-00001.parquet": [
+            {"question": f"{split}: 2 times {i}?", "answer": f"2 * {i} = <<2*{i}={2 * i}>>{2 * i}\n#### {2 * i}"}
+            for i in range(size)
+        ]
+        for split, size in {"train": 30, "test": 4}.items()
+    }
+    write_cache(tmp_path / "hub", "openai/gsm8k", gsm8k)
     return tmp_path / "hub"
 
 
@@ -303,6 +352,21 @@ def test_mmlu_trains_on_a_sample_that_nobody_is_tested_on(cache: Path, monkeypat
     first, again, other = (load_task("mmlu", seed=seed).train for seed in (0, 0, 1))
     assert len(first) == 5
     assert first == again != other
+
+
+def test_gsm8k_holds_its_validation_out_of_train(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tasks, "GSM8K_VALIDATION", 6)
+    task = load_task("gsm8k")
+    assert [len(task.train), len(task.validation), len(task.test)] == [24, 6, 4]
+    asked = {q.text for q in task.train} | {q.text for q in task.validation}
+    assert asked == {f"train: 2 times {i}?" for i in range(30)}
+    assert [(q.text, q.gold, q.labels) for q in task.test] == [
+        (f"test: 2 times {i}?", str(2 * i), ()) for i in range(4)
+    ]
+    assert task.note == (
+        "openai/gsm8k at 0123456789ab; validation is 6 of its 30 training questions, chosen by a hash of the ids"
+    )
+    assert load_task("gsm8k", seed=1) == task
 
 
 def test_what_the_cache_lacks_gets_one_sentence(cache: Path):

@@ -1,9 +1,16 @@
 """Verdicts on endings as models really write them: `python -m pytest tests/data/test_verdict.py`."""
 
+import os
+from fractions import Fraction
+from pathlib import Path
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minem.data import verdict
-from minem.data.tasks import Question
+from minem.data.tasks import Question, read_questions
+from minem.errors import UserError
 
 
 def question(labels: str, gold: str = "") -> Question:
@@ -152,12 +159,159 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (DIGITS, "Answer: 2", None, "2"),
     (DIGITS, "The answer is 2.5 m.", None, None),
     (DIGITS, "so x = 3", None, None),
+    # LaTeX, as it is really written.
+    (ABCD, "The best answer is \\(B\\)", "B", SAME),
+    (ABCD, "The best answer is \\[\\boxed{B}\\]", "B", SAME),
+    (ABCD, "The best answer is \\(\\boxed{\\textbf{(C)}}\\).", "C", SAME),
+    (ABCD, "The best answer is $\\mathrm{C}$", "C", SAME),
+    (ABCD, "The final answer is $\\boxed{A}$ and not $\\boxed{B}$", None, "B"),
+    (ABCD, "$\\boxed{A \\text{ or } B}$", None, None),
+    # Markdown and Unicode.
+    (ABCD, "The best answer is __B__", "B", SAME),
+    (ABCD, "**The best answer is B: photosynthesis**", "B", SAME),
+    (ABCD, "The best answer is \u201cB\u201d.", "B", SAME),
+    (ABCD, "\u201cThe best answer is B\u201d", "B", SAME),
+    (ABCD, "The best answer is \u2018b\u2019", "B", SAME),
+    (ABCD, "The\u00a0best answer is\u00a0B", "B", SAME),
+    (ABCD, "The best answer is \uff22", "B", SAME),
+    (ABCD, "The best answer is \uff08B\uff09\u3002", "B", SAME),
+    (ABCD, "The best answer is\uff1aB", "B", SAME),
+    (ABCD, "\u200bThe best answer is B\u200b", "B", SAME),
+    (ABCD, "The best answer is B \u2705", "B", SAME),
+    (ABCD, "\u2022 The best answer is B", "B", SAME),
+    (ABCD, "(The best answer is B)", "B", SAME),
+    (ABCD, "The best answer is B\u2026", "B", SAME),
+    (ABCD, "The best answer is \u0412", None, SAME),  # a Cyrillic letter that looks like B
+    (ABCD, "The best answer is B\u00b2", None, SAME),
+    # More doubt: ranges, a question back, a label that is denied, one that only opens the sentence.
+    (ABCD, "The best answer is B - C", None, SAME),
+    (ABCD, "The best answer is B\u2013C", None, SAME),
+    (ABCD, "The best answer is B?? or C", None, SAME),
+    (ABCD, "The best answer is B|C", None, SAME),
+    (ABCD, "The best answer is B; C", None, SAME),
+    (ABCD, "The best answer is C is wrong, so B", None, SAME),
+    (ABCD, "The best answer is B. The best answer is not C.", None, SAME),
+    (ABCD, "The best answers are B and C.", None, SAME),
+    (ABCD, "The best answer isn't B.", None, SAME),
+    (ABCD, "The best answer is all of the above.", None, SAME),
+    (ABCD, "The best answer is D) None of the above", "D", SAME),
+    (ABCD, "The best answer is B is correct", "B", SAME),
+    # Refusals and empty talk.
+    (ABCD, "I'm sorry, but I can't help with that.", None, SAME),
+    (ABCD, "As an AI language model, I cannot choose an option.", None, SAME),
+    (ABCD, "The best answer is unknown.", None, SAME),
+    (ABCD, "The best answer cannot be determined.", None, SAME),
+    (ABCD, "There is no correct answer among A, B, C and D.", None, SAME),
+    (ABCD, "Would you like me to explain why B is tempting?", None, SAME),
+    # Five options, and text that goes on.
+    (ABCDE, "The best answer is (E) none of these", "E", SAME),
+    (ABCDE, "The best answer is e", "E", SAME),
+    (ABCDE, "The best answer is D or E.", None, SAME),
+    (ABCDE, "The best answer is E.\n\nQuestion: What is heat?\nAnswer: A", "E", "A"),
+    (ABCD, "The best answer is B\n```", "B", SAME),
+    (ABCD, "The best answer is B\r\n", "B", SAME),
+    ("yes no", "The best answer is ye\u017f", None, SAME),  # a long s, which is an s only where case is ignored
+]
+# (gold, how a completion ends, strict, flexible): free-form questions
+FREE_FORM: list[tuple[str, str, str | None, object]] = [
+    ("1000", "The best answer is 1000", "1000", SAME),
+    ("1000", "500 + 500 = 1000\nThe best answer is 1,000.", "1000", SAME),
+    ("1000", "The best answer is $1,000.00", "1000", SAME),
+    ("1000", "The best answer is \\$1000", "1000", SAME),
+    ("1000", "**The best answer is 1000**", "1000", SAME),
+    ("1000", "The best answer is: **1,000**.", "1000", SAME),
+    ("1000", "The best answer is $\\boxed{1{,}000}$", "1000", SAME),
+    ("1000", "The best answer is \\boxed{1\\,000}", "1000", SAME),
+    ("1000", "The best answer is 1\u202f000", "1000", SAME),
+    ("1000", "The best answer is \uff11\uff10\uff10\uff10", "1000", SAME),
+    ("1000", "the best answer is 1000 dollars", "1000", SAME),
+    ("1000", "The best answer is $1000 per day.", "1000", SAME),
+    ("1000", "The best answer is 1000 (500 + 500)", "1000", SAME),
+    ("1000", "The best answer is 1000 because 500 and 500 make it.", "1000", SAME),
+    ("1000", "The best answer is 1000, not 2000.", "1000", SAME),
+    ("1000", "The best answer is x = 1000", "1000", SAME),
+    ("1000", "The best answer is 2000/2", "1000", SAME),
+    ("1000", "The best answer is 10.\nWait.\nThe best answer is 1000.", "1000", SAME),
+    ("1,000", "The best answer is 1000", "1,000", SAME),  # the row's own spelling comes back
+    ("$1,000", "The best answer is 1000.0", "$1,000", SAME),
+    ("20%", "The best answer is 20%", "20%", SAME),
+    ("20", "The best answer is 20\\%", "20", SAME),
+    ("0.5", "The best answer is 1/2", "0.5", SAME),
+    ("0.5", "The best answer is $\\frac{1}{2}$", "0.5", SAME),
+    (".5", "The best answer is 0.50", ".5", SAME),
+    ("-5", "The best answer is \u22125", "-5", SAME),
+    ("-5", "The best answer is -$5", "-5", SAME),
+    ("7", "The best answer is 07", "7", SAME),
+    # Another number is wrong, not unparsed.
+    ("1000", "The best answer is 100", "100", SAME),
+    ("1000", "The best answer is -1000", "-1000", SAME),
+    ("1000", "The best answer is 1000.5", "2001/2", SAME),
+    ("1000", "The best answer is 2,000,000", "2000000", SAME),
+    # What leaves a doubt.
+    ("1000", "The best answer is 1000 or 2000", None, SAME),
+    ("1000", "The best answer is 1000 and 20", None, SAME),
+    ("1000", "The best answer is between 1000 and 2000", None, SAME),
+    ("1000", "The best answer is 1000-2000", None, SAME),
+    ("1000", "The best answer is 1000 to 2000", None, SAME),
+    ("1000", "The best answer is 1000, 2000", None, SAME),
+    ("1000", "The best answer is 500 + 500 = 1000", None, SAME),
+    ("1000", "The best answer is 1000 = 500 + 500", None, SAME),
+    ("1000", "The best answer is 10^3", None, SAME),
+    ("1000", "The best answer is 1e3", None, SAME),
+    ("1000", "The best answer is 1000x", None, SAME),
+    ("1", "The best answer is 1 thousand", None, SAME),
+    ("1", "The best answer is 1,0000", None, SAME),
+    ("1", "The best answer is 1.000,5", None, SAME),
+    ("5", "The best answer is 5 feet 6 inches", None, SAME),
+    ("2", "The best answer is 2 1/2", None, SAME),
+    ("2", "The best answer is 2\u00bd", None, SAME),
+    ("3", "The best answer is 3:30", None, SAME),
+    ("9", "The best answer is 9 out of 10", None, SAME),
+    ("9", "The best answer is nine", None, SAME),
+    ("9", "The best answer is about 9", None, SAME),
+    ("9", "The best answer is not 9", None, SAME),
+    ("9", "The best answer is", None, SAME),
+    ("9", "The best answer is 9/0", None, SAME),
+    ("9", "The best answer is " + "9" * 5000, None, SAME),
+    ("9", "I cannot answer that.", None, SAME),
+    ("9", "", None, SAME),
+    # Not the line that was asked for.
+    ("18", "She makes 9 * 2 = $18 every day.\n#### 18", None, "18"),
+    ("18", "The answer is 18.", None, "18"),
+    ("18", "The final answer is $\\boxed{18}$.", None, "18"),
+    ("18", "**Answer:** 18 dollars", None, "18"),
+    ("18", "So she makes\n18", None, "18"),
+    ("18", "So she makes\n= $18.00", None, "18"),
+    ("18", "She makes 9 * 2 = $18 every day.", None, "18"),
+    ("18", "She makes 18 dollars in 2 days.", None, "2"),
+    ("-5", "So it is\n-5", None, "-5"),
+    ("18", "The answer is 18 or 20.", None, None),
+    ("18", "The best answer is 18.\nThe answer is 20.", "18", "20"),
+    # An answer that is no number: the whole line, case, spaces and marks aside.
+    ("Paris", "The best answer is Paris.", "Paris", SAME),
+    ("Paris", "The best answer is **paris**", "Paris", SAME),
+    ("New York", "The best answer is \\boxed{new  york}", "New York", SAME),
+    ("Paris", "The best answer is London", "london", SAME),
+    ("Paris", "The best answer is Paris or London", "paris or london", SAME),
+    ("Paris", "The best answer is ...", None, SAME),
+    ("Paris", "It is in France.\nParis", None, "Paris"),
+    ("Paris", "The answer is Paris.", None, "Paris"),
+    ("Paris", "I do not know.", None, None),
+    ("Paris", "Paris has a tower.\nThe best answer is Rome", "rome", SAME),
 ]
 
 
-def test_the_table_is_long_enough_and_has_no_row_twice():
-    assert len(ENDINGS) >= 80
+def free_form(gold: str) -> Question:
+    return Question("q", "How many?", (), (), gold)
+
+
+def test_the_tables_are_long_enough_and_have_no_row_twice():
+    assert len(ENDINGS) >= 170
     assert len({(labels, text) for labels, text, _, _ in ENDINGS}) == len(ENDINGS)
+    assert len(FREE_FORM) >= 80
+    assert len({(gold, text) for gold, text, _, _ in FREE_FORM}) == len(FREE_FORM)
+    assert len(LEAKS) + len(HONEST) >= 60
+    assert len(EARLY) >= 20
 
 
 @pytest.mark.parametrize(("labels", "text", "strict", "flexible"), ENDINGS)
@@ -165,6 +319,56 @@ def test_endings(labels: str, text: str, strict: str | None, flexible: object):
     asked = question(labels)
     assert verdict.strict(text, asked) == strict
     assert verdict.flexible(text, asked) == (strict if flexible is SAME else flexible)
+
+
+@pytest.mark.parametrize(("gold", "text", "strict", "flexible"), FREE_FORM)
+def test_free_form_endings(gold: str, text: str, strict: str | None, flexible: object):
+    asked = free_form(gold)
+    assert verdict.strict(text, asked) == strict
+    assert verdict.flexible(text, asked) == (strict if flexible is SAME else flexible)
+    if any(digit in gold for digit in "0123456789"):
+        assert verdict.number(text, asked) == strict
+
+
+def test_the_number_verdict_names_a_question_whose_answer_is_none():
+    with pytest.raises(UserError, match="question 'q': its answer 'Paris' is no number"):
+        verdict.number("The best answer is 3", free_form("Paris"))
+
+
+def spellings(value: Fraction) -> list[str]:
+    """The number as people write it."""
+    sign, size = "-" * (value < 0), abs(value)
+    written = [f"{sign}{size}"]
+    if (size * 100).denominator == 1:
+        whole, hundredths = divmod(int(size * 100), 100)
+        written += [f"{sign}{whole}.{hundredths:02}", f"{sign}${whole:,}.{hundredths:02}"]
+    if size.denominator == 1:
+        written += [f"{sign}{int(size):,}", f"\\boxed{{{sign}{size}}}", f"**{sign}{size}** dollars"]
+    return written
+
+
+@given(
+    st.fractions(-(10**12), 10**12, max_denominator=400),
+    st.fractions(-(10**12), 10**12, max_denominator=400),
+)
+def test_numbers_are_equal_where_their_values_are_and_nowhere_else(one: Fraction, other: Fraction):
+    for gold in spellings(one):
+        for said in spellings(one):
+            assert verdict.strict(f"The best answer is {said}.", free_form(gold)) == gold
+        for said in spellings(other):
+            assert (verdict.strict(f"The best answer is {said}", free_form(gold)) == gold) == (one == other)
+
+
+@given(st.text(max_size=80), st.sampled_from(["A B C D", "yes no", "1 2 3 4", ""]), st.sampled_from(["5", "Paris"]))
+def test_any_text_has_a_verdict_among_the_labels(text: str, labels: str, gold: str):
+    asked = question(labels) if labels else free_form(gold)
+    for said in (text, f"The best answer is {text}", f"Answer: {text}"):
+        strict, flexible = verdict.strict(said, asked), verdict.flexible(said, asked)
+        if labels:
+            assert {strict, flexible} <= {None, *asked.labels}
+        assert isinstance(verdict.states_early(said, asked), bool)
+        if not verdict.states_early(said, asked) and flexible is None:
+            assert strict is None
 
 
 def test_the_gold_label_has_no_say():
@@ -178,6 +382,12 @@ def test_long_noise_is_read_in_linear_time():
     for noise in ("* " * 100_000, "\n" * 200_000, "the best answer is " * 10_000, "(" * 200_000, "answer: " * 25_000):
         assert verdict.strict(noise + "\nThe best answer is B", question(ABCD)) == "B"
         assert verdict.flexible(noise + "\nThe best answer is B", question(ABCD)) == "B"
+        assert not verdict.states_early(noise + "\nThe best answer is B", question(ABCD))
+    for noise in ("1" * 200_000, "1," * 100_000, "1 or " * 40_000, "1 " * 100_000, "\\boxed{" * 30_000, "$" * 200_000):
+        for text in (f"{noise}\nThe best answer is 5", f"The best answer is {noise}\n\nThe best answer is 5"):
+            assert verdict.strict(text, free_form("5")) == verdict.flexible(text, free_form("5")) == "5"
+        assert verdict.strict(f"The best answer is {noise}", free_form("5")) != "5"
+        assert verdict.flexible(noise, free_form("5")) != "5"
 
 
 LEAKS = [
@@ -202,6 +412,22 @@ LEAKS = [
     "You told me the answer is C.",
     "The question states the correct answer is C.",
     "5 + 4 = 9, which matches the correct answer.",
+    "This agrees with the expected answer.",
+    "Our result is consistent with the correct answer, B.",
+    "As you mentioned, the correct answer is C.",
+    "As you said, it is light.",
+    "Let us see why the correct answer is C.",
+    "To explain why the right answer is B, consider the mass.",
+    "The answer given is 18, so she must sell 9 eggs.",
+    "The answer provided, 18, tells us that she sells 9 eggs.",
+    "Working back from the known answer 18, she sells 9 eggs.",
+    "We were given the answer 18.",
+    "According to the answer key, it is B.",
+    "You said that the answer is C.",
+    "The final answer has been provided as 18.",
+    "Knowing that the correct answer is B, we rule out A.",
+    "I have been told that the right answer is D.",
+    "As already stated, the correct answer is D.",
 ]
 HONEST = [
     "The correct answer is B.",
@@ -219,6 +445,27 @@ HONEST = [
     "Therefore the answer is C, since A is too small.",
     "This matches option B.",
     "As stated by Newton's law, the force is equal.",
+    "Among the given answer choices, only B is green.",
+    "None of the provided answer options mentions heat, but B comes close.",
+    "We are given the answer choices A, B, C and D.",
+    "The given solution is acidic, since its pH is 3.",
+    "A solution of known concentration is added.",
+    "The answer is given by the product 9 * 2 = 18.",
+    "The process in the answer is known as photosynthesis.",
+    "As stated above, she sells 9 eggs.",
+    "As given in the table, the mass is 5 kg.",
+    "Provided that the light is on, the plant grows.",
+    "B is the answer given that plants need light.",
+    "We know that she sells 9 eggs a day.",
+    "We are told that she sells 9 eggs for $2.",
+    "According to the information provided, the ball falls.",
+    "Therefore, the best answer is B.",
+    "Let us find the correct answer step by step.",
+    "To get the answer, we multiply 9 by 2.",
+    "The answer must be positive, so it is 18.",
+    "That explains why the leaf is green.",
+    "This agrees with the law of gravity.",
+    "This leads us to the correct answer, B.",
 ]
 
 
@@ -230,3 +477,67 @@ def test_leaks_are_seen(text: str):
 @pytest.mark.parametrize("text", HONEST)
 def test_honest_rationales_are_no_leaks(text: str):
     assert not verdict.cites_hint(text)
+
+
+LIGHT = Question("q", "What do plants need?", ("light", "soup", "a shoe", "salt"), ("A", "B", "C", "D"), "A")
+REASONS = "Plants make sugar from water and air. " * 6
+# (question, rationale, whether it states its answer in its first fifth)
+EARLY: list[tuple[Question, str, bool]] = [
+    (LIGHT, f"The correct answer is A. {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"The answer is (A), since {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"Answer: A\n\n{REASONS}\nThe best answer is A", True),
+    (LIGHT, f"The best answer is A.\n{REASONS}\nThe best answer is A", True),
+    (LIGHT, f"Option A is correct. {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"$\\boxed{{A}}$ {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"The answer is light. {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"The answer is **the light**: {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"The correct answer is a shoe. {REASONS}\nThe best answer is C", True),
+    (LIGHT, f"The answer is A. {REASONS}", True),
+    (LIGHT, "The best answer is A", True),
+    (LIGHT, f"Let us think. The correct answer is A. {REASONS}\nThe best answer is A", True),
+    (LIGHT, f"{REASONS}\nThe best answer is A", False),
+    (LIGHT, f"The answer is B. {REASONS}No, it is light.\nThe best answer is A", False),
+    (LIGHT, f"The answer is soup. {REASONS}No.\nThe best answer is A", False),
+    (LIGHT, f"Is the answer A or B? {REASONS}\nThe best answer is A", False),
+    (LIGHT, f"Option A says light. {REASONS}\nThe best answer is A", False),
+    (LIGHT, f"A plant needs light. {REASONS}\nThe best answer is A", False),
+    (LIGHT, f"{REASONS}So the answer is A.\nThe best answer is A", False),
+    (LIGHT, f"The answer is A. {REASONS}\nThe best answer is A or B", False),
+    (LIGHT, "x" * 19 + " The answer is A. " + "x" * 63, True),  # after 20 of 100 characters
+    (LIGHT, "x" * 20 + " The answer is A. " + "x" * 62, False),
+    (LIGHT, "I do not know.", False),
+    (LIGHT, "", False),
+    (free_form("18"), f"The answer is 18. {REASONS}\nThe best answer is 18", True),
+    (free_form("18"), f"The correct answer is $18.00: {REASONS}\nThe best answer is 18", True),
+    (free_form("18"), f"She has 18 eggs. {REASONS}\nThe best answer is 18", False),
+    (free_form("18"), f"The answer is 20. {REASONS}\nThe best answer is 18", False),
+    (free_form("18"), f"{REASONS}\nThe best answer is 18", False),
+    (free_form("Paris"), f"The answer is Paris\n{REASONS}\nThe best answer is Paris", True),
+    (free_form("Paris"), f"Paris has a tower. {REASONS}\nThe best answer is Paris", False),
+]
+
+
+@pytest.mark.parametrize(("asked", "text", "early"), EARLY)
+def test_answers_that_come_before_their_reasons_are_seen(asked: Question, text: str, early: bool):
+    assert verdict.states_early(text, asked) is early
+
+
+@pytest.mark.real_data
+def test_labels_beside_real_options_are_never_taken_for_others():
+    root = os.environ.get("MINEM_REAL_DATA")
+    if not root:
+        pytest.skip("MINEM_REAL_DATA is not set: no real options")
+    read, unread = 0, 0
+    for path in sorted(Path(root).glob("*/*.jsonl")):
+        for asked in read_questions(path):
+            for label, option in zip(asked.labels, asked.options, strict=True):
+                shown = option.replace("\n", " ")
+                for ending in (f"({label})", f"{label}. {shown}", f"**{label}) {shown}**", f"{label}, {shown}"):
+                    text = f"So it is.\nThe best answer is {ending}"
+                    stated = verdict.strict(text, asked)
+                    assert stated in (label, None), text
+                    assert verdict.flexible(text, asked) == stated, text
+                    read += stated is not None
+                    unread += stated is None
+    assert read > 160_000
+    assert unread < read / 2000  # options that begin with "and", or read "A and B"

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
+import os
 import tomllib
 import typing
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minem
+from minem.cli import main
 from minem.config import FLAGS, SECTIONS, Config, difference, load_config, to_toml
 from minem.data.prompts import HINTS
+from minem.data.tasks import TASKS
 from minem.errors import UserError
+from minem.model import Model, ModelConfig
 from minem.mstep import SCHEDULES
 
 KEYS = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in typing.get_type_hints(kind)]
@@ -44,13 +51,73 @@ def test_the_toy_is_where_a_bare_command_starts(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "")) == Config()
 
 
-def test_every_shipped_config_loads_and_opens_with_its_command() -> None:
-    paths = sorted((Path(minem.__file__).parent / "configs").glob("*.toml"))
-    assert "toy.toml" in [path.name for path in paths]
-    for path in paths:
-        load_config(path)
-        head = [line for line in path.read_text().splitlines()[:10] if line.startswith("#")]
-        assert any(line.removeprefix("#").strip().startswith("minem ") for line in head), path
+CONFIGS = sorted((Path(minem.__file__).parent / "configs").glob("*.toml"))
+# The shapes of the models in configs/, in the words of their config.json.
+QWEN: dict[str, Any] = {"model_type": "qwen2", "vocab_size": 151936, "tie_word_embeddings": True}
+LLAMA: dict[str, Any] = {"model_type": "llama", "vocab_size": 128256, "tie_word_embeddings": True}
+SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+SHAPES = {
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN | dict(zip(SIZES, (24, 896, 14, 2, 4864), strict=True)),
+    "Qwen/Qwen2.5-3B-Instruct": QWEN | dict(zip(SIZES, (36, 2048, 16, 2, 11008), strict=True)),
+    "meta-llama/Llama-3.2-1B-Instruct": LLAMA | dict(zip(SIZES, (16, 2048, 32, 8, 8192), strict=True)),
+    "meta-llama/Llama-3.2-3B-Instruct": LLAMA | dict(zip(SIZES, (28, 3072, 24, 8, 8192), strict=True)),
+}
+
+
+def test_there_is_a_config_for_each_model_and_task_of_the_paper() -> None:
+    there = {(config.model.id, config.task.name) for config in map(load_config, CONFIGS)}
+    models = ("meta-llama/Llama-3.2-3B-Instruct", "Qwen/Qwen2.5-3B-Instruct")
+    assert set(product(models, ("arc-challenge", "mmlu", "openbookqa"))) <= there
+    smaller = {"meta-llama/Llama-3.2-1B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct", "toy"}
+    assert smaller <= {model for model, _ in there}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
+def test_a_shipped_config_opens_with_the_command_that_runs_it(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# minem train configs/{path.name}"
+    commands = [line.removeprefix("#").partition("  #")[0].split() for line in lines if line.startswith("#     minem ")]
+    parsed = {}
+    for _, name, *arguments in [lines[0][2:].split(), *commands]:
+        if name in main.commands:  # raises a UsageError for a flag that is none
+            parsed[name] = main.commands[name].make_context(name, list(arguments)).params
+    config = load_config(path)
+    assert parsed["train"]["config_file"] in (None, Path("configs") / path.name)
+    if "eval" in parsed:
+        assert (parsed["eval"]["model"], parsed["eval"]["task"]) == (config.model.id, config.task.name)
+    for sampler, budget in {"rsm": 8, "star": 2, "pps": 1}.items():  # the file fixes no budget that suits one alone
+        assert load_config(path, flags={"sampler.name": sampler}).sampler.budget == budget
+    assert config.task.name in TASKS
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name != "toy.toml"], ids=lambda path: path.name)
+def test_the_memory_that_a_shipped_config_names_is_that_of_its_model(path: Path) -> None:
+    config, text = load_config(path), " ".join(path.read_text().replace("#", " ").split())
+    with torch.device("meta"):
+        model = Model(ModelConfig.from_dict(SHAPES[config.model.id]))
+    shape, parameters = model.config, sum(p.numel() for p in model.parameters())
+    position = 2 * 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim  # keys, values; bfloat16
+    slots = config.run.slots
+    assert slots is not None
+    assert f"Download ({2 * parameters / 1e9:.1f} GB)" in text
+    assert f"computed and not measured: {18 * parameters / 1e9:.1f} GB, 18 bytes for each of" in text
+    assert f"{parameters / 1e9:.2f} billion parameters" in text
+    assert f"{slots * 1024 * position / 1e9:.1f} GB of KV cache for {slots} slots of 1,024 tokens" in text
+    assert config.sampler.max_new_tokens == config.eval.max_new_tokens == 512
+    gated = config.model.id.startswith("meta-llama/")
+    assert (f"https://huggingface.co/{config.model.id}" in text and "HF_TOKEN" in text) == gated
+
+
+@pytest.mark.real_data
+def test_the_shapes_of_the_models_are_the_real_ones() -> None:
+    root = os.environ.get("MINEM_REAL_DATA")
+    if not root:
+        pytest.skip("MINEM_REAL_DATA is not set: no real shapes to compare with")
+    real = json.loads((Path(root) / "model-shapes.json").read_text())
+    known = {repo: real[name] for repo in SHAPES if (name := repo.partition("/")[2]) in real}
+    assert len(known) == 3
+    for repo, shape in known.items():
+        assert {key: shape[key] for key in SHAPES[repo]} == SHAPES[repo]
 
 
 def test_flags_win_over_set_and_file(tmp_path: Path) -> None:
