@@ -23,18 +23,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minem
+from minem.agreement import DRAWS, agreement
+from minem.cache import free_memory
 from minem.data import verdict
 from minem.data.tasks import Question, load_task
 from minem.errors import GuardError, UserError
-from minem.estep import Counts, EStep, Verdict, encode_prompt
+from minem.estep import Counts, EStep, Verdict, blocks, encode_prompt
 from minem.evaluate import evaluate
-from minem.generate import Generator, SamplingParams
+from minem.generate import Completion, Generator, SamplingParams
 from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
 from minem.progress import Progress, percent
 from minem.run import RunDirectory, default_path, read_rows, write_rows
-from minem.samplers import default_budget, import_object, make_sampler
+from minem.samplers import Prompt, default_budget, import_object, make_sampler
 from minem.statistics import mcnemar
 from minem.weights import load, load_model, read_weights, resolve, save
 
@@ -65,9 +67,9 @@ class Experiment:
         if not self.tokenizer.eos_ids:
             raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
-        self.generator = Generator(self.model, self.tokenizer, slots=config.run.slots)
+        self.generator = self._generator(self.model)
         self.mstep = MStep(self.model, config.mstep)
-        self._check_lengths()
+        self.longest = self._check_lengths()
 
     @contextmanager
     def open(self, command: Sequence[str], overwrite: bool, **inputs: str) -> Iterator[RunDirectory]:
@@ -86,6 +88,7 @@ class Experiment:
     def train(self) -> None:
         """All iterations, from wherever the run stands."""
         last = self.config.run.iterations
+        self.reserve()
         self.evaluate(0, "validation", self.task.validation)
         self.evaluate(0, "test", self.task.test)
         for iteration in range(1, last + 1):
@@ -94,11 +97,20 @@ class Experiment:
             self.evaluate(iteration, "validation", self.task.validation)
         self.evaluate(last, "test", self.task.test)
 
+    def reserve(self) -> None:
+        """Make room for all that the run will draw, and say how much that is."""
+        self.progress.note(f"cache   {self.generator.reserve(*self.longest)}")
+
     def e_step(self, iteration: int) -> None:
         """Draw rationales for all training questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
         stage, folder = f"iter-{iteration:02d}/estep", f"iter-{iteration:02d}"
-        if self._skip(stage):
-            return
+        if not self._skip(stage):
+            self._draw_blocks(iteration, stage, folder)
+        # Outside the stage, so that a run that died between the two still cleans up.
+        for block in sorted((self.run.path / folder).glob("samples.*.jsonl")):
+            self.run.discard(f"{folder}/{block.name}")
+
+    def _draw_blocks(self, iteration: int, stage: str, folder: str) -> None:
         sampler = self.config.sampler
         step = EStep(
             sampler=self.sampler,
@@ -117,25 +129,69 @@ class Experiment:
             iteration=iteration,
             keep_all=sampler.filter == "none",
             drop_leaks=sampler.drop_leaks,
+            lengths=self._lengths_before(iteration),
         )
-        with self.run.stage(stage) as record, self._line(iteration, "E-step", len(self.task.train)) as line:
-
-            def show(counts: Counts) -> None:
-                line.update(
-                    counts.done,
-                    solved=percent(counts.solved / max(1, counts.done)),
-                    accepted=percent(counts.statuses["accepted"] / max(1, counts.attempts)),
-                    tokens=counts.tokens,
-                    tokens_per_s=counts.tokens / max(1e-9, line.elapsed),
-                )
-
-            rows, counts = step.run(self.task.train, show)
-            files = [{k: v for k, v in row.items() if k != "kept"} for row in rows]
-            kept = [row for row, full in zip(files, rows, strict=True) if full["kept"]]
-            write_rows(record.path(f"{folder}/samples.jsonl"), files)
+        # A run that goes on keeps its blocks, even where memory gives another number of slots now.
+        begun = self.run.finished(f"{stage}.1")
+        slots = self.run.result(f"{stage}.1")["slots"] if begun else self.generator.slots
+        parts = blocks(self.task.train, slots)
+        counts = Counts(questions=0)
+        with self._line(iteration, "E-step", len(self.task.train)) as line:
+            for number, questions in enumerate(parts, start=1):
+                counts += self._block(step, f"{stage}.{number}", questions, counts, line, slots)
+            seconds = line.elapsed
+        names = [f"{folder}/samples.{number}.jsonl" for number in range(1, len(parts) + 1)]
+        with self.run.stage(stage) as record:
+            rows = [row for name in names for row in read_rows(self.run.path / name)]
+            kept = [row for row in rows if row.pop("kept")]
+            write_rows(record.path(f"{folder}/samples.jsonl"), rows)
             write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
             record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
-            self.run.log_metrics(stage, **record.result, tokens_per_second=counts.tokens / max(1e-9, line.elapsed))
+            record.result.update(self.run.result(f"{stage}.1")["agreement"])
+            self.run.log_metrics(stage, **record.result, tokens_per_second=counts.tokens / max(1e-9, seconds))
+
+    def _block(
+        self, step: EStep, stage: str, questions: Sequence[Question], before: Counts, line: Any, slots: int
+    ) -> Counts:
+        """One block of an E-step, on the disk when it is done: its rows with `kept`, and its counts in the journal."""
+        if self.run.finished(stage):
+            return Counts.from_dict(self.run.result(stage)["counts"])
+        compared: list[Completion] = []
+        first = stage == "iter-01/estep.1"
+
+        def show(counts: Counts) -> None:
+            total = before + counts
+            line.update(
+                total.done,
+                solved=percent(total.solved / max(1, total.done)),
+                accepted=percent(total.statuses["accepted"] / max(1, total.attempts)),
+                tokens=total.tokens,
+                tokens_per_s=counts.tokens / max(1e-9, line.elapsed),
+            )
+
+        def compare(draw: Completion, prompt: Prompt) -> None:
+            own = step.generators[prompt] is self.generator  # not drawn from a copy of the base model
+            if first and own and len(compared) < DRAWS:
+                compared.append(draw)
+
+        with self.run.stage(stage) as record:
+            rows, counts = step.run(questions, show, compare)
+            agreed = {}
+            if compared:
+                found = agreement(self.model, compared, self.config.mstep.pack_tokens)
+                found.require(self.dtype)
+                agreed = {"logprob_difference": found.difference, "policy_kl": found.kl}
+            write_rows(record.path(stage.replace("estep", "samples") + ".jsonl"), rows)
+            record.result.update(counts=vars(counts), slots=slots, agreement=agreed)
+        return counts
+
+    def _lengths_before(self, iteration: int) -> dict[str, float]:
+        """The mean tokens of each question's draws in the iteration before; none are known before the first."""
+        file = self.run.path / f"iter-{iteration - 1:02d}" / "samples.jsonl"
+        lengths: dict[str, list[int]] = {}
+        for row in read_rows(file) if file.exists() else ():
+            lengths.setdefault(row["id"], []).append(len(row["token_ids"]))
+        return {id: sum(tokens) / len(tokens) for id, tokens in lengths.items()}
 
     def m_step(self, iteration: int, examples: Sequence[Example] | None = None) -> None:
         """Train on the kept rows of this iteration (or on `examples`) and write the model."""
@@ -152,6 +208,7 @@ class Experiment:
             if self.config.run.init == "base":
                 read_weights(self.model, self.base_folder)
                 self.mstep.reset()
+            self._make_room()
             with self.run.stage(stage) as record, self._line(iteration, "M-step") as line:
 
                 def show(row: dict[str, Any]) -> None:
@@ -232,7 +289,22 @@ class Experiment:
         if self.config.sampler.proposal == "current" or self.config.sampler.name == "rsm":  # rsm never hints
             return self.generator
         base = load_model(self.base_folder, self.device, self.dtype)
-        return Generator(base, self.tokenizer, slots=self.config.run.slots)
+        return self._generator(base)
+
+    def _generator(self, model: Model) -> Generator:
+        def note(text: str) -> None:
+            self.progress.note(f"note    {text}")
+
+        return Generator(model, self.tokenizer, slots=self.config.run.slots, on_note=note)
+
+    def _make_room(self) -> None:
+        """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
+        needed, free = self.mstep.memory_needed(), free_memory(self.device)
+        if needed > free and (held := self.generator.release()):
+            self.progress.note(
+                f"note    the M-step needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the cache "
+                f"({held / 1e9:.1f} GB) and its graphs were released, and are made anew by the next draws"
+            )
 
     def _model_card(self, iteration: int) -> str:
         """What the folder holds, for whoever finds it on its own."""
@@ -251,7 +323,7 @@ class Experiment:
         parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
         dtype = str(self.dtype).removeprefix("torch.")
         sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
-        where = f"{self.device}, {self.generator.slots} slots"
+        where = str(self.device)
         if self.device.type == "cpu":
             where += f", {torch.get_num_threads()} thread(s)"
         self.progress.note(f"model   {config.model.id}: {parameters:,.2f} M parameters, {dtype} on {where}")
@@ -285,8 +357,12 @@ class Experiment:
         continues = self.config.run.init == "previous" and iteration < self.config.run.iterations
         return continues and self.mstep.separate_masters
 
-    def _check_lengths(self) -> None:
-        """Refuse prompts that leave no room for an answer now, rather than after hours."""
+    def _check_lengths(self) -> tuple[int, int]:
+        """Refuse prompts that leave no room for an answer now, rather than after hours.
+
+        Returns the tokens of the longest prompt and the most new ones: what the generator must have room for.
+        """
+        longest = 0
         task, sampler = self.task, self.config.sampler
         wordings = [None] if sampler.name == "rsm" else [None, sampler.hint]  # rsm never shows a hint
         for section, new, questions, hints in (
@@ -300,6 +376,8 @@ class Experiment:
                         f"question {question.id!r}: its prompt of {length} tokens does not leave {new} of the "
                         f"model's {self.generator.max_length} positions; lower {section}.max_new_tokens"
                     )
+                longest = max(longest, length)
+        return longest, max(self.config.eval.max_new_tokens, sampler.max_new_tokens)
 
     def _altered(self) -> list[str]:
         """What makes accepted draws follow another distribution than the model's own posterior: none by default.
@@ -367,6 +445,7 @@ def sample(
                 raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
             if run.finished(f"iter-{iteration:02d}/mstep"):
                 raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
+        experiment.reserve()
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
         return {"run": str(run.path), "samples": str(samples), **run.result(stage)}

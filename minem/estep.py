@@ -8,8 +8,9 @@ the ones before them fail. Whatever finishes first, attempts are *decided* in th
 above the accepted one is cancelled and forgotten: accepting the earliest finisher instead would prefer short
 rationales. So the rows are those of drawing one attempt after the other, whatever the number of slots.
 
-Towards the end slots run empty, and how many steps that lasts is decided by the questions that were begun last: so
-those that are expected to take longest begin first. A long E-step is done in blocks of questions, each on the disk
+Towards the end slots run empty, and how many steps that lasts is decided by the answers that were begun last: so those
+that are expected to be longest begin first. (Not the hardest: whatever attempts they have left can run side by side.) A
+long E-step is done in blocks of questions, each on the disk
 before the next begins; every block has such an end, so a block has many rounds of work for each slot.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from minem.tokenizer import Tokenizer
 
 # (text of a completion, its question) -> the answer it states, or None where it states none: minem.data.verdict.strict
 Verdict = Callable[[str, Question], str | None]
+OnDecided = Callable[[Completion, Prompt], None]
 BLOCK_ROUNDS = 16  # questions of a block for each slot, at least: its end, where slots run empty, is some 5 % of it
 Status = Literal["accepted", "wrong", "unparsed", "truncated"]
 
@@ -79,7 +81,7 @@ class EStep:
     generators: which generator draws from which prompt. Two different ones where hinted draws come from the base model.
     keep_all: keep every draw whatever its verdict (r = 1), the control experiment.
     drop_leaks: also reject correct hinted rationales that cite the hint.
-    costs: by question id, the tokens that it is expected to take; the most expensive begin first. It changes nothing
+    lengths: by question id, the tokens that an answer is expected to have; the longest begin first. It changes nothing
         else: without it they begin in the order in which they are given.
     """
 
@@ -93,29 +95,30 @@ class EStep:
     iteration: int
     keep_all: bool = False
     drop_leaks: bool = False
-    costs: Mapping[str, float] = field(default_factory=dict)
+    lengths: Mapping[str, float] = field(default_factory=dict)
 
     def run(
         self,
         questions: Sequence[Question],
         on_progress: Callable[[Counts], None] | None = None,
-        on_decided: Callable[[Completion], None] | None = None,
+        on_decided: OnDecided | None = None,
     ) -> tuple[list[dict[str, Any]], Counts]:
         """Attempt every question.
 
         Args:
             on_progress: called with the running counts after every step.
-            on_decided: called with the draw of every decided attempt.
+            on_decided: called with the draw of every decided attempt and the prompt that it was drawn from.
         Returns:
             the decided attempts as rows of samples.jsonl, by question and attempt, each with `kept` beside the fields
             of the file (whether the filter keeps it), and the final counts.
         """
         searches = [_Search(question) for question in questions]
         counts = Counts(questions=len(searches))
-        on_decided = on_decided or (lambda completion: None)
-        for search in sorted(searches, key=lambda s: -self.costs.get(s.question.id, 0.0)):
+        on_decided = on_decided or (lambda completion, prompt: None)
+        for search in sorted(searches, key=lambda s: -self.lengths.get(s.question.id, 0.0)):
             self._advance(search, counts, on_decided)
         generators = list({id(g): g for g in self.generators.values()}.values())
+        prefilled = sum(generator.prefill_tokens for generator in generators)
         while counts.done < counts.questions:
             self._fill_idle_slots(searches)
             for generator in generators:
@@ -126,11 +129,12 @@ class EStep:
         for generator in generators:  # what was cancelled last still has to come out
             for completion in generator:
                 self._receive(completion, counts, on_decided)
+        counts.prefill_tokens = sum(generator.prefill_tokens for generator in generators) - prefilled
         if on_progress is not None:
             on_progress(counts)
         return [row for search in searches for row in search.rows], counts
 
-    def _receive(self, completion: Completion, counts: Counts, on_decided: Callable[[Completion], None]) -> None:
+    def _receive(self, completion: Completion, counts: Counts, on_decided: OnDecided) -> None:
         assert completion.request is not None
         search, index = completion.request.tag
         counts.tokens += len(completion.token_ids)
@@ -140,7 +144,7 @@ class EStep:
         search.finished[index] = completion
         self._advance(search, counts, on_decided)
 
-    def _advance(self, search: _Search, counts: Counts, on_decided: Callable[[Completion], None]) -> None:
+    def _advance(self, search: _Search, counts: Counts, on_decided: OnDecided) -> None:
         """Decide what can be decided, in the order of attempts, and see that the next one is under way."""
         while True:
             index = len(search.attempts)
@@ -156,7 +160,7 @@ class EStep:
                 self._start(search, index, wanted, first=index > 0)
             if index not in search.finished:
                 return
-            on_decided(search.finished[index])
+            on_decided(search.finished[index], search.prompts[index])
             self._decide(search, index, counts)
 
     def _next(self, search: _Search, attempts: Sequence[Attempt]) -> Prompt | None:
@@ -257,9 +261,19 @@ class Counts:
     leaks: int = 0
     tokens: int = 0  # all that were drawn, those of rejected and cancelled attempts too
     cancelled_tokens: int = 0  # drawn ahead of time and then not needed
+    prefill_tokens: int = 0  # of prompts that went through the model
     statuses: Counter[str] = field(default_factory=Counter)
     prompts: Counter[str] = field(default_factory=Counter)  # decided attempts by prompt
     accepted_by_prompt: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Counts:
+        """What `vars` made of one, and JSON of that."""
+        typed: dict[str, Any] = {k: Counter(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+        return cls(**typed)
 
     def add(self, row: Mapping[str, Any]) -> None:
         self.attempts += 1
@@ -282,6 +296,7 @@ class Counts:
             "leaks": self.leaks,
             "tokens": self.tokens,
             "cancelled_tokens": self.cancelled_tokens,
+            "prefill_tokens": self.prefill_tokens,
             "statuses": dict(sorted(self.statuses.items())),
             "acceptance": acceptance,
         }

@@ -26,7 +26,7 @@ from torch import nn
 
 from minem.errors import GuardError, UserError, one_of, require
 from minem.model import Model
-from minem.packing import Example, Step, pack, plan
+from minem.packing import Example, Step, best_fit_decreasing, pack, plan
 
 SCHEDULES = ("cosine", "linear", "constant")
 
@@ -125,6 +125,16 @@ class MStep:
             name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
             for name, p in self.working.items()
         }
+
+    def memory_needed(self) -> int:
+        """Bytes that a step takes beside weights and masters, about: gradients, AdamW's state, and activations.
+
+        A layer keeps some 16 rows of the model's width and 6 of its MLP's for each token of a micro-batch.
+        """
+        config, weights = self.model.config, sum(p.numel() for p in self.working.values())
+        rows = 16 * config.hidden_size + 6 * config.intermediate_size
+        activations = self.config.pack_tokens * config.num_hidden_layers * rows * self.model.dtype.itemsize
+        return weights * 3 * torch.float32.itemsize + activations
 
     @property
     def separate_masters(self) -> bool:
@@ -333,6 +343,24 @@ class MStep:
         for name, master in self.masters.items():
             if master is not self.working[name]:
                 self.working[name].copy_(master)
+
+
+@torch.no_grad()
+def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[tuple[list[float], list[float]]]:
+    """Log-probability and entropy (nats) of the policy at each sampled token: the forward pass of training, alone.
+
+    pack_tokens: most tokens of a pass (memory only).
+    """
+    scored: dict[int, tuple[list[float], list[float]]] = {}
+    for members in best_fit_decreasing([len(example) for example in examples], pack_tokens):
+        packed = pack([examples[i] for i in members]).to(model.device)
+        _, logprobs, entropies = model(
+            packed.input_ids, lengths=packed.lengths, rows=packed.rows, targets=packed.targets
+        )
+        sizes = [len(examples[i].token_ids) for i in members]
+        for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):
+            scored[i] = own.tolist(), spread.tolist()
+    return [scored[i] for i in range(len(examples))]
 
 
 def _metrics(totals: Totals, seconds: float) -> dict[str, Any]:

@@ -137,7 +137,7 @@ FLOORS = [
     {"errors", "kernels"},
     {"hub", "statistics", "progress", "model", "weights", "tokenizer"},
     {"cache", "engine", "generate", "data"},
-    {"samplers", "estep", "packing", "mstep"},
+    {"samplers", "estep", "packing", "mstep", "agreement"},
     {"run"},
     {"em", "evaluate", "plot"},
     {"config"},

@@ -14,12 +14,16 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import minem
+import minem.em
+import minem.estep
 import minem.weights
 from minem.cli import main
 from minem.data.tasks import load_task
+from minem.em import Experiment
 from minem.errors import Interrupted
-from minem.estep import encode_prompt
-from minem.run import RunDirectory, read_rows
+from minem.estep import EStep, encode_prompt
+from minem.model import Model
+from minem.run import RunDirectory, read_journal, read_rows
 from minem.samplers import Budgeted
 from tests.minem.folders import make_model
 
@@ -516,3 +520,78 @@ def test_make_model_is_random():
     """The referee's checkpoints must not be alike by accident: two seeds, two models."""
     a, b = (make_model("llama", seed).state_dict() for seed in (0, 1))
     assert not torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
+
+
+# ------------------------------------------------------------------------------- blocks, the gate, and room to train
+
+
+def test_blocks_change_nothing_but_what_is_lost_when_a_run_is_killed(tmp_path, monkeypatch):
+    ok(train(tmp_path / "whole", "--iterations", 1))
+    monkeypatch.setattr(minem.estep, "BLOCK_ROUNDS", 2)
+    flags = ["--iterations", 1, "--set", "run.slots=4"]
+    ok(train(tmp_path / "blocks", *flags))
+    journal = read_journal(tmp_path / "blocks")
+    assert [stage for stage in journal if "estep" in stage] == [f"iter-01/estep{s}" for s in (".1", ".2", ".3", "")]
+    whole, parts = (list(read_rows(tmp_path / name / "iter-01/samples.jsonl")) for name in ("whole", "blocks"))
+    assert len(whole) == len(parts)
+    for row, other in zip(whole, parts, strict=True):
+        for key in ("logprob_q", "logprob_plain"):
+            assert row.pop(key) == pytest.approx(other.pop(key), abs=1e-4)
+        assert row == other
+    counts = journal["iter-01/estep"]
+    assert counts["attempts"] == len(parts)
+    assert counts["solved"] == len({row["id"] for row in parts if row["status"] == "accepted"})
+    assert counts["tokens"] - counts["cancelled_tokens"] == sum(len(row["token_ids"]) for row in parts)
+    assert counts["prefill_tokens"] > 0
+    assert not list((tmp_path / "blocks/iter-01").glob("samples.*.jsonl"))
+
+    # Stopped in the second block. Where memory gives another number of slots by then, the blocks are those begun with.
+    run, drawn = EStep.run, []
+
+    def stops_in_the_second(self, questions, *rest):
+        drawn.append([question.id for question in questions])
+        if len(drawn) == 2:
+            raise Interrupted("stopped by the test")
+        return run(self, questions, *rest)
+
+    monkeypatch.setattr(EStep, "run", stops_in_the_second)
+    assert train(tmp_path / "again", *flags).exit_code == 3
+    shutil.copytree(tmp_path / "again", tmp_path / "smaller")
+    ok(train(tmp_path / "again", *flags))
+    assert [len(ids) for ids in drawn] == [8, 8, 8, 8]
+    assert drawn[1] == drawn[2]
+    assert contents(tmp_path / "again") == contents(tmp_path / "blocks")
+    monkeypatch.setattr(Experiment, "reserve", lambda self: setattr(self.generator, "slots", 3))
+    ok(train(tmp_path / "smaller", *flags))
+    assert drawn[4:] == drawn[2:4]
+
+
+def test_the_first_e_step_compares_generator_and_trainer(tmp_path, monkeypatch):
+    ok(train(tmp_path / "run", "--iterations", 1))
+    result = read_journal(tmp_path / "run")["iter-01/estep"]
+    assert 0 < result["logprob_difference"] < 1e-4
+    assert abs(result["policy_kl"]) < 1e-8
+    metrics = list(read_rows(tmp_path / "run/metrics.jsonl"))
+    assert [r["logprob_difference"] for r in metrics if "logprob_difference" in r] == [result["logprob_difference"]]
+    # A trainer that sees another position than the generator does is another policy.
+    hidden = Model._packed_hidden
+
+    def shifted(self, input_ids, lengths):
+        return hidden(self, input_ids.roll(1), lengths)
+
+    monkeypatch.setattr(Model, "_packed_hidden", shifted)
+    stopped = train(tmp_path / "wrong", "--iterations", 1)
+    assert stopped.exit_code == 4
+    assert "disagree on the log-probabilities" in stopped.stderr
+    assert not (tmp_path / "wrong/iter-01/samples.jsonl").exists()
+
+
+def test_the_cache_makes_room_for_training_and_says_so(tmp_path, monkeypatch):
+    plain = train(tmp_path / "plain", "--iterations", 1)
+    assert "cache   " in plain.stderr
+    assert "released" not in plain.stderr
+    monkeypatch.setattr(minem.em, "free_memory", lambda device: 1_000)
+    tight = train(tmp_path / "tight", "--iterations", 1)
+    ok(tight)
+    assert "its graphs were released, and are made anew by the next draws" in " ".join(tight.stderr.split())
+    assert contents(tmp_path / "tight") == contents(tmp_path / "plain")

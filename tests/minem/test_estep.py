@@ -35,6 +35,7 @@ class Scripted:
 
     def __init__(self, slots: int):
         self.slots = slots
+        self.prefill_tokens = 0
         self.tokenizer = _Tokenizer()
         self.waiting: deque[Request] = deque()
         self.active: list[list[Any]] = []  # [request, tokens left]
