@@ -62,6 +62,8 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
     except HFValidationError as error:
         raise UserError(f"{what} is not a valid hub id, which looks like owner/name") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # reached, but it refused or was out of order
+            raise UserError(_failed(what, error.__cause__)) from error
         raise UserError(
             f"{what} is not in the local cache and the hub cannot be reached: connect once to download it, "
             f"or give the path of a local folder"
@@ -75,5 +77,7 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
 
 
 def _failed(what: str, error: Exception) -> str:
-    reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    said = getattr(error, "server_message", None)  # the hub's own words, where it has any
+    reason = " ".join(f"{next(iter(str(error).strip().splitlines()), '')} {said or ''}".split())[:300]
+    reason = reason or type(error).__name__
     return f"{what} could not be downloaded ({reason}); try again, or give the path of a local folder"

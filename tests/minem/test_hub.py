@@ -172,8 +172,8 @@ def test_refusals_say_what_to_do(hub: str, tmp_path: Path) -> None:
         "https://huggingface.co/datasets/allenai/ai2_arc, then set HF_TOKEN",
         "resolve('nobody/nothing')": "model 'nobody/nothing' does not exist on the hub, or is private and HF_TOKEN",
         "resolve('someone/token')": "model 'someone/token': the hub does not know your token; set HF_TOKEN to a valid",
-        "resolve('someone/disabled')": "model 'someone/disabled'",
-        "resolve('someone/broken')": "model 'someone/broken'",
+        "resolve('someone/disabled')": "model 'someone/disabled' could not be downloaded (403 Client Error",
+        "resolve('someone/broken')": "model 'someone/broken' could not be downloaded (Client error '418 ",
         "resolve('not--valid/id.git')": "model 'not--valid/id.git' is not a valid hub id, which looks like owner/name",
     }
     answers = ask(hub, tmp_path, *asked)
@@ -181,7 +181,8 @@ def test_refusals_say_what_to_do(hub: str, tmp_path: Path) -> None:
     for answer, expected in zip(answers, asked.values(), strict=True):
         assert answer.startswith(f"UserError: {expected}")
         assert "\n" not in answer
-        assert len(answer) < 400
+        assert len(answer) < 500
+    assert "Access to this resource is disabled." in answers[4]  # the hub's own words
 
 
 @pytest.mark.parametrize(
