@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import click
 import rich.table
 import torch
 import torch.nn.functional as F
-from record import facts
+from record import ceilings, facts, medians
 from rich.console import Console
 from torch import Tensor
 
@@ -296,39 +295,6 @@ CASES = {
 # ------------------------------------------------------------------------------------------------------- measuring
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """The median time of a call, over a second or so of calls."""
-    return medians({"": function})[""]
-
-
-def medians(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """The median time of a call of each. On a CPU they take turns, so that a busy machine slows them alike."""
-    if torch.cuda.is_available():
-        from triton.testing import do_bench
-
-        run = partial(do_bench, warmup=200, rep=1000, return_mode="median")
-        return {name: run(function) / 1e3 for name, function in functions.items()}
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    deadline, rounds = time.perf_counter() + len(functions), 0
-    while rounds < 6 or (time.perf_counter() < deadline and rounds < 200):
-        rounds += 1
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def ceilings(on: Setting) -> tuple[float, float]:
-    """(bytes/s of a large copy, read and written bytes both counted; operations/s of a large matrix product)."""
-    large = on.device == "cuda"
-    source = torch.empty((1 << 30) if large else (1 << 26), dtype=torch.uint8, device=on.device)
-    target = torch.empty_like(source)
-    n = 8192 if large else 1024
-    a, b = normal(n, n, like=on), normal(n, n, like=on)
-    return 2 * source.numel() / seconds(lambda: target.copy_(source)), 2 * n**3 / seconds(lambda: a @ b)
-
-
 def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
     case.check()
     row: dict[str, Any] = {"operation": case.operation, "shape": case.shape}
@@ -384,7 +350,7 @@ def main(only: tuple[str, ...], as_json: bool) -> None:
     torch.set_num_threads(1)  # of the CPU: small shapes gain little from more, and other work disturbs more
     if on is CPU:
         say_what_a_gpu_would_get(console)
-    bandwidth, rate = ceilings(on)
+    bandwidth, rate = ceilings(on.device, on.dtype)
     about = {"dtype": str(on.dtype).removeprefix("torch."), **facts(*PEERS, device=on.device)}
     for name, fact in about.items():
         console.print(f"{name}: {fact}")

@@ -1,4 +1,6 @@
-"""What every recorded number needs beside it: device, versions, date and commit. Imported by the other scripts here.
+"""What every recorded number needs beside it: device, versions, date and commit, and what the device can do at best.
+
+Imported by the other scripts here.
 
 python -c "import sys; sys.path.insert(0, 'bench'); from record import facts; print(facts())"
 """
@@ -8,9 +10,14 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import statistics
 import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,3 +49,36 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """The median time of a call, over a second or so of calls."""
+    return medians({"": function})[""]
+
+
+def medians(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """The median time of a call of each. On a CPU they take turns, so that a busy machine slows them alike."""
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        run = partial(do_bench, warmup=200, rep=1000, return_mode="median")
+        return {name: run(function) / 1e3 for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    deadline, rounds = time.perf_counter() + len(functions), 0
+    while rounds < 6 or (time.perf_counter() < deadline and rounds < 200):
+        rounds += 1
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes/s of a large copy, read and written bytes both counted; operations/s of a large matrix product)."""
+    large = device == "cuda"
+    source = torch.empty((1 << 30) if large else (1 << 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    n = 8192 if large else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * source.numel() / seconds(lambda: target.copy_(source)), 2 * n**3 / seconds(lambda: a @ b)
