@@ -146,3 +146,8 @@ def _is_correct(labels: tuple[str, ...]) -> re.Pattern[str]:
         r"is[ \t]+(?:the[ \t]+)?(?:correct|right|best|true)\b",
         re.IGNORECASE,
     )
+
+
+def states_early(text: str, question: Question) -> bool:
+    """Whether the first fifth of a rationale states the answer already."""
+    return flexible(text[: len(text) // 5], question) is not None
