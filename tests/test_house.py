@@ -139,7 +139,7 @@ FLOORS = [
     {"cache", "generate", "data"},
     {"samplers", "estep", "packing", "mstep"},
     {"run"},
-    {"em", "evaluate", "plot"},
+    {"em", "evaluate", "plot", "diagnostics"},
     {"config"},
     {"cli"},
     {"__main__"},
