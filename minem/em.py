@@ -382,7 +382,7 @@ class Experiment:
 
 
 def train(config: Config, progress: Progress, command: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
-    """Run or continue the whole EM loop. Returns `summarise` of the run; `accuracy.png` is in its directory."""
+    """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
     experiment = Experiment(config, progress)
     with experiment.open(command, overwrite) as run:
         experiment.train()
@@ -391,6 +391,11 @@ def train(config: Config, progress: Progress, command: Sequence[str] = (), overw
                 from minem.plot import plot_accuracy
 
                 plot_accuracy(run, record.path("accuracy.png"))
+        if not run.finished("report"):
+            with run.stage("report") as record:
+                from minem.report import write_report
+
+                write_report([run.path], record.path("report.html"))
         return summarise(run)
 
 
