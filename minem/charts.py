@@ -57,6 +57,7 @@ def draw(lines: Sequence[Line], *, share: bool, x_label: str, name: str) -> str:
     """An <svg> element with the lines and their bands.
 
     share: the values are shares, shown in percent; the axis shows ten points at least, and nothing outside 0 to 100.
+        Other axes start at 0.
     x_label: what the other axis shows. Numbers of 1,000 and more are shortened on both ("12k").
     name: what a screen reader says.
     """
@@ -89,7 +90,7 @@ def draw(lines: Sequence[Line], *, share: bool, x_label: str, name: str) -> str:
         if share:
             axes.set_ylim(*_percent_range(*axes.get_ylim()))
         else:
-            axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+            axes.set_ylim(bottom=0)
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_view_interval()[1] >= 1000:
                 axis.set_major_formatter(EngFormatter(sep=""))

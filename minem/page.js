@@ -5,6 +5,10 @@
 const PAGE = 20;
 const data = JSON.parse(document.getElementById("data").textContent);
 
+function objects(table) {
+  return table.rows.map((row) => Object.fromEntries(table.columns.map((name, i) => [name, row[i]])));
+}
+
 function element(tag, text, name) {
   const made = document.createElement(tag);
   if (text !== undefined) made.textContent = text;
@@ -29,20 +33,20 @@ function browse(section, rows, total, what, texts, card) {
       select.append(new Option(select.name === "run" ? data.runs[value] : value, String(value)));
     }
     select.parentElement.hidden = select.options.length < 3 && select.name === "run";
-    if (select.parentElement.hidden) select.parentElement.style.display = "none";
   }
 
   function show() {
     const end = Math.min(start + PAGE, found.length);
-    const kept = rows.length < total ? ` (of ${total.toLocaleString("en")}, to keep this file small)` : "";
-    const range = found.length > PAGE ? `, ${start + 1} to ${end} shown` : "";
-    section.querySelector(".count").textContent =
-      `${found.length.toLocaleString("en")} of ${rows.length.toLocaleString("en")} ${what}${kept} match${range}`;
+    const counts = [`${found.length.toLocaleString("en")} ${what} match`];
+    if (found.length > PAGE) counts.push(`${start + 1} to ${end} are shown`);
+    if (rows.length < total) {
+      counts.push(`this file holds ${rows.length.toLocaleString("en")} of the ${total.toLocaleString("en")} there are`);
+    }
+    section.querySelector(".count").textContent = counts.join(" · ");
     section.querySelector(".rows").replaceChildren(...found.slice(start, end).map(card));
     before.disabled = start === 0;
     after.disabled = end === found.length;
     before.parentElement.hidden = found.length <= PAGE;
-    before.parentElement.style.display = found.length <= PAGE ? "none" : "";
   }
 
   function filter() {
@@ -137,5 +141,5 @@ for (const note of data.notes) {
   document.querySelector("#samples .notes").append(element("p", note, "note"));
 }
 const shared = (row) => (row.prompt === null ? "" : data.prompts[row.prompt]);
-browse(document.getElementById("flips"), data.flips, data.flips_total, "flips", (r) => [r.before, r.after, shared(r)], flipCard);
-browse(document.getElementById("samples"), data.samples, data.samples_total, "samples", (r) => [r.text, shared(r)], sampleCard);
+browse(document.getElementById("flips"), objects(data.flips), data.flips_total, "flips", (r) => [r.before, r.after, shared(r)], flipCard);
+browse(document.getElementById("samples"), objects(data.samples), data.samples_total, "samples", (r) => [r.text, shared(r)], sampleCard);

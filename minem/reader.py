@@ -146,7 +146,7 @@ class Choice:
     def add(self, run: int, row: dict[str, Any]) -> None:
         """`run`: the number of the run that the row is of."""
         self.seen += 1
-        rank = int.from_bytes(hashlib.blake2b(row["id"].encode(), digest_size=8).digest(), "big")
+        rank = _rank(row["id"])
         if rank >= self._limit:
             return
         if row["id"] not in self.rows:

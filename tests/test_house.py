@@ -139,7 +139,7 @@ FLOORS = [
     {"cache", "generate", "data"},
     {"samplers", "estep", "packing", "mstep"},
     {"run"},
-    {"em", "evaluate", "plot", "diagnostics", "reader", "show", "report"},
+    {"em", "evaluate", "plot", "diagnostics", "reader", "figures", "show", "report"},
     {"config"},
     {"cli"},
     {"__main__"},
