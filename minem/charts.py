@@ -9,11 +9,14 @@ variables of minem/page.css), so that the page's theme is theirs. They hold no t
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from minem.progress import visible
 
 # Stand-ins: no chart uses them for anything else. (What matplotlib draws in black becomes the colour of the text.)
 SERIES = tuple(f"#0000{number:02x}" for number in range(0xF0, 0xF8))
@@ -90,7 +93,7 @@ def draw(lines: Sequence[Line], *, share: bool, x_label: str, name: str) -> str:
         if share:
             axes.set_ylim(*_percent_range(*axes.get_ylim()))
         else:
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.08 * (max(point.high for line in lines for point in line.points) or 1))
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_view_interval()[1] >= 1000:
                 axis.set_major_formatter(EngFormatter(sep=""))
@@ -113,8 +116,7 @@ def themed(svg: str, name: str) -> str:
     svg = re.sub(r'(\bid="|"#|\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r'^(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
     svg = re.sub(r'^(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
-    label = name.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1).strip()
+    return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(visible(name))}"', 1).strip()
 
 
 def _bounds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
