@@ -68,14 +68,10 @@ class Browser:
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """Send a command and wait for its answer. AssertionError with Chromium's words where it fails."""
-        self._number += 1
-        message = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
+        number = self._send(method, **params)
         while True:
             answer = self._receive()
-            if answer.get("id") == self._number:
+            if answer.get("id") == number:
                 assert "error" not in answer, answer["error"]
                 return answer["result"]
 
@@ -93,6 +89,14 @@ class Browser:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def _send(self, method: str, **params: Any) -> int:
+        self._number += 1
+        message = {"id": self._number, "method": method, "params": params}
+        if self._session:
+            message["sessionId"] = self._session
+        os.write(self._out, json.dumps(message).encode() + b"\0")
+        return self._number
 
     def _receive(self) -> dict[str, Any]:
         deadline = time.monotonic() + PATIENCE
@@ -116,5 +120,6 @@ class Browser:
             self.complaints.append(json.dumps(params))
         elif method == "Page.javascriptDialogOpening":
             self.complaints.append(f"dialog: {params['message']}")
+            self._send("Page.handleJavaScriptDialog", accept=True)  # nothing goes on until somebody does
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])

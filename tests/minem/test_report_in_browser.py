@@ -90,7 +90,8 @@ def test_charts_are_drawn(opened):
     sizes = json.loads(
         opened.value(
             "JSON.stringify([...document.querySelectorAll('figure.chart > svg')].map(svg => {"
-            "const box = svg.getBoundingClientRect(), line = svg.querySelector('[id*=line2d] path');"
+            "const box = svg.getBoundingClientRect();"
+            "const line = svg.querySelector('path[clip-path][style*=\"stroke: var(--series-\"]');"
             "return [box.width, box.height, svg.querySelectorAll('text').length, line.getTotalLength()]}))"
         )
     )
@@ -189,7 +190,7 @@ def contrasts(browser: Browser) -> dict[str, float]:
         ".badge.unparsed": "color",
         ".row .facts": "color",
         "figure.chart > svg text": "fill",
-        "figure.chart > svg [id*=line2d_] path": "stroke",
+        "figure.chart > svg path[clip-path][style*='stroke: var(--series-0)']": "stroke",
     }
     of = "JSON.stringify(Object.entries(%s).map(([s, p]) => getComputedStyle(document.querySelector(s))[p]))"
     colours = json.loads(browser.value(of % json.dumps(wanted)))
