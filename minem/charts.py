@@ -18,8 +18,8 @@ from typing import Any
 
 from minem.progress import visible
 
-# Stand-ins: no chart uses them for anything else. (What matplotlib draws in black becomes the colour of the text.)
-SERIES = tuple(f"#0000{number:02x}" for number in range(0xF0, 0xF8))
+# The first of matplotlib's default colours stand for those of the page, and black for the colour of its text.
+SERIES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 DASHES = ("-", "--", ":", "-.")
 VARIABLES = {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)} | {"#000000": "currentColor"}
 STYLE: dict[str, Any] = {
@@ -105,8 +105,8 @@ def draw(lines: Sequence[Line], *, share: bool, x_label: str, name: str) -> str:
 def themed(svg: str, name: str) -> str:
     """An SVG file of matplotlib as an element of a page: in the page's colours, named for screen readers, no prologue.
 
-    Black becomes the colour of the page's text, white the colour of its paper; ids are made its own, for all ids of a
-    page must differ.
+    Black becomes the colour of the page's text, white that of its paper, and matplotlib's default colours those of its
+    series. Ids are made the element's own, for all ids of a page must differ.
     """
     start = svg.find("<svg")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[max(0, start) :], flags=re.DOTALL)

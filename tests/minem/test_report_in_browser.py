@@ -189,6 +189,7 @@ def contrasts(browser: Browser) -> dict[str, float]:
         ".badge.wrong": "color",
         ".badge.unparsed": "color",
         ".row .facts": "color",
+        "figure.chart > svg": "fill",  # of what says nothing of its fill, like letters that are paths
         "figure.chart > svg text": "fill",
         "figure.chart > svg path[clip-path][style*='stroke: var(--series-0)']": "stroke",
     }
