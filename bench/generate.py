@@ -12,7 +12,7 @@ a draw is right is a seeded coin, its length is log-normal with a mean of 300 to
 CPU), and prompts are as long as those of ARC-Challenge in Qwen2.5's tokens.
 
 transformers gets what is best for it: its static cache (compiled, on a GPU), left padding and num_return_sequences for
-many draws of a prompt, and on a GPU its continuous batching. It does not know lazy attempts, so in an E-step it draws all 8.
+many draws of a prompt, and on a GPU its continuous batching. It does not know lazy attempts: in an E-step it draws all.
 minem also returns each token's log-probability, which transformers is not asked for. Contestants take turns; each one's
 first run is a warm-up and not counted; the tables show medians.
 """
@@ -403,7 +403,7 @@ def take_turns(contestants: dict[str, Callable[[], int]], on: Setting, expected:
     """Median seconds of each, or why it failed. They take turns, so that a busy machine slows them alike."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     seconds: dict[str, Any] = {}
-    for turn in range(max(2, on.repeats) + 1):
+    for turn in range(on.repeats + 1):
         for name, run in contestants.items():
             if name in seconds:
                 continue
@@ -471,6 +471,7 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 @click.option("--only", multiple=True, type=click.Choice(["decode", "draws", "estep"]), help="By default all three.")
 @click.option("--acceptance", default=0.5, show_default=True, help="Of the whole E-step's draws.")
 @click.option("--questions", type=click.IntRange(min=1), help="Of the whole E-step; 1,119 on a GPU, 256 on the CPU.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Of the draws; 1 on a GPU, 5 on the CPU.")
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Run transformers beside, where it is there.")
 @click.option("--json", "as_json", is_flag=True, help="After the tables, one JSON object on one line.")
 def main(
@@ -478,6 +479,7 @@ def main(
     only: tuple[str, ...],
     acceptance: float,
     questions: int | None,
+    repeats: int | None,
     peers: bool,
     as_json: bool,
 ) -> None:
@@ -487,6 +489,7 @@ def main(
     dtype = torch.bfloat16 if gpu else torch.float32
     if questions is not None:
         on = replace(on, questions=questions)
+    on = replace(on, repeats=repeats or on.repeats)
     console = Console(highlight=False, width=180, stderr=as_json)
     bandwidth, rate = ceilings(device, dtype)
     about = {"dtype": str(dtype).removeprefix("torch."), **facts("transformers", "triton", device=device)}

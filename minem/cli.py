@@ -254,6 +254,46 @@ def generate(
     _print({"model": model, "results": result}, as_json, show)
 
 
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--iteration", type=click.IntRange(min=1), help="Of this E-step alone.")
+@click.option("--status", type=click.Choice(["accepted", "wrong", "unparsed", "truncated"]), help="With this verdict.")
+@click.option("--question", metavar="ID", help="Of this question.")
+@click.option("-n", "n", type=click.IntRange(min=0), default=10, show_default=True, help="At most so many.")
+@click.option("--json", "as_json", is_flag=True, help="Print the rows as one JSON object on one line.")
+def show(run: Path, iteration: int | None, status: str | None, question: str | None, n: int, as_json: bool) -> None:
+    """Show what the model wrote in the E-steps of a run, finished or not."""
+    from minem import show as shown
+    from minem.progress import Progress
+    from minem.reader import read_run
+
+    read = read_run(run)
+    rows, matched = shown.matching(read, n, iteration, status, question)
+    if rows and isinstance(read.task, str):
+        Progress().note(f"note    {read.task}")
+
+    def text() -> None:
+        for line in shown.lines(rows):
+            click.echo(line)
+        click.echo(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
+
+    _print({"run": str(run), "matched": matched, "samples": rows}, as_json, text)
+
+
+@main.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="report.html", show_default=True)
+def report(runs: tuple[Path, ...], out: Path) -> None:
+    """Write one HTML page about one run or many, finished or not: charts, flips, samples, how to repeat them.
+
+    Runs that differ in nothing but their seed are shown as their mean and spread.
+    """
+    from minem.report import write_report
+
+    write_report(runs, out)
+    click.echo(out)
+
+
 def _read_prompts(path: Path | None) -> list[str]:
     from minem.run import read_rows
 
@@ -320,4 +360,4 @@ def _train_table(result: dict[str, Any]) -> None:
         f"{percent(last['accuracy'], (last['low'], last['high']))}; {test['wrong_to_right']} became right, "
         f"{test['right_to_wrong']} became wrong, McNemar p = {test['mcnemar_p']:.2g}"
     )
-    click.echo(f"model: {result['model']}   picture: {result['run']}/accuracy.png")
+    click.echo(f"model: {result['model']}   report: {result['run']}/report.html")

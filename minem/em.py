@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minem
+from minem import diagnostics
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
 from minem.data import verdict
@@ -93,6 +94,7 @@ class Experiment:
         self.evaluate(0, "test", self.task.test)
         for iteration in range(1, last + 1):
             self.e_step(iteration)
+            self.diagnose(iteration)
             self.m_step(iteration)
             self.evaluate(iteration, "validation", self.task.validation)
         self.evaluate(last, "test", self.task.test)
@@ -192,6 +194,46 @@ class Experiment:
         for row in read_rows(file) if file.exists() else ():
             lengths.setdefault(row["id"], []).append(len(row["token_ids"]))
         return {id: sum(tokens) / len(tokens) for id, tokens in lengths.items()}
+
+    def diagnose(self, iteration: int) -> None:
+        """What hinted draws on a few training questions say about the model that the E-step drew from."""
+        stage, folder = f"iter-{iteration:02d}/diagnostics", self.run.path / f"iter-{iteration:02d}"
+        config = self.config
+        if not config.eval.diagnostics or self._skip(stage):
+            return
+        questions = diagnostics.choose(self.task.train, config.eval.diagnostics, config.run.seed)
+        total = len(questions) * (config.eval.hinted_draws + 1)
+        with self.run.stage(stage) as record, self._line(iteration, "diagnostics", total) as line:
+            draws = diagnostics.draw(
+                questions,
+                self.generator,
+                self._hinted_generator,
+                self.verdict,
+                hint=config.sampler.hint,
+                hinted_draws=config.eval.hinted_draws,
+                max_new_tokens=config.sampler.max_new_tokens,
+                pack_tokens=config.mstep.pack_tokens,
+                seed=config.run.seed,
+                iteration=iteration,
+                on_progress=line.update,
+            )
+            by_id = {question.id: question for question in self.task.train}
+            summary = diagnostics.summarise(draws)
+            summary["early"] = diagnostics.early_share(read_rows(folder / "accepted.jsonl"), by_id)
+            summary["attempts"] = diagnostics.acceptance(read_rows(folder / "samples.jsonl"))
+            first = self.run.result("iter-01/diagnostics") if iteration > 1 else summary
+            summary["falling"] = diagnostics.falling(first, summary)
+            line.update(**{label: diagnostics.shown(summary, key) for key, (label, _) in diagnostics.EXPLAINED.items()})
+            record.result.update(summary)
+            self.run.log_metrics(stage, **summary)
+        if iteration == 1:
+            for label, sentence in diagnostics.EXPLAINED.values():
+                self.progress.note(f"        {label}: {sentence}")
+        if summary["falling"]:
+            before, now = (diagnostics.shown(one, "hinted") for one in (first, summary))
+            self.progress.note(
+                f"warning hinted acceptance fell from {before} to {now} since iteration 1: {diagnostics.FALLING_RULE}"
+            )
 
     def m_step(self, iteration: int, examples: Sequence[Example] | None = None) -> None:
         """Train on the kept rows of this iteration (or on `examples`) and write the model."""
@@ -418,7 +460,7 @@ class Experiment:
 
 
 def train(config: Config, progress: Progress, command: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
-    """Run or continue the whole EM loop. Returns `summarise` of the run; `accuracy.png` is in its directory."""
+    """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
     experiment = Experiment(config, progress)
     with experiment.open(command, overwrite) as run:
         experiment.train()
@@ -427,6 +469,11 @@ def train(config: Config, progress: Progress, command: Sequence[str] = (), overw
                 from minem.plot import plot_accuracy
 
                 plot_accuracy(run, record.path("accuracy.png"))
+        if not run.finished("report"):
+            with run.stage("report") as record:
+                from minem.report import write_report
+
+                write_report([run.path], record.path("report.html"))
         return summarise(run)
 
 

@@ -26,6 +26,8 @@ class EvalConfig:
 
     max_new_tokens: int = 1024
     samples: int = 1  # draws per question at temperature 1, beside the greedy answer; 0: greedy alone
+    diagnostics: int = 32  # training questions that minem.diagnostics looks at in every iteration; 0: off
+    hinted_draws: int = 4  # hinted draws for each of them
 
     def __post_init__(self) -> None:
         require(
@@ -33,6 +35,8 @@ class EvalConfig:
             self,
             max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
             samples=(self.samples >= 0, "0 or more"),
+            diagnostics=(self.diagnostics >= 0, "0 (off) or more"),
+            hinted_draws=(self.hinted_draws >= 1, "1 or more"),
         )
 
 

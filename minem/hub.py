@@ -5,10 +5,25 @@ The token comes from the environment (HF_TOKEN) or from `hf auth login`; with HF
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
 
 from minem.errors import UserError
+
+_CACHE_ONLY = ContextVar("cache_only", default=False)
+
+
+@contextmanager
+def cache_only() -> Iterator[None]:
+    """Within the block, `download` reads the local cache and never asks the hub."""
+    token = _CACHE_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _CACHE_ONLY.reset(token)
 
 
 def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str], revision: str | None = None) -> Path:
@@ -43,7 +58,7 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
 
     try:
         try:
-            return fetch(local_files_only=False)
+            return fetch(local_files_only=_CACHE_ONLY.get())
         except OfflineModeIsEnabled:
             # A revision that is a full commit is looked up on the hub before the cache: ask the cache alone.
             return fetch(local_files_only=True)

@@ -173,13 +173,21 @@ def clean(text: str, keep_lines: bool = False) -> str:
     return "".join(_clean_character(character, keep_lines) for character in text)
 
 
+def visible(text: str) -> str:
+    """As `clean`, for a page that shows a text whole: what it takes out is written as an escape, like \\u202e."""
+    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _is_obeyed(c) else c for c in text.replace("\r\n", "\n"))
+
+
 def _clean_character(character: str, keep_lines: bool) -> str:
     if character in "\n\t":
         return character if keep_lines else " "
-    category = unicodedata.category(character)
-    if category in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS:
+    if _is_obeyed(character):
         return "\N{REPLACEMENT CHARACTER}" if character != "\r" else ""
     return character
+
+
+def _is_obeyed(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS
 
 
 def _console(stream: TextIO, width: int | None = None) -> Console:

@@ -8,6 +8,8 @@ No scipy at run time: both are a few lines, and the tests hold them against scip
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal: a two-sided 95 % interval
 
@@ -46,3 +48,26 @@ def mcnemar(b: int, c: int) -> float:
         term = term * (n - k) // (k + 1)
         tail += term
     return min(1.0, 2 * tail / 2**n)
+
+
+@dataclass(frozen=True)
+class ImportanceEstimate:
+    """What K draws from a proposal say of one question.
+
+    p_hat: the mean importance weight. ess: the effective sample size, (sum w)^2 / sum w^2; 0 where all weights are 0.
+    """
+
+    p_hat: float
+    ess: float
+    any_accepted: bool
+
+
+def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequence[bool]) -> ImportanceEstimate:
+    """Estimate p(y*|x) from draws of q with weights w = accepted * p / q; the number of draws was fixed in advance."""
+    logs = [p - q for q, p, kept in zip(log_q, log_p, accepted, strict=True) if kept]
+    if not logs:
+        return ImportanceEstimate(0.0, 0.0, False)
+    top = max(logs)
+    scaled = [math.exp(value - top) for value in logs]
+    ess = math.fsum(scaled) ** 2 / math.fsum(value * value for value in scaled)
+    return ImportanceEstimate(math.exp(top) * math.fsum(scaled) / len(log_q), ess, True)

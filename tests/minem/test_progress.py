@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minem.progress import Line, Progress, clean, duration, percent, table
+from minem.progress import Line, Progress, clean, duration, percent, table, visible
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 [bold]x[/bold] :smile: \r\x9b2J \u202eright\u2066 two\nlines \x00 \ud83d"
 
@@ -185,6 +185,19 @@ def test_clean_text_is_harmless_and_ordinary_text_is_kept(text: str, keep_lines:
     assert keep_lines or "\n" not in cleaned
     kept = "naïve 中文 🙂👩‍👩‍👧 עברית x²"
     assert clean(kept + text, keep_lines).startswith(kept)
+
+
+@given(text=st.text(st.characters()))
+def test_visible_text_is_harmless_and_loses_nothing(text: str) -> None:
+    """Each character that `clean` would take out is an escape, by which it can be told; the others are themselves."""
+    shown = visible(text)
+    assert clean(shown, keep_lines=True) == shown
+    plain = text.replace("\r\n", "\n")
+    taken = [c for c in plain if clean(c, keep_lines=True) != c]
+    for character in taken:
+        assert f"\\u{ord(character):04x}" in shown
+    assert len(shown) == len(plain) + 5 * len(taken)
+    shown.encode("utf-8")
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (4000, "1:06:40")])
