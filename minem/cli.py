@@ -42,8 +42,8 @@ class _Group(click.Group):
             click.echo(f"minem: {clean(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            resumable = ctx.invoked_subcommand in ("train", "sample")
-            advice = "; give the same command again to go on from the last finished stage" if resumable else ""
+            resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
+            advice = "; give the same command again to go on from there" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
 
@@ -149,10 +149,14 @@ def sample(
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
 @click.option("--limit", type=int, help="At most N questions.")
 @click.option("--verdict", help="Your own answer check, module:function.")
-@click.option("--samples", type=click.IntRange(min=0), default=0, show_default=True, help="Draws at temperature 1.")
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=0, show_default=True, help="Draws per question at temperature 1."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="By default 1024, or what the model has room for.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--out", type=click.Path(path_type=Path), help="By default evals/MODEL.TASK.SPLIT.sSEED.")
+@click.option("--overwrite", is_flag=True, help="Draw anew what --out holds already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
 def evaluate(
     model: str,
@@ -164,45 +168,83 @@ def evaluate(
     max_new_tokens: int | None,
     seed: int,
     device: str,
+    out: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure accuracy: greedy, with its 95 % interval, and the mean over draws at temperature 1."""
+    """Measure accuracy: greedy with its 95 % interval, and of draws at temperature 1 the mean, pass@k and the vote.
+
+    Answers are kept as they finish in --out: the same command goes on from them, also with more --samples.
+    """
     from minem.data.tasks import load_task
-    from minem.em import pick_verdict
+    from minem.em import fingerprint, hash_source, pick_verdict
     from minem.estep import encode_prompt
+    from minem.evaluate import answer_file
     from minem.evaluate import evaluate as run
     from minem.progress import Progress, percent
+    from minem.run import folder_name
+    from minem.weights import resolve
 
-    questions = getattr(load_task(task, limit, seed), split)
-    generator = _generator(model, device)
+    loaded, check = load_task(task, limit, seed), pick_verdict(verdict)
+    questions = getattr(loaded, split)
+    folder = resolve(model)
+    generator = _generator(str(folder), device)
     longest = max(len(encode_prompt(generator.tokenizer, question)) for question in questions)
     new = max_new_tokens or max(1, min(1024, generator.max_length - longest))
-    with Progress().stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
-        _, summary = run(
-            generator,
-            questions,
-            pick_verdict(verdict),
-            max_new_tokens=new,
-            samples=samples,
-            seed=seed,
-            on_progress=lambda done, right, answered: line.update(done, accuracy=percent(right / max(1, answered))),
-        )
+    settings = {
+        "model": fingerprint(folder)[:16],
+        "rows": loaded.rows_sha256[:16],
+        "split": split,
+        "limit": limit,
+        "verdict": f"{verdict} {hash_source(verdict)[:16]}" if verdict else None,
+        "max_new_tokens": new,
+        "seed": seed,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "device": generator.model.device.type,
+        "minem": minem.__version__,
+    }
+    out = out or Path("evals") / folder_name(f"{model.strip('./')}.{task.strip('./')}.{split}.s{seed}")
+    progress = Progress()
+    with answer_file(out, settings, overwrite) as (known, append):
+        if known:
+            progress.note(f"{out} has {len(known)} answers already, which are not drawn again but with --overwrite")
+        with progress.stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
+            _, summary = run(
+                generator,
+                questions,
+                check,
+                max_new_tokens=new,
+                samples=samples,
+                seed=seed,
+                known=known,
+                on_row=append,
+                on_progress=lambda done, right, told: line.update(done, accuracy=percent(right / max(1, told))),
+            )
+    named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
+    _print({**named, **summary}, as_json, lambda: _eval_table(named, summary))
 
-    def table() -> None:
-        from minem.progress import table as show
 
-        rows = [
-            ["accuracy, greedy", percent(summary["accuracy"], (summary["low"], summary["high"]))],
-            ["accuracy, lenient reading", percent(summary["flexible"])],
-            ["unparsed", percent(summary["unparsed"])],
-            ["truncated", percent(summary["truncated"])],
-            ["tokens per answer", f"{summary['tokens']:.1f}"],
-        ]
-        if summary["sampled"] is not None:
-            rows.insert(1, ["accuracy, temperature 1", percent(summary["sampled"])])
-        show([f"{model} on {task}", f"{split}, n = {summary['n']}"], rows, file=sys.stdout)
+def _eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
+    from minem.progress import percent, table
 
-    _print({"model": model, "task": task, "split": split, "max_new_tokens": new, **summary}, as_json, table)
+    rows = [["accuracy, greedy", percent(summary["accuracy"], (summary["low"], summary["high"]))]]
+    if summary["sampled"] is not None:
+        rows.append(["accuracy, temperature 1", percent(summary["sampled"])])
+    rows += [[f"pass@{k}", percent(share)] for k, share in summary.get("pass_at_k", {}).items()]
+    if "majority" in summary:
+        rows.append(["majority vote", percent(summary["majority"])])
+    rows += [
+        ["accuracy, lenient reading", percent(summary["flexible"])],
+        ["unparsed", percent(summary["unparsed"])],
+        ["truncated", percent(summary["truncated"])],
+        ["tokens per answer", f"{summary['tokens']:.1f}"],
+    ]
+    table([f"{named['model']} on {named['task']}", f"{named['split']}, n = {summary['n']}"], rows, file=sys.stdout)
+    if "subjects" in summary:
+        subjects = summary["subjects"].items()
+        rows = [[name, str(s["n"]), percent(s["accuracy"], (s["low"], s["high"]))] for name, s in subjects]
+        table(["subject", "n", "accuracy, greedy"], rows, file=sys.stdout)
+    click.echo(f"answers: {named['answers']}")
 
 
 @main.command()

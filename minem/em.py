@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,12 +37,14 @@ from minem.progress import Progress, percent
 from minem.run import RunDirectory, default_path, read_rows, write_rows
 from minem.samplers import default_budget, import_object, make_sampler
 from minem.statistics import mcnemar
+from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save
 
 if TYPE_CHECKING:
     from minem.config import Config
 
 SMALL_MODEL = 10_000_000  # parameters
+LAST_STAGE = "plot"  # of a whole run
 
 
 class Experiment:
@@ -70,7 +73,9 @@ class Experiment:
         self._check_lengths()
 
     @contextmanager
-    def open(self, command: Sequence[str], overwrite: bool, **inputs: str) -> Iterator[RunDirectory]:
+    def open(
+        self, command: Sequence[str], overwrite: bool, tracker: ModuleType | None = None, **inputs: str
+    ) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
         inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
         for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
@@ -79,18 +84,22 @@ class Experiment:
         with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
             self._describe()
             self._restore()
-            yield self.run
+            with tracked(self.run, tracker, self.progress):
+                yield self.run
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def train(self) -> None:
-        """All iterations, from wherever the run stands."""
+    def train(self, select: Callable[[int], Sequence[Example] | None] = lambda iteration: None) -> None:
+        """All iterations, from wherever the run stands.
+
+        select: called with the iteration before its M-step for the examples to train on; None stands for all accepted.
+        """
         last = self.config.run.iterations
         self.evaluate(0, "validation", self.task.validation)
         self.evaluate(0, "test", self.task.test)
         for iteration in range(1, last + 1):
             self.e_step(iteration)
-            self.m_step(iteration)
+            self.m_step(iteration, select(iteration))
             self.evaluate(iteration, "validation", self.task.validation)
         self.evaluate(last, "test", self.task.test)
 
@@ -171,8 +180,10 @@ class Experiment:
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
 
-    def evaluate(self, iteration: int, split: str, questions: Sequence[Question]) -> None:
-        """Accuracy of the model as it is after `iteration` (0: the base model)."""
+    def evaluate(
+        self, iteration: int, split: str, questions: Sequence[Question], known: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Accuracy of the model as it is after `iteration` (0: the base model); `known` answers are not drawn again."""
         folder = f"iter-{iteration:02d}"
         stage = f"{folder}/eval.{split}"
         if self._skip(stage):
@@ -190,6 +201,7 @@ class Experiment:
                 max_new_tokens=self.config.eval.max_new_tokens,
                 samples=self.config.eval.samples,
                 seed=self.config.run.seed,
+                known=known,
                 on_progress=show,
             )
             line.update(accuracy=percent(summary["accuracy"], (summary["low"], summary["high"])))
@@ -339,17 +351,28 @@ class Experiment:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
-def train(config: Config, progress: Progress, command: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: Config,
+    progress: Progress,
+    command: Sequence[str] = (),
+    overwrite: bool = False,
+    tracker: ModuleType | None = None,
+) -> dict[str, Any]:
     """Run or continue the whole EM loop. Returns `summarise` of the run; `accuracy.png` is in its directory."""
     experiment = Experiment(config, progress)
-    with experiment.open(command, overwrite) as run:
+    with experiment.open(command, overwrite, tracker) as run:
         experiment.train()
-        if not run.finished("plot"):
-            with run.stage("plot") as record:
-                from minem.plot import plot_accuracy
-
-                plot_accuracy(run, record.path("accuracy.png"))
+        draw(run)
         return summarise(run)
+
+
+def draw(run: RunDirectory) -> None:
+    """The stage that ends a run: its picture."""
+    if not run.finished(LAST_STAGE):
+        with run.stage(LAST_STAGE) as record:
+            from minem.plot import plot_accuracy
+
+            plot_accuracy(run, record.path("accuracy.png"))
 
 
 def sample(

@@ -126,7 +126,7 @@ def t_quantile(level: float, df: int) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values (1979), in the order given: at most `alpha` of one keeps the family-wise error there.
 
-    The smallest is multiplied by the number of tests, the next by one less, and so on; none is less than the one before.
+    The smallest is multiplied by the number of tests, the next by one less, and so on; none falls below the one before.
     """
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):

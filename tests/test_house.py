@@ -139,8 +139,10 @@ FLOORS = [
     {"cache", "generate", "data"},
     {"samplers", "estep", "packing", "mstep"},
     {"run"},
-    {"em", "evaluate", "plot"},
+    {"evaluate", "plot", "tracking"},
+    {"em"},
     {"config"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]
