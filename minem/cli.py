@@ -83,6 +83,11 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_track_option = click.option(
+    "--track", type=click.Choice(["wandb", "trackio"]), help="Also send the metrics to one of these as they come."
+)
+
+
 def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
     from minem.config import FLAGS, load_config
 
@@ -98,12 +103,14 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
     metavar="FILE.jsonl",
     help="The M-step alone, on the accepted rows of a samples.jsonl made anywhere.",
 )
+@_track_option
 def train(
     config_file: Path | None,
     overrides: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
     samples: Path | None,
+    track: str | None,
     **flags: Any,
 ) -> None:
     """Run the EM loop, or continue it where it stopped.
@@ -113,13 +120,14 @@ def train(
     config = _config(config_file, overrides, flags)
     from minem import em
     from minem.progress import Progress
+    from minem.tracking import load_tracker
 
-    progress = Progress()
+    tracker, progress = load_tracker(track), Progress()
     if samples is not None:
-        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite)
+        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
         _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
         return
-    result = em.train(config, progress, sys.argv, overwrite)
+    result = em.train(config, progress, sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _train_table(result))
 
 

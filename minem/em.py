@@ -396,7 +396,12 @@ def sample(
 
 
 def train_on_samples(
-    config: Config, samples: Path, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
+    config: Config,
+    samples: Path,
+    progress: Progress,
+    command: Sequence[str] = (),
+    overwrite: bool = False,
+    tracker: ModuleType | None = None,
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
 
@@ -421,7 +426,7 @@ def train_on_samples(
         progress.note(
             f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
         )
-    with experiment.open(command, overwrite, samples=digest) as run:
+    with experiment.open(command, overwrite, tracker, samples=digest) as run:
         experiment.m_step(1, examples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
 

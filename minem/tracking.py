@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from minem.progress import Progress
     from minem.run import RunDirectory
 
-TRACKERS = ("wandb", "trackio")
-
 
 def load_tracker(name: str | None) -> ModuleType | None:
     """The package called `name`. UserError, with what to do, where it is not installed."""
