@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that train and sample share; all but the first and the last two are short for a key of the config."""
+    """The flags of train, sample and compare; all but the first and the last two are short for a key of the config."""
     for option in reversed(
         [
             click.argument("config_file", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path)),
@@ -68,15 +68,25 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--limit", type=int, help="At most N questions of each split.  [task.limit]"),
             click.option("--verdict", help="Your own answer check, module:function.  [task.verdict]"),
-            click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
-            click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
             click.option("--iterations", type=int, help="EM iterations.  [run.iterations]"),
-            click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
             click.option("--out", help="The run's directory.  [run.out]"),
             click.option("--device", help="auto, cpu or cuda.  [run.device]"),
             click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set any key of the config."),
             click.option("--overwrite", is_flag=True, help="Start anew where --out holds a run already."),
             click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def _sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of a single run, short for a key of the config like those of `_config_options`."""
+    for option in reversed(
+        [
+            click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
+            click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
+            click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
         ]
     ):
         command = option(command)
@@ -91,12 +101,13 @@ _track_option = click.option(
 def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
     from minem.config import FLAGS, load_config
 
-    given = {key: flags[flag.removeprefix("--")] for key, flag in FLAGS.items()}
+    given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
     return load_config(config_file, overrides, given)
 
 
 @main.command()
 @_config_options
+@_sampler_options
 @click.option(
     "--samples",
     type=click.Path(path_type=Path),
@@ -133,6 +144,7 @@ def train(
 
 @main.command()
 @_config_options
+@_sampler_options
 @click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
 def sample(
     config_file: Path | None, overrides: tuple[str, ...], overwrite: bool, as_json: bool, iteration: int, **flags: Any
@@ -149,6 +161,62 @@ def sample(
     solved, questions = result["solved"], result["questions"]
     text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
     _print(result, as_json, lambda: click.echo(text))
+
+
+@main.command()
+@_config_options
+@click.option("--samplers", default="rsm:8,star:2,pps:1", show_default=True, help="NAME:BUDGET with commas.")
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="With commas. Claims need five or more.")
+@click.option(
+    "--match",
+    type=click.Choice(["none", "kept", "cost"]),
+    default="none",
+    show_default=True,
+    help="kept: in each iteration all samplers of a seed train on equally many examples. "
+    "cost: on what they find with equally many generated tokens.",
+)
+@_track_option
+def compare(
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    samplers: str,
+    seeds: str,
+    match: Any,
+    track: str | None,
+    **flags: Any,
+) -> None:
+    """Compare samplers over several seeds, each a run of its own, and print the table of the paper.
+
+    --task may name several tasks, with commas. The same command goes on where it was stopped.
+
+    --match kept takes, of each sampler's accepted rationales, the first n in an order that is random but the same for
+    all samplers, n being the fewest that one of them has: as much data for all, and as many optimizer steps. --match
+    cost takes the questions, in that order, whose attempts fit into the tokens of the thriftiest sampler, and the
+    rationales accepted among them: what each sampler finds for the same number of generated tokens.
+    """
+    for key, flag in {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}.items():
+        if any(override.partition("=")[0].strip() == key for override in overrides):
+            raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
+    config = _config(config_file, overrides, flags)
+    from minem import compare as comparison
+    from minem.progress import Progress
+    from minem.tracking import load_tracker
+
+    tracker = load_tracker(track)
+    plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
+    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
+    _print(result, as_json, lambda: _compare_tables(result))
+
+
+def _compare_tables(result: dict[str, Any]) -> None:
+    from minem.progress import table
+
+    for one in result["tables"]:
+        table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
+        click.echo(f"{one['note']}\n")
+    click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 @main.command("eval")

@@ -290,7 +290,7 @@ def hold_folder(
         if clear is not None:
             clear(path)
         if (path / mark).exists() and clear is None:
-            _refuse_other_settings(path, mark, kind, settings)
+            _refuse_other_settings(path, mark, settings)
         else:
             write_whole(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
         try:
@@ -303,7 +303,7 @@ def hold_folder(
             raise
 
 
-def _refuse_other_settings(path: Path, mark: str, kind: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
     try:
         before = json.loads((path / mark).read_bytes())
         changes = difference(before, settings)
@@ -311,7 +311,7 @@ def _refuse_other_settings(path: Path, mark: str, kind: str, settings: Mapping[s
         raise UserError(f"{path / mark} is damaged; give --overwrite to start anew") from error
     if changes:
         raise UserError(
-            f"{path} holds a {kind.split()[0]} that was started differently ({'; '.join(changes)}): "
+            f"{path} was started differently ({'; '.join(changes)}): "
             "give --overwrite to start it anew, or another --out to keep both"
         )
 
