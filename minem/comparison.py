@@ -12,9 +12,10 @@ of the command.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ class Cell:
 class Share:
     """What a run trains on in one iteration of a matched comparison."""
 
+    questions: frozenset[str]  # ids of those that count
     rows: frozenset[tuple[str, int]]  # (question id, attempt) of accepted rows
     tokens: int  # drawn in the decided attempts at the questions that count
 
@@ -54,42 +56,30 @@ def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
         an E-step over these questions alone would have found; it is equal up to the attempts at one question. Tokens
         drawn ahead of time and cancelled belong to the schedule, not to the sampler, and are not counted here.
     """
-    samples, accepted = (
-        [list(read_rows(cell.folder / f"iter-{iteration:02d}" / f"{name}.jsonl")) for cell in group]
-        for name in ("samples", "accepted")
-    )
-
-    def rank(row: Mapping[str, Any], seed: int) -> tuple[int, int]:
-        return stream_seed(seed, "match", iteration, row["id"]), row["attempt"]
-
-    fewest = min(len(rows) for rows in accepted)
-    least = min(sum(len(row["token_ids"]) for row in rows) for rows in samples)
+    costs, accepted = [], []
+    for cell in group:
+        folder = cell.folder / f"iter-{iteration:02d}"
+        cost: Counter[str] = Counter()
+        for row in read_rows(folder / "samples.jsonl"):
+            cost[row["id"]] += len(row["token_ids"])
+        costs.append(cost)
+        accepted.append([(row["id"], row["attempt"]) for row in read_rows(folder / "accepted.jsonl")])
+    place = {question: stream_seed(group[0].seed, "match", iteration, question) for cost in costs for question in cost}
+    fewest, allowance = min(map(len, accepted)), min(cost.total() for cost in costs)
     shares = []
-    for cell, drawn, kept in zip(group, samples, accepted, strict=True):
-        kept = sorted(kept, key=lambda row: rank(row, cell.seed))
-        tokens = sum(len(row["token_ids"]) for row in drawn)
+    for cost, rows in zip(costs, accepted, strict=True):
+        rows.sort(key=lambda row: (place[row[0]], row[1]))
+        questions = list(cost)
         if match == "kept":
-            kept = kept[:fewest]
+            rows = rows[:fewest]
         else:
-            affordable, tokens = _affordable(sorted(drawn, key=lambda row: rank(row, cell.seed)), least)
-            kept = [row for row in kept if row["id"] in affordable]
-        shares.append(Share(frozenset((row["id"], row["attempt"]) for row in kept), tokens))
+            questions.sort(key=place.__getitem__)
+            spent = accumulate(cost[question] for question in questions)
+            questions = questions[: sum(tokens <= allowance for tokens in spent)]
+            counted = set(questions)
+            rows = [row for row in rows if row[0] in counted]
+        shares.append(Share(frozenset(questions), frozenset(rows), sum(cost[question] for question in questions)))
     return shares
-
-
-def _affordable(rows: Sequence[Mapping[str, Any]], allowance: int) -> tuple[set[str], int]:
-    """The questions, as they come, whose attempts fit into the allowance together, and their tokens."""
-    costs: dict[str, int] = {}
-    for row in rows:
-        costs[row["id"]] = costs.get(row["id"], 0) + len(row["token_ids"])
-    taken: set[str] = set()
-    spent = 0
-    for question, cost in costs.items():
-        if spent + cost > allowance:
-            break
-        taken.add(question)
-        spent += cost
-    return taken, spent
 
 
 def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
