@@ -139,7 +139,7 @@ FLOORS = [
     {"cache", "generate", "data"},
     {"samplers", "estep", "packing", "mstep"},
     {"run"},
-    {"evaluate", "plot", "tracking"},
+    {"evaluate", "plot", "tracking", "comparison"},
     {"em"},
     {"config"},
     {"compare"},
