@@ -30,7 +30,7 @@ from typing import Any
 
 from minem.comparison import Cell, Match, markdown, matched, read_comparison
 from minem.config import Config
-from minem.em import LAST_STAGE, Experiment, draw, fingerprint, hash_source
+from minem.em import LAST_STAGE, Experiment, conclude, fingerprint, hash_source
 from minem.errors import GuardError, UserError
 from minem.packing import Example
 from minem.plot import plot_spent, svg_spent
@@ -183,7 +183,7 @@ class _Comparison:
             with experiment.open(self.command, False, self.tracker, **inputs) as run:
                 self._share_base(cell, experiment)
                 experiment.train(self._selection(cell, group, experiment))
-                draw(run)
+                conclude(run)
                 return True
         except _Waiting:
             return False

@@ -362,12 +362,12 @@ def train(
     experiment = Experiment(config, progress)
     with experiment.open(command, overwrite, tracker) as run:
         experiment.train()
-        draw(run)
+        conclude(run)
         return summarise(run)
 
 
-def draw(run: RunDirectory) -> None:
-    """The stage that ends a run: its picture."""
+def conclude(run: RunDirectory) -> None:
+    """What ends a run's directory: its picture."""
     if not run.finished(LAST_STAGE):
         with run.stage(LAST_STAGE) as record:
             from minem.plot import plot_accuracy
