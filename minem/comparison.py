@@ -169,15 +169,19 @@ def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]])
         seeds = list(dict.fromkeys(c.seed for c in cells))
         for first, second in combinations(dict.fromkeys(c.sampler for c in cells), 2):
             both = [seed for seed in seeds if (first, seed) in of and (second, seed) in of]
-            differences = {s: runs[of[first, s]]["accuracy"] - runs[of[second, s]]["accuracy"] for s in both}
+            tests = {seed: _mcnemar(of[first, seed], of[second, seed]) for seed in both}
+            # From counts: where equally many questions differ, the differences are equal to the last bit.
+            differences = [
+                (test["only_first"] - test["only_second"]) / runs[of[first, seed]]["n"] for seed, test in tests.items()
+            ]
             pairs.append(
                 {
                     "task": task,
                     "first": first,
                     "second": second,
-                    "differences": {str(seed): difference for seed, difference in differences.items()},
-                    "interval": asdict(paired_t(list(differences.values()))) if both else None,
-                    "mcnemar": {str(seed): _mcnemar(of[first, seed], of[second, seed]) for seed in both},
+                    "differences": dict(zip(map(str, both), differences, strict=True)),
+                    "interval": asdict(paired_t(differences)) if both else None,
+                    "mcnemar": {str(seed): test for seed, test in tests.items()},
                 }
             )
     raw = [pair["interval"]["p_value"] if pair["interval"] else None for pair in pairs]
@@ -254,7 +258,7 @@ def _points(share: float | None, signed: bool = False) -> str:
 
 
 def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if value >= 1e-15 else "< 1e-15"
+    return "-" if value is None else f"{value:.2g}" if value >= 1e-15 else "<1e-15"
 
 
 def _accuracy_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -354,7 +358,7 @@ def _mcnemar_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
     seeds = list(dict.fromkeys(seed for pair in comparison["pairs"] for seed in pair["mcnemar"]))
 
     def cell(test: Mapping[str, Any] | None) -> str:
-        return "-" if test is None else f"{test['only_first']} : {test['only_second']}, p = {_p(test['p'])}"
+        return "-" if test is None else f"{test['only_first']} : {test['only_second']} (p {_p(test['p'])})"
 
     rows = [
         [pair["task"], f"{pair['first']} - {pair['second']}", *(cell(pair["mcnemar"].get(seed)) for seed in seeds)]
@@ -363,7 +367,7 @@ def _mcnemar_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": "McNemar's test, seed by seed",
         "note": (
-            "Questions that only the first and only the second of two checkpoints gets right. A small p says that "
+            "Questions that only the first : only the second of two checkpoints gets right. A small p says that "
             "these two checkpoints differ, not that the samplers do; it must not be pooled over seeds."
         ),
         "columns": ["task", "pair", *(f"seed {seed}" for seed in seeds)],
