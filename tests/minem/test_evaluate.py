@@ -220,6 +220,24 @@ def test_a_verdict_of_ones_own_decides(tmp_path):
     assert {r["answer"] for r in read_rows(out / "answers.jsonl")} == {"A"}
 
 
+def test_rows_with_subjects_are_told_by_subject(tmp_path):
+    task = tmp_path / "mine"
+    task.mkdir()
+    rows = [
+        {"question": f"{i} + 1 = ?", "subject": "law" if i < 2 else "physics", "choices": list("1234"), "answer": 0}
+        for i in range(5)
+    ]
+    for split in ("train", "validation", "test"):
+        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["--task", task, "--max-new-tokens", 16, "--verdict", f"{__name__}:always_a", "--out", tmp_path / "out"]
+    summary = told(minem_eval(*command, "--json"))
+    assert {name: s["n"] for name, s in summary["subjects"].items()} == {"law": 2, "physics": 3}
+    assert sum(s["correct"] for s in summary["subjects"].values()) == summary["correct"]
+    shown = minem_eval(*command).stdout
+    assert "law" in shown
+    assert "physics" in shown
+
+
 def test_the_folder_is_named_after_what_is_evaluated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = minem_eval(*SMALL, "--samples", 2, "--split", "validation", "--seed", 3)
