@@ -187,7 +187,7 @@ def compare(
     track: str | None,
     **flags: Any,
 ) -> None:
-    """Compare samplers over several seeds, each a run of its own, and print the table of the paper.
+    """Compare samplers over several seeds, each a run of its own, and print what they reach and cost.
 
     --task may name several tasks, with commas. The same command goes on where it was stopped.
 
