@@ -106,8 +106,9 @@ class Prefill:
         device = cache.prefix_k.device
         self.cache = cache
         targets = [*rows, *[cache.spare] * (len(lengths) - len(rows))]
-        self.rows = upload([row for row, n in zip(targets, lengths, strict=True) for _ in range(n)], device)
-        self.positions = upload([i for n in lengths for i in range(n)], device)
+        sizes = torch.tensor(lengths)
+        self.rows = upload(torch.tensor(targets).repeat_interleave(sizes), device)
+        self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
         self.packed = PackedAttention(lengths, device)
         cache.prefix_lengths[upload(list(rows), device)] = upload(list(lengths[: len(rows)]), device)
 

@@ -42,8 +42,8 @@ class _Group(click.Group):
             click.echo(f"minem: {clean(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            resumable = ctx.invoked_subcommand in ("train", "sample")
-            advice = "; give the same command again to go on from the last finished stage" if resumable else ""
+            resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
+            advice = "; give the same command again to go on from there" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that train and sample share; all but the first and the last two are short for a key of the config."""
+    """The flags of train, sample and compare; all but the first and the last two are short for a key of the config."""
     for option in reversed(
         [
             click.argument("config_file", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path)),
@@ -68,10 +68,7 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
             ),
             click.option("--limit", type=int, help="At most N questions of each split.  [task.limit]"),
             click.option("--verdict", help="Your own answer check, module:function.  [task.verdict]"),
-            click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
-            click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
             click.option("--iterations", type=int, help="EM iterations.  [run.iterations]"),
-            click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
             click.option("--out", help="The run's directory.  [run.out]"),
             click.option("--device", help="auto, cpu or cuda.  [run.device]"),
             click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set any key of the config."),
@@ -83,27 +80,48 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Flags of a single run, short for a key of the config like those of `_config_options`."""
+    for option in reversed(
+        [
+            click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
+            click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
+            click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+_track_option = click.option(
+    "--track", type=click.Choice(["wandb", "trackio"]), help="Also send the metrics to one of these as they come."
+)
+
+
 def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
     from minem.config import FLAGS, load_config
 
-    given = {key: flags[flag.removeprefix("--")] for key, flag in FLAGS.items()}
+    given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
     return load_config(config_file, overrides, given)
 
 
 @main.command()
 @_config_options
+@_sampler_options
 @click.option(
     "--samples",
     type=click.Path(path_type=Path),
     metavar="FILE.jsonl",
     help="The M-step alone, on the accepted rows of a samples.jsonl made anywhere.",
 )
+@_track_option
 def train(
     config_file: Path | None,
     overrides: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
     samples: Path | None,
+    track: str | None,
     **flags: Any,
 ) -> None:
     """Run the EM loop, or continue it where it stopped.
@@ -113,18 +131,20 @@ def train(
     config = _config(config_file, overrides, flags)
     from minem import em
     from minem.progress import Progress
+    from minem.tracking import load_tracker
 
-    progress = Progress()
+    tracker, progress = load_tracker(track), Progress()
     if samples is not None:
-        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite)
+        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
         _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
         return
-    result = em.train(config, progress, sys.argv, overwrite)
+    result = em.train(config, progress, sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _train_table(result))
 
 
 @main.command()
 @_config_options
+@_sampler_options
 @click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
 def sample(
     config_file: Path | None, overrides: tuple[str, ...], overwrite: bool, as_json: bool, iteration: int, **flags: Any
@@ -143,16 +163,76 @@ def sample(
     _print(result, as_json, lambda: click.echo(text))
 
 
+@main.command()
+@_config_options
+@click.option("--samplers", default="rsm:8,star:2,pps:1", show_default=True, help="NAME:BUDGET with commas.")
+@click.option("--seeds", default="0,1,2,3,4", show_default=True, help="With commas. Claims need five or more.")
+@click.option(
+    "--match",
+    type=click.Choice(["none", "kept", "cost"]),
+    default="none",
+    show_default=True,
+    help="kept: in each iteration all samplers of a seed train on equally many examples. "
+    "cost: on what they find with equally many generated tokens.",
+)
+@_track_option
+def compare(
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    samplers: str,
+    seeds: str,
+    match: Any,
+    track: str | None,
+    **flags: Any,
+) -> None:
+    """Compare samplers over several seeds, each a run of its own, and print what they reach and cost.
+
+    --task may name several tasks, with commas. The same command goes on where it was stopped.
+
+    --match kept takes, of each sampler's accepted rationales, the first n in an order that is random but the same for
+    all samplers, n being the fewest that one of them has: as much data for all, and as many optimizer steps. --match
+    cost takes the questions, in that order, whose attempts fit into the tokens of the thriftiest sampler, and the
+    rationales accepted among them: what each sampler finds for the same number of generated tokens.
+    """
+    for key, flag in {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}.items():
+        if any(override.partition("=")[0].strip() == key for override in overrides):
+            raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
+    config = _config(config_file, overrides, flags)
+    from minem import compare as comparison
+    from minem.progress import Progress
+    from minem.tracking import load_tracker
+
+    tracker = load_tracker(track)
+    plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
+    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
+    _print(result, as_json, lambda: _compare_tables(result))
+
+
+def _compare_tables(result: dict[str, Any]) -> None:
+    from minem.progress import table
+
+    for one in result["tables"]:
+        table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
+        click.echo(f"{one['note']}\n")
+    click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
+
+
 @main.command("eval")
 @click.option("--model", default="toy", show_default=True, help="Hugging Face folder, hub id, or toy.")
 @click.option("--task", default="toy", show_default=True, help="As for train.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
 @click.option("--limit", type=int, help="At most N questions.")
 @click.option("--verdict", help="Your own answer check, module:function.")
-@click.option("--samples", type=click.IntRange(min=0), default=0, show_default=True, help="Draws at temperature 1.")
+@click.option(
+    "--samples", type=click.IntRange(min=0), default=0, show_default=True, help="Draws per question at temperature 1."
+)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), help="By default 1024, or what the model has room for.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--out", type=click.Path(path_type=Path), help="By default evals/MODEL.TASK.SPLIT.sSEED.")
+@click.option("--overwrite", is_flag=True, help="Draw anew what --out holds already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
 def evaluate(
     model: str,
@@ -164,45 +244,83 @@ def evaluate(
     max_new_tokens: int | None,
     seed: int,
     device: str,
+    out: Path | None,
+    overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Measure accuracy: greedy, with its 95 % interval, and the mean over draws at temperature 1."""
+    """Measure accuracy: greedy with its 95 % interval, and of draws at temperature 1 the mean, pass@k and the vote.
+
+    Answers are kept as they finish in --out: the same command goes on from them, also with more --samples.
+    """
     from minem.data.tasks import load_task
-    from minem.em import pick_verdict
+    from minem.em import fingerprint, hash_source, pick_verdict
     from minem.estep import encode_prompt
+    from minem.evaluate import answer_file
     from minem.evaluate import evaluate as run
     from minem.progress import Progress, percent
+    from minem.run import folder_name
+    from minem.weights import resolve
 
-    questions = getattr(load_task(task, limit, seed), split)
-    generator = _generator(model, device)
+    loaded, check = load_task(task, limit, seed), pick_verdict(verdict)
+    questions = getattr(loaded, split)
+    folder = resolve(model)
+    generator = _generator(str(folder), device)
     longest = max(len(encode_prompt(generator.tokenizer, question)) for question in questions)
     new = max_new_tokens or max(1, min(1024, generator.max_length - longest))
-    with Progress().stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
-        _, summary = run(
-            generator,
-            questions,
-            pick_verdict(verdict),
-            max_new_tokens=new,
-            samples=samples,
-            seed=seed,
-            on_progress=lambda done, right, answered: line.update(done, accuracy=percent(right / max(1, answered))),
-        )
+    settings = {
+        "model": fingerprint(folder)[:16],
+        "rows": loaded.rows_sha256[:16],
+        "split": split,
+        "limit": limit,
+        "verdict": f"{verdict} {hash_source(verdict)[:16]}" if verdict else None,
+        "max_new_tokens": new,
+        "seed": seed,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "device": generator.model.device.type,
+        "minem": minem.__version__,
+    }
+    out = out or Path("evals") / folder_name(f"{model.strip('./')}.{task.strip('./')}.{split}.s{seed}")
+    progress = Progress()
+    with answer_file(out, settings, overwrite) as (known, append):
+        if known:
+            progress.note(f"{out} has {len(known)} answers already, which are not drawn again but with --overwrite")
+        with progress.stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
+            _, summary = run(
+                generator,
+                questions,
+                check,
+                max_new_tokens=new,
+                samples=samples,
+                seed=seed,
+                known=known,
+                on_row=append,
+                on_progress=lambda done, right, told: line.update(done, accuracy=percent(right / max(1, told))),
+            )
+    named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
+    _print({**named, **summary}, as_json, lambda: _eval_table(named, summary))
 
-    def table() -> None:
-        from minem.progress import table as show
 
-        rows = [
-            ["accuracy, greedy", percent(summary["accuracy"], (summary["low"], summary["high"]))],
-            ["accuracy, lenient reading", percent(summary["flexible"])],
-            ["unparsed", percent(summary["unparsed"])],
-            ["truncated", percent(summary["truncated"])],
-            ["tokens per answer", f"{summary['tokens']:.1f}"],
-        ]
-        if summary["sampled"] is not None:
-            rows.insert(1, ["accuracy, temperature 1", percent(summary["sampled"])])
-        show([f"{model} on {task}", f"{split}, n = {summary['n']}"], rows, file=sys.stdout)
+def _eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
+    from minem.progress import percent, table
 
-    _print({"model": model, "task": task, "split": split, "max_new_tokens": new, **summary}, as_json, table)
+    rows = [["accuracy, greedy", percent(summary["accuracy"], (summary["low"], summary["high"]))]]
+    if summary["sampled"] is not None:
+        rows.append(["accuracy, temperature 1", percent(summary["sampled"])])
+    rows += [[f"pass@{k}", percent(share)] for k, share in summary.get("pass_at_k", {}).items()]
+    if "majority" in summary:
+        rows.append(["majority vote", percent(summary["majority"])])
+    rows += [
+        ["accuracy, lenient reading", percent(summary["flexible"])],
+        ["unparsed", percent(summary["unparsed"])],
+        ["truncated", percent(summary["truncated"])],
+        ["tokens per answer", f"{summary['tokens']:.1f}"],
+    ]
+    table([f"{named['model']} on {named['task']}", f"{named['split']}, n = {summary['n']}"], rows, file=sys.stdout)
+    if "subjects" in summary:
+        subjects = summary["subjects"].items()
+        rows = [[name, str(s["n"]), percent(s["accuracy"], (s["low"], s["high"]))] for name, s in subjects]
+        table(["subject", "n", "accuracy, greedy"], rows, file=sys.stdout)
+    click.echo(f"answers: {named['answers']}")
 
 
 @main.command()

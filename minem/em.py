@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +40,14 @@ from minem.progress import Progress, percent
 from minem.run import RunDirectory, default_path, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, import_object, make_sampler
 from minem.statistics import mcnemar
+from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save
 
 if TYPE_CHECKING:
     from minem.config import Config
 
 SMALL_MODEL = 10_000_000  # parameters
+LAST_STAGE = "report"  # of a whole run
 
 
 class Experiment:
@@ -73,7 +76,9 @@ class Experiment:
         self.longest = self._check_lengths()
 
     @contextmanager
-    def open(self, command: Sequence[str], overwrite: bool, **inputs: str) -> Iterator[RunDirectory]:
+    def open(
+        self, command: Sequence[str], overwrite: bool, tracker: ModuleType | None = None, **inputs: str
+    ) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
         inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
         for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
@@ -82,12 +87,16 @@ class Experiment:
         with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
             self._describe()
             self._restore()
-            yield self.run
+            with tracked(self.run, tracker, self.progress):
+                yield self.run
 
     # ---------------------------------------------------------------------------------------------------- the loop
 
-    def train(self) -> None:
-        """All iterations, from wherever the run stands."""
+    def train(self, select: Callable[[int], Sequence[Example] | None] = lambda iteration: None) -> None:
+        """All iterations, from wherever the run stands.
+
+        select: called with the iteration before its M-step for the examples to train on; None stands for all accepted.
+        """
         last = self.config.run.iterations
         self.reserve()
         self.evaluate(0, "validation", self.task.validation)
@@ -95,7 +104,7 @@ class Experiment:
         for iteration in range(1, last + 1):
             self.e_step(iteration)
             self.diagnose(iteration)
-            self.m_step(iteration)
+            self.m_step(iteration, select(iteration))
             self.evaluate(iteration, "validation", self.task.validation)
         self.evaluate(last, "test", self.task.test)
 
@@ -270,8 +279,10 @@ class Experiment:
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
 
-    def evaluate(self, iteration: int, split: str, questions: Sequence[Question]) -> None:
-        """Accuracy of the model as it is after `iteration` (0: the base model)."""
+    def evaluate(
+        self, iteration: int, split: str, questions: Sequence[Question], known: Iterable[Mapping[str, Any]] = ()
+    ) -> None:
+        """Accuracy of the model as it is after `iteration` (0: the base model); `known` answers are not drawn again."""
         folder = f"iter-{iteration:02d}"
         stage = f"{folder}/eval.{split}"
         if self._skip(stage):
@@ -289,6 +300,7 @@ class Experiment:
                 max_new_tokens=self.config.eval.max_new_tokens,
                 samples=self.config.eval.samples,
                 seed=self.config.run.seed,
+                known=known,
                 on_progress=show,
             )
             line.update(accuracy=percent(summary["accuracy"], (summary["low"], summary["high"])))
@@ -459,22 +471,33 @@ class Experiment:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
-def train(config: Config, progress: Progress, command: Sequence[str] = (), overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: Config,
+    progress: Progress,
+    command: Sequence[str] = (),
+    overwrite: bool = False,
+    tracker: ModuleType | None = None,
+) -> dict[str, Any]:
     """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
     experiment = Experiment(config, progress)
-    with experiment.open(command, overwrite) as run:
+    with experiment.open(command, overwrite, tracker) as run:
         experiment.train()
-        if not run.finished("plot"):
-            with run.stage("plot") as record:
-                from minem.plot import plot_accuracy
-
-                plot_accuracy(run, record.path("accuracy.png"))
-        if not run.finished("report"):
-            with run.stage("report") as record:
-                from minem.report import write_report
-
-                write_report([run.path], record.path("report.html"))
+        conclude(run)
         return summarise(run)
+
+
+def conclude(run: RunDirectory) -> None:
+    """What ends a run's directory: its picture and its report."""
+    if not run.finished("plot"):
+        with run.stage("plot") as record:
+            from minem.plot import plot_accuracy
+
+            plot_accuracy(run, record.path("accuracy.png"))
+    if not run.finished(LAST_STAGE):
+        with run.stage(LAST_STAGE) as record:
+            from minem.report import write_report
+
+            write_report([run.path], record.path("report.html"))
 
 
 def sample(
@@ -499,7 +522,12 @@ def sample(
 
 
 def train_on_samples(
-    config: Config, samples: Path, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
+    config: Config,
+    samples: Path,
+    progress: Progress,
+    command: Sequence[str] = (),
+    overwrite: bool = False,
+    tracker: ModuleType | None = None,
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
 
@@ -524,7 +552,7 @@ def train_on_samples(
         progress.note(
             f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
         )
-    with experiment.open(command, overwrite, samples=digest) as run:
+    with experiment.open(command, overwrite, tracker, samples=digest) as run:
         experiment.m_step(1, examples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
 

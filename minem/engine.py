@@ -129,7 +129,7 @@ class Engine:
             if changed or self._groups is None:
                 self._groups = Groups.compact(slots, rows, cache.spare, device)
             return Step(self._decode(self._groups, longest_prefix, longest_suffix), None)
-        batch = _bucket(len(slots))
+        batch = _bucket(len(slots), cache.spare)
         graph = self.graphs.get(batch) or self._capture(batch)
         if changed or graph is not self._last:
             graph.groups.copy_(Groups.fixed(batch, group_width(self.model.config), slots, rows, cache.spare, device))
@@ -193,9 +193,8 @@ def _bring(drawn: Tensor) -> Step:
     return Step(host, arrived)
 
 
-def _bucket(sequences: int) -> int:
-    """The size of the graph that decodes so many: 1, 2, 4, 8, then steps of a quarter."""
-    size = 1
-    while size < sequences:
-        size += size // 4 if size >= 8 else size
-    return size
+def _bucket(sequences: int, slots: int) -> int:
+    """The size of the graph that decodes so many: 1, 2, 4, 8, 16, 24 ... 64, 80 ... 128, 160 ..., at most `slots`."""
+    above = 1 << (sequences - 1).bit_length()  # the next power of two
+    step = above if above <= 8 else max(8, above // 8)
+    return min(slots, -(-sequences // step) * step)

@@ -262,10 +262,10 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -
 # -------------------------------------------------------------------------------------------------- attention
 
 
-def upload(values: Sequence[Any], device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
     """Numbers from the host as a tensor on the device; a GPU takes them in its own time, and the host does not wait."""
-    on_gpu = torch.device(device).type == "cuda"
-    return torch.tensor(values, dtype=dtype, pin_memory=on_gpu).to(device, non_blocking=True)
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
 
 
 class PackedAttention:
@@ -293,9 +293,9 @@ class PackedAttention:
             gathers.append(index)
             kept.append((step < ends).flatten().nonzero().squeeze(1))
             order.append(index[step < ends])
-        self.gathers = [index.to(device) for index in gathers]
-        self.kept = [index.to(device) for index in kept]
-        self.restore = torch.cat(order).argsort().to(device)
+        self.gathers = [upload(index, device) for index in gathers]
+        self.kept = [upload(index, device) for index in kept]
+        self.restore = upload(torch.cat(order).argsort(), device)
 
     def cache_write(self, layer: int) -> None:
         """Training caches nothing."""
@@ -468,5 +468,5 @@ class Model(nn.Module):
         return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
     def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        positions = torch.cat([torch.arange(n, device=input_ids.device) for n in lengths])
+        positions = upload(torch.cat([torch.arange(n) for n in lengths]), input_ids.device)
         return self.hidden(input_ids, positions, PackedAttention(lengths, input_ids.device))

@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,6 +123,7 @@ class RunDirectory:
         self.config = config
         self._lock = lock
         self._results: dict[str, dict[str, Any]] = {}
+        self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # sees what log_metrics writes
 
     @classmethod
     def open(
@@ -146,9 +147,9 @@ class RunDirectory:
         path = Path(config.run.out).expanduser() if config.run.out is not None else default_path(config)
         config = _without_out(config)
         try:
-            _check_place(path)
+            check_place(path)
             path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, config, _take_lock(path))
+            run = cls(path, config, take_lock(path))
             try:
                 run._start_or_continue(list(command), overwrite, dict(inputs or {}))
             except BaseException:
@@ -208,7 +209,7 @@ class RunDirectory:
         """The journal line that makes a stage finished, after everything it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
             _flush_tree(self.path / "metrics.jsonl")
-        line = _json_line({"stage": stage.name, "result": stage.result, "seconds": round(seconds, 3), "time": _now()})
+        line = json_line({"stage": stage.name, "result": stage.result, "seconds": round(seconds, 3), "time": _now()})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(line)
             _flush(journal)
@@ -218,7 +219,9 @@ class RunDirectory:
     def log_metrics(self, stage: str, **values: Any) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is continued."""
         with open(self.path / "metrics.jsonl", "ab") as metrics:
-            metrics.write(_json_line({"stage": stage, **values}))
+            metrics.write(json_line({"stage": stage, **values}))
+        if self.on_metrics is not None:
+            self.on_metrics(stage, values)
 
     def discard(self, name: str) -> None:
         """Delete a file or folder that is no longer needed, if it is there; it is never seen half deleted.
@@ -234,10 +237,7 @@ class RunDirectory:
 
     def _start_or_continue(self, command: list[str], overwrite: bool, inputs: dict[str, str]) -> None:
         if overwrite:
-            # The journal goes first: without it nothing here counts as done, however far the removal gets.
-            for name in sorted(os.listdir(self.path), key=lambda name: name != "journal.jsonl"):
-                if OWN_NAMES.fullmatch(name):
-                    _remove(self.path / name)
+            remove_run(self.path)
         for partial in list(self.path.rglob(PARTIAL + "*")):
             _remove(partial)
         if (self.path / "config.toml").exists():
@@ -245,14 +245,14 @@ class RunDirectory:
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = _facts(self.config, command, inputs)
-            _write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+            write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            _write_whole(self.path / "config.toml", (head + to_toml(self.config)).encode())
-        self._results = _replay(_keep_whole(self.path / "journal.jsonl"), self.path)
-        metrics = _keep_whole(self.path / "metrics.jsonl")
+            write_whole(self.path / "config.toml", (head + to_toml(self.config)).encode())
+        self._results = _replay(keep_whole(self.path / "journal.jsonl"), self.path)
+        metrics = keep_whole(self.path / "metrics.jsonl")
         kept = [row for row in metrics if row.get("stage") in self._results]
         if len(kept) < len(metrics):
-            _write_whole(self.path / "metrics.jsonl", b"".join(map(_json_line, kept)))
+            write_whole(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
     def _refuse_another_run(self, inputs: dict[str, str]) -> None:
         changes = difference(_read_config(self.path / "config.toml"), dataclasses.asdict(self.config))
@@ -263,6 +263,65 @@ class RunDirectory:
                 f"{self.path} holds a run that was started differently ({'; '.join(changes)}): "
                 "give --overwrite to start it anew, or another --out to keep both"
             )
+
+
+@contextlib.contextmanager
+def hold_folder(
+    path: Path,
+    mark: str,
+    kind: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    clear: Callable[[Path], None] | None = None,
+) -> Iterator[None]:
+    """Keep a folder of results for this process alone, made now or continued with the same settings only.
+
+    mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}.
+    clear: removes what an earlier start wrote, for --overwrite.
+
+    Raises UserError where the folder holds something else, other settings (with the difference), or cannot be written.
+    """
+    try:
+        check_place(path, mark, kind)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(path)
+    except OSError as error:
+        raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
+    with lock:
+        if clear is not None:
+            clear(path)
+        if (path / mark).exists() and clear is None:
+            _refuse_other_settings(path, mark, settings)
+        else:
+            write_whole(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise Interrupted(
+                    f"the disk of {path} is full; free some space, then give the same command again"
+                ) from error
+            raise
+
+
+def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    try:
+        before = json.loads((path / mark).read_bytes())
+        changes = difference(before, settings)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path / mark} is damaged; give --overwrite to start anew") from error
+    if changes:
+        raise UserError(
+            f"{path} was started differently ({'; '.join(changes)}): "
+            "give --overwrite to start it anew, or another --out to keep both"
+        )
+
+
+def remove_run(path: Path) -> None:
+    """Remove what a run wrote in its folder, and nothing else that may lie there."""
+    # The journal goes first: without it nothing here counts as done, however far the removal gets.
+    for name in sorted(os.listdir(path), key=lambda name: name != "journal.jsonl"):
+        if OWN_NAMES.fullmatch(name):
+            _remove(path / name)
 
 
 def to_toml(config: Config) -> str:
@@ -305,13 +364,18 @@ def _toml_value(value: Any) -> str:
     return repr(value)
 
 
+def folder_name(name: str) -> str:
+    """The name with all that a file system may not like replaced by "-", and of bearable length."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".")[:200]
+
+
 def default_path(config: Config) -> Path:
     """runs/{task}.{sampler}{budget}.{model}.s{seed}, for example runs/toy.rsm8.toy-llama.s0."""
     model = "toy-llama" if config.model.id == "toy" else _last_part(config.model.id)
     task = _last_part(config.task.name).removesuffix(".jsonl").removesuffix(".parquet")
     sampler = config.sampler.name.rpartition(":")[2]
     name = f"{task}.{sampler}{config.sampler.budget}.{model}.s{config.run.seed}"
-    return Path("runs") / (re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".")[:200])
+    return Path("runs") / folder_name(name)
 
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -336,7 +400,7 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
     count = 0
     with open(path, "wb") as file:
         for count, row in enumerate(rows, start=1):  # noqa: B007 (the count is the result)
-            file.write(_json_line(row))
+            file.write(json_line(row))
     return count
 
 
@@ -365,7 +429,8 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     return {line["stage"]: line["result"] for line in lines}
 
 
-def _json_line(row: Mapping[str, Any]) -> bytes:
+def json_line(row: Mapping[str, Any]) -> bytes:
+    """One line of a JSONL file."""
     # ASCII only, so that hostile text (control characters, lone surrogates) is harmless to look at and always valid.
     return json.dumps(row, allow_nan=False).encode("ascii") + b"\n"
 
@@ -394,7 +459,7 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return rows, size
 
 
-def _keep_whole(path: Path) -> list[dict[str, Any]]:
+def keep_whole(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that we append to, a cut off last line removed so that the next one starts afresh."""
     rows, size = _whole_lines(path)
     if path.exists() and path.stat().st_size > size:
@@ -404,18 +469,19 @@ def _keep_whole(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_place(path: Path) -> None:
-    """Nothing but a run directory, or an empty one, is ever written to."""
-    if not path.exists() or (path / "run.json").exists():
+def check_place(path: Path, mark: str = "run.json", kind: str = "run directory") -> None:
+    """Nothing but a folder of our own kind, which holds the file `mark`, or an empty one, is ever written to."""
+    if not path.exists() or (path / mark).exists():
         return
     if not path.is_dir():
         raise UserError(f"--out {path} is a file; it must be a folder")
     strangers = sorted(name for name in os.listdir(path) if name != LOCK and not name.startswith(PARTIAL))
     if strangers:
-        raise UserError(f"--out {path} is not empty and no run directory (it holds {strangers[0]}); choose another")
+        raise UserError(f"--out {path} is not empty and no {kind} (it holds {strangers[0]}); choose another")
 
 
-def _take_lock(path: Path) -> IO[str]:
+def take_lock(path: Path) -> IO[str]:
+    """Hold the folder for this process alone until the file is closed. UserError names the process that has it."""
     lock = open(path / LOCK, "a+")  # noqa: SIM115 (held as long as the run)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -477,7 +543,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is seen whole or not at all, even where the machine stops."""
     partial = path.with_name(PARTIAL + path.name)
     with open(partial, "wb") as file:
         file.write(content)

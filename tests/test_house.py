@@ -141,8 +141,10 @@ FLOORS = [
     {"cache", "engine", "generate", "data"},
     {"samplers", "estep", "packing", "mstep", "agreement"},
     {"run"},
-    {"em", "evaluate", "plot", "diagnostics", "reader", "figures", "show", "report"},
+    {"evaluate", "plot", "tracking", "comparison"},
+    {"em", "diagnostics", "reader", "figures", "show", "report"},
     {"config"},
+    {"compare"},
     {"cli"},
     {"__main__"},
 ]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import minem
 from minem import Request, SamplingParams
-from minem.engine import Engine
+from minem.engine import Engine, _bucket
 from minem.errors import GuardError, UserError
 from minem.generate import stream_seed
 from minem.mstep import MStep, MStepConfig
@@ -352,6 +352,14 @@ def test_recorded_steps_that_are_read_late_draw_the_same(loaded, monkeypatch, la
     assert len(recorded) == len(set(recorded)) > 1  # each batch size once
     assert_same_draws(expected, generator.generate(asked, params))
     assert len(recorded) == len(set(recorded))
+
+
+def test_graphs_come_in_few_sizes_that_fit():
+    for slots in (1, 13, 64, 256, 1000):
+        sizes = [_bucket(n, slots) for n in range(1, slots + 1)]
+        assert all(n <= size <= slots for n, size in enumerate(sizes, start=1))
+        assert all(size <= 1.25 * n + 8 for n, size in enumerate(sizes, start=1))
+        assert len(set(sizes)) <= 30
 
 
 def test_crowded_prompts_draw_the_same(loaded):

@@ -1,9 +1,26 @@
-"""Wilson intervals and McNemar's test against scipy, and at the ends where formulas tend to fail."""
+"""Intervals and tests against scipy, corrections and estimators against their definitions, by exact enumeration."""
+
+import math
+from itertools import combinations, permutations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import binomtest
 
-from minem.statistics import mcnemar, wilson
+from minem.statistics import (
+    holm,
+    importance,
+    mcnemar,
+    paired_t,
+    pass_at_k,
+    standard_deviation,
+    t_quantile,
+    t_within,
+    wilson,
+)
+from tests.minem.test_identities import World, accepted
 
 
 @pytest.mark.parametrize(("successes", "n"), [(0, 1), (1, 1), (0, 300), (300, 300), (7, 20), (150, 300), (701, 1172)])
@@ -35,3 +52,140 @@ def test_mcnemar_far_out_and_of_nonsense():
     assert mcnemar(7000, 7042) == pytest.approx(0.729, abs=0.001)  # the normal approximation: 2 * (1 - Phi(0.346))
     with pytest.raises(ValueError, match="negative"):
         mcnemar(-1, 3)
+
+
+@pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 6, 7, 9, 10, 29, 30, 101])
+def test_students_t_equals_scipy(df):
+    for t in (0.0, 0.01, 0.3, 1.0, 2.776, 12.7, 300.0):
+        assert t_within(t, df) == pytest.approx(1 - 2 * stats.t.sf(t, df), abs=1e-13)
+    for level in (0.0, 0.5, 0.9, 0.95, 0.999):
+        assert t_quantile(level, df) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-10, abs=1e-300)
+
+
+def test_students_t_of_nonsense():
+    for call in (lambda: t_within(1.0, 0), lambda: t_within(-1.0, 3), lambda: t_quantile(1.0, 3)):
+        with pytest.raises(ValueError, match="must be"):
+            call()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=2, max_size=12).filter(lambda v: max(v) - min(v) > 1e-3))
+def test_paired_differences_equal_scipy(differences):
+    expected = stats.ttest_1samp(differences, 0.0)
+    interval = expected.confidence_interval(0.95)
+    found = paired_t(differences)
+    assert (found.n, found.mean) == (len(differences), pytest.approx(sum(differences) / len(differences), abs=1e-12))
+    assert (found.low, found.high) == (pytest.approx(interval.low, abs=1e-9), pytest.approx(interval.high, abs=1e-9))
+    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-9)
+    assert standard_deviation(differences) == pytest.approx(stats.tstd(differences), rel=1e-9)
+
+
+def test_where_there_is_no_spread_there_is_no_interval():
+    for differences in ([0.1], [0.1, 0.1], [0.1] * 3, [0.0] * 5):
+        found = paired_t(differences)
+        assert found.mean == pytest.approx(differences[0])
+        assert (found.low, found.high, found.p_value) == (None, None, None)
+    assert standard_deviation([0.1]) is None
+    with pytest.raises(ValueError, match="no differences"):
+        paired_t([])
+
+
+def test_the_interval_covers_as_often_as_it_says():
+    """What the table promises, tried: 4,000 comparisons of samplers that do not differ, five seeds each."""
+    noise = iter(stats.norm.rvs(size=20_000, random_state=0))
+    inside = rejected = 0
+    for _ in range(4_000):
+        found = paired_t([next(noise) for _ in range(5)])
+        inside += found.low <= 0 <= found.high
+        rejected += found.p_value < 0.05
+    assert inside + rejected == 4_000  # interval and test are two views of one thing
+    assert stats.binomtest(rejected, 4_000, 0.05).pvalue > 1e-3
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5), st.floats(0.001, 0.999))
+def test_holm_rejects_what_stepping_down_rejects(p_values, alpha):
+    """By definition: take p-values from the smallest on, while each is at most alpha / (tests that are left)."""
+    rejected, left = set(), sorted(range(len(p_values)), key=lambda i: p_values[i])
+    while left and p_values[left[0]] * len(left) <= alpha:
+        rejected.add(left.pop(0))
+    adjusted = holm(p_values)
+    assert {i for i, p in enumerate(adjusted) if p <= alpha} == rejected
+    assert all(p <= q <= 1 for p, q in zip(p_values, adjusted, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.01, 0.02, 0.2, 1.0]), max_size=4))
+def test_holm_is_the_closed_bonferroni_test_in_any_order(p_values):
+    """A hypothesis' adjusted p-value is the largest Bonferroni p-value of all the sets of hypotheses it belongs to."""
+    indices = range(len(p_values))
+    sets = [s for size in range(1, len(p_values) + 1) for s in combinations(indices, size)]
+    expected = [max(min(1.0, len(s) * min(p_values[j] for j in s)) for s in sets if i in s) for i in indices]
+    for order in permutations(indices):
+        found = holm([p_values[i] for i in order])
+        assert found == pytest.approx([expected[i] for i in order], abs=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_choices_with_a_right_draw(n):
+    for correct in range(n + 1):
+        draws = [i < correct for i in range(n)]
+        for k in range(1, n + 1):
+            chosen = list(combinations(draws, k))
+            assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, chosen)) / len(chosen), abs=1e-15)
+    with pytest.raises(ValueError, match="must hold"):
+        pass_at_k(n, 0, n + 1)
+
+
+def test_pass_at_k_is_unbiased():
+    """Its mean over the number of right draws, each right with probability p, is 1 - (1 - p)^k."""
+    for p, n, k in ((0.3, 6, 2), (0.05, 10, 10), (0.9, 4, 3)):
+        mean = sum(stats.binom.pmf(c, n, p) * pass_at_k(n, c, k) for c in range(n + 1))
+        assert mean == pytest.approx(1 - (1 - p) ** k, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_importance_estimates_p_without_bias(k):
+    """Identity 5 over every outcome of k hinted draws of a policy that can be listed whole."""
+    world = World(seed=3)
+    p_hat = rejected = bound = 0.0
+    for chance, history in world.histories("pps", k, "all"):
+        outcomes = [outcome for _, outcome in history]
+        found = importance(
+            [math.log(world.hinted[o]) for o in outcomes],
+            [math.log(world.plain[o]) for o in outcomes],
+            [accepted(o) for o in outcomes],
+        )
+        p_hat += chance * found.p_hat
+        rejected += chance * (not found.any_accepted)
+        weights = [world.plain[o] / world.hinted[o] * accepted(o) for o in outcomes]
+        assert found.p_hat == pytest.approx(sum(weights) / k)
+        assert found.any_accepted == any(weights)
+        assert found.ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
+        assert found.ess <= sum(map(accepted, outcomes)) * (1 + 1e-12)
+        bound += chance * (found.log_p_hat or 0.0)
+    assert p_hat == pytest.approx(world.p, rel=1e-12)
+    assert rejected == pytest.approx((1 - world.a) ** k, rel=1e-12)
+    assert math.isfinite(bound)
+
+
+def test_importance_of_a_proposal_that_always_accepts_bounds_log_p():
+    world = World(seed=3)
+    right = {o: chance / world.a for o, chance in world.hinted.items() if accepted(o)}
+    bound = sum(q * importance([math.log(q)], [math.log(world.plain[o])], [True]).log_p_hat for o, q in right.items())
+    assert bound < math.log(world.p)
+    posterior = {o: world.plain[o] / world.p for o in right}  # the best proposal: every draw says p exactly
+    for o, q in posterior.items():
+        found = importance([math.log(q)], [math.log(world.plain[o])], [True])
+        assert found.p_hat == pytest.approx(world.p, rel=1e-12)
+
+
+def test_importance_of_long_rationales_and_of_nonsense():
+    found = importance([-2000.0, -2010.0], [-2700.0, -2710.0], [True, True])  # each weight is e^-700
+    assert found.log_p_hat == pytest.approx(-700.0)
+    assert found.ess == pytest.approx(2.0)
+    assert importance([-1.0], [-1.0], [False]) == importance([-9.0], [-2.0], [False])
+    with pytest.raises(ValueError, match="as many of each"):
+        importance([-1.0], [-1.0, -2.0], [True])
+    with pytest.raises(ValueError, match="as many of each"):
+        importance([], [], [])
