@@ -12,6 +12,7 @@ of the command.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from minem.run import read_facts, read_journal, read_rows
 from minem.statistics import holm, mcnemar, paired_t, standard_deviation
 
 Match = Literal["none", "kept", "cost"]
+STEPS = re.compile(r"/(estep|mstep)(\.\d+)?$")  # stages whose time counts; a long E-step is done in numbered blocks
 ENOUGH_SEEDS = 5  # with fewer a table describes its runs and supports no claim about samplers
 
 
@@ -116,7 +118,7 @@ def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
         "cancelled_tokens": sum(e["cancelled_tokens"] for e in esteps),
         "prefill_tokens": _total([e.get("prefill_tokens") for e in esteps]),
         "counted_tokens": sum(spent),
-        "seconds": sum(lines[f"iter-{i:02d}/{step}"]["seconds"] for i in iterations for step in ("estep", "mstep")),
+        "seconds": sum(line["seconds"] for stage, line in lines.items() if STEPS.search(stage)),
         "curve": [
             [sum(spent[:i]), result[f"iter-{i:02d}/eval.validation"]["accuracy"]] for i in range(len(iterations) + 1)
         ],

@@ -38,7 +38,9 @@ def write_run(folder: Path, right: int, prefill: int | None = 900) -> None:
     stages = [
         ("iter-00/eval.validation", {"accuracy": 0.25}, 7),
         ("iter-00/eval.test", {"accuracy": 0.4, "n": 10}, 7),
-        ("iter-01/estep", estep, 3),
+        ("iter-01/estep.1", {}, 2),  # a long E-step is done in blocks
+        ("iter-01/estep.2", {}, 0.75),
+        ("iter-01/estep", estep, 0.25),
         ("iter-01/mstep", mstep, 2),
         ("iter-01/eval.validation", {"accuracy": 0.5}, 7),
         ("iter-02/estep", second, 1),
