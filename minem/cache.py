@@ -13,10 +13,12 @@ step is about. On a GPU a step has a fixed shape, so that a CUDA graph can repla
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,10 +57,16 @@ class KVCache:
     ):
         """Room for prompts of `prefix` and suffixes of `suffix` positions at least."""
         self.spare = slots  # one row and one slot more, where padding is written and nobody reads
-        shape = (config.num_hidden_layers, slots + 1, config.num_key_value_heads, 0, config.head_dim)
-        self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = (
-            torch.zeros(shape, device=device, dtype=dtype) for _ in range(4)
+        nothing = torch.empty(
+            config.num_hidden_layers,
+            slots + 1,
+            config.num_key_value_heads,
+            0,
+            config.head_dim,
+            device=device,
+            dtype=dtype,
         )
+        self.prefix_k = self.prefix_v = self.suffix_k = self.suffix_v = nothing
         self.prefix_lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
         self.grow(prefix, suffix)
 
@@ -88,10 +96,19 @@ class KVCache:
 def _grown(x: Tensor, positions: int) -> Tensor:
     if positions <= x.shape[3]:
         return x
-    # Zeros: masked positions are multiplied by weight 0, which must not meet a NaN.
-    bigger = x.new_zeros(*x.shape[:3], _whole_blocks(positions), x.shape[4])
+    bigger = _zeros((*x.shape[:3], _whole_blocks(positions), x.shape[4]), x)
     bigger[:, :, :, : x.shape[3]] = x
     return bigger
+
+
+def _zeros(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros, for masked positions are multiplied by weight 0, which must not meet a NaN.
+
+    On the CPU from numpy, whose zeros take no memory where nobody writes: most slots may never be used.
+    """
+    if like.is_cuda:
+        return like.new_zeros(shape)
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 def _whole_blocks(positions: int) -> int:

@@ -33,7 +33,7 @@ from minem.model import Model
 from minem.tokenizer import Tokenizer
 
 MAX_SLOTS = 65_536
-DEFAULT_SLOTS = {"cpu": 128, "cuda": 256}
+DEFAULT_SLOTS = {"cpu": 96, "cuda": 256}
 MEMORY_SHARE = 0.85  # of what is free may go to the cache; the rest is for activations and graphs
 
 
@@ -124,7 +124,7 @@ class Generator:
     Args:
         model, tokenizer: as `minem.load` returns them. The model's weights are used in place: train it between two
             uses and the next draws come from the new weights.
-        slots: the most sequences decoded at once; 128 on the CPU, 256 on a GPU by default. `reserve` takes fewer where
+        slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. `reserve` takes fewer where
             memory does not hold so many.
         max_length: the longest prompt plus completion in tokens; what the model was made for by default.
         on_note: told, in a sentence each, what had to be changed for want of memory.

@@ -59,7 +59,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init: Literal["previous", "base"] = "previous"  # what each M-step starts from; "base" as in STaR
     keep: Literal["last", "all"] = "last"  # model folders that stay on disk
-    slots: int | None = None  # sequences generated at once; by default 64 on the CPU, 256 on a GPU
+    slots: int | None = None  # sequences generated at once; by default 96 on the CPU, 256 on a GPU
 
     def __post_init__(self) -> None:
         require(
