@@ -47,6 +47,7 @@ from minem.samplers import make_sampler
 SMALL = Shape("small", 256, 8, 4, 32, 704, 16_384)
 LAYERS = {"small": 6, "qwen2.5-0.5b": 24, "qwen2.5-3b": 36, "llama-3.2-1b": 16, "llama-3.2-3b": 28}
 BUDGET = 8
+BUSY_STEPS = range(500, 520)  # of an E-step, in which idle time of the GPU is measured, refills and prefills included
 # Tokens of ARC-Challenge's 1,119 training prompts as minem asks them, through Qwen2.5's template: 21 quantiles.
 ARC = (81, 87, 91, 94, 97, 101, 104, 106, 109, 111, 115, 117, 120, 123, 127, 130, 135, 140, 146, 163, 241)
 
@@ -62,10 +63,11 @@ class Setting:
     mean: int  # tokens of its answers
     longest: int
     repeats: int
+    beside: int  # questions of the E-step that transformers does, too
 
 
-ON_GPU = Setting((1, 32, 256), 512, 128, 1119, 300, 1024, 1)
-ON_CPU = Setting((1, 8, 32), 128, 32, 256, 32, 128, 5)
+ON_GPU = Setting((1, 32, 256), 512, 128, 1119, 300, 1024, 1, 32)
+ON_CPU = Setting((1, 8, 32), 128, 32, 256, 32, 128, 5, 0)  # it has done 24 prompts by then
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,8 @@ class Forced:
         self.generator, self.length = generator, length
         self.tokenizer, self.max_length = generator.tokenizer, generator.max_length
         self.asked: dict[int, Request] = {}
+        self.steps = 0
+        self.busy: float | None = None  # the share of the time that a GPU was at work, over BUSY_STEPS
         self.lengths: list[tuple[int, int]] = []  # of prompt and answer
 
     def submit(self, request: Request, first: bool = False) -> None:
@@ -130,7 +134,13 @@ class Forced:
         self.generator.cancel(self.asked[id(request)])
 
     def step(self) -> list[Completion]:
-        return [self.finished(completion) for completion in self.generator.step()]
+        self.steps += 1
+        done: list[Completion] = []
+        if self.steps == BUSY_STEPS.start and torch.cuda.is_available():
+            self.busy = gpu_busy(lambda: [done.extend(self.generator.step()) for _ in BUSY_STEPS])
+        else:
+            done += self.generator.step()
+        return [self.finished(completion) for completion in done]
 
     def finished(self, completion: Completion) -> Completion:
         assert completion.request is not None
@@ -369,8 +379,23 @@ def whole_e_step(bench: Bench, on: Setting, acceptance: float) -> dict[str, Any]
         "prefill_tokens": generator.prefill_tokens,
         "slots": slots,
         "floor_s": floor,
+        "busy": generator.busy,
         "seconds": {"minem": seconds},
     }
+
+
+def e_step_beside(bench: Bench, on: Setting, acceptance: float) -> Iterator[dict[str, Any]]:
+    """An E-step that is small enough for transformers: all 8 draws in one batch, which lasts as long as the longest."""
+    if bench.theirs is None or not on.beside:
+        return
+    row = whole_e_step(bench, replace(on, questions=on.beside), acceptance)
+    words = Words(bench.shape.vocabulary)
+    prompts = [words.chat([{"role": "user", "content": f"{i}"}]) for i in range(on.beside)]
+    try:
+        row["seconds"]["transformers, all 8"] = timed(lambda: their_draws(bench.theirs, prompts, BUDGET, on.longest))
+    except Exception as error:
+        row["seconds"]["transformers, all 8"] = failed(error)
+    yield row
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring
@@ -507,7 +532,8 @@ def main(
         wanted = only or ("decode", "draws", "estep")
         rows += decode_rows(bench, on) if "decode" in wanted else []
         rows += draw_rows(bench, on) if "draws" in wanted else []
-        rows += [whole_e_step(bench, on, acceptance)] if "estep" in wanted else []
+        if "estep" in wanted:
+            rows += [whole_e_step(bench, on, acceptance), *e_step_beside(bench, on, acceptance)]
         layers = f"{LAYERS[shape.name]} layers, width {shape.width}, vocabulary {shape.vocabulary:,}"
         console.print(f"\n{shape.name}: {layers}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters")
         console.print(table(rows))
