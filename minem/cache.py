@@ -109,7 +109,7 @@ class Prefill:
         sizes = torch.tensor(lengths)
         self.rows = upload(torch.tensor(targets).repeat_interleave(sizes), device)
         self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
-        self.packed = PackedAttention(lengths, device)
+        self.packed = PackedAttention([n for n in lengths if n], device)  # a prompt of one token has no prefix
         cache.prefix_lengths[upload(list(rows), device)] = upload(list(lengths[: len(rows)]), device)
 
     def cache_write(self, layer: int) -> CacheWrite:
