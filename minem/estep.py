@@ -9,9 +9,9 @@ above the accepted one is cancelled and forgotten: accepting the earliest finish
 rationales. So the rows are those of drawing one attempt after the other, whatever the number of slots.
 
 Towards the end slots run empty, and how many steps that lasts is decided by the answers that were begun last: so those
-that are expected to be longest begin first. (Not the hardest: whatever attempts they have left can run side by side.) A
-long E-step is done in blocks of questions, each on the disk
-before the next begins; every block has such an end, so a block has many rounds of work for each slot.
+that are expected to be longest begin first. (Not the hardest: whatever attempts they have left can run side by side.)
+A long E-step is done in blocks of questions, each on the disk before the next begins; every block has such an end, so a
+block has many rounds of work for each slot.
 """
 
 from __future__ import annotations

@@ -180,24 +180,26 @@ class Generator:
             UserError: a prompt is empty, or does not fit max_length together with max_new_tokens; it says which one.
         """
         params = params or SamplingParams()
-        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
         seen: Counter[tuple[int, ...]] = Counter()
         requests: list[list[Request]] = []
-        for ids in encoded:
+        asked: Sequence[str | list[int]] = prompts
+        for number, prompt in enumerate(asked, start=1):
+            try:  # all of them before any is drawn
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+                self._check(Request(ids, params))
+            except UserError as error:
+                where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+                raise UserError(f"{where}{error}") from error
             first = seen[tuple(ids)]
             seen[tuple(ids)] += params.n
             seeds = [stream_seed(params.seed, ids, first + k) for k in range(params.n)]
             requests.append([Request(ids, params, seed) for seed in seeds])
-        for number, group in enumerate(requests, start=1):
-            try:
-                self._check(group[0])  # all of them before any is drawn
-            except UserError as error:
-                raise UserError(f"prompt {number} of {len(requests)}: {error}") from error
         own = {request for group in requests for request in group}
         done: dict[Request | None, Completion] = {}
         try:
-            for request in (r for group in requests for r in group):
-                self.submit(request)
+            for group in requests:
+                for request in group:
+                    self.submit(request)
             for completion in self:
                 done[completion.request] = completion
         finally:  # where this is interrupted, nobody will ask for the rest
@@ -216,8 +218,7 @@ class Generator:
             UserError: the prompt is empty, or does not fit max_length together with max_new_tokens, or the two need
                 more memory than there is.
         """
-        self._check(request)
-        self._room = self._fitting(len(request.prompt_ids) - 1, request.params.max_new_tokens)
+        self._room = self._check(request)
         if first:
             self._waiting.appendleft(request)
         else:
@@ -308,6 +309,7 @@ class Generator:
         if engine is not None and self._cache_bytes(self.slots) <= MEMORY_SHARE * free_memory(self.model.device):
             engine.grow(prefix, suffix)
             return engine
+        del engine  # what it holds must be free before the new one is planned
         self._restart()
         self._fit_slots()
         self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, prefix, suffix)
@@ -331,11 +333,7 @@ class Generator:
         return cache_bytes(self.model.config, self.model.dtype, slots, *(room or self._room))
 
     def _fitting(self, prefix: int, suffix: int) -> tuple[int, int]:
-        """The room that is needed by now with prompts and suffixes of so many positions.
-
-        Raises:
-            UserError: one slot of it would be more than there is.
-        """
+        """The room that is needed with these many positions, too. UserError: a slot of it is more than there is."""
         room = max(self._room[0], prefix), max(self._room[1], suffix)
         if room != self._room:  # else it has been seen to fit
             needed, free = self._cache_bytes(1, room), free_memory(self.model.device) + self._held()
@@ -377,7 +375,8 @@ class Generator:
 
     # ---------------------------------------------------------------------------------------------------- the parts
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request) -> tuple[int, int]:
+        """The room that is needed by now with this request. Raises UserError where it cannot be served."""
         length, new = len(request.prompt_ids), request.params.max_new_tokens
         if not length:
             raise UserError("a prompt is empty; it needs at least one token")
@@ -388,7 +387,7 @@ class Generator:
         vocabulary = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise UserError(f"a prompt holds a token id outside the model's vocabulary of {vocabulary}")
-        self._fitting(length - 1, new)
+        return self._fitting(length - 1, new)
 
     @torch.no_grad()
     def _advance(self) -> None:

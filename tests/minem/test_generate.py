@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -517,8 +518,25 @@ def test_room_that_cannot_be_made_while_all_slots_are_busy(loaded, monkeypatch, 
         assert drawn[request].token_ids == next(iter(alone)).token_ids
 
 
+def test_the_old_cache_is_gone_before_the_new_one_is_planned(loaded, monkeypatch):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer, slots=6)
+    generator.generate(prompts([9]), GREEDY)
+    old, there = weakref.ref(generator._engine.cache), []
+    position = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
+
+    def free_memory(device):
+        there.append(old() is not None)
+        return 6 * (128 + 64) * position
+
+    monkeypatch.setattr(minem.generate, "free_memory", free_memory)
+    generator.generate(prompts([70]), GREEDY)
+    assert there[0]
+    assert not there[-1]
+
+
 def test_memory_runs_out_in_many_words():
-    for words in ("CUDA out of memory. Tried to", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
+    for words in ("CUDA out of memory. Tried", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
         assert _out_of_memory(RuntimeError(words))
     assert _out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not _out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
