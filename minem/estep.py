@@ -114,7 +114,21 @@ class EStep:
         """
         searches = [_Search(question) for question in questions]
         counts = Counts(questions=len(searches))
-        on_decided = on_decided or (lambda completion, prompt: None)
+        try:
+            self._attempt_all(searches, counts, on_progress, on_decided or (lambda completion, prompt: None))
+        except BaseException:
+            for search in searches:  # or the next E-step on these generators would be handed what is left of this one
+                self._cancel_from(search, 0, counts)
+            raise
+        return [row for search in searches for row in search.rows], counts
+
+    def _attempt_all(
+        self,
+        searches: Sequence[_Search],
+        counts: Counts,
+        on_progress: Callable[[Counts], None] | None,
+        on_decided: OnDecided,
+    ) -> None:
         for search in sorted(searches, key=lambda s: -self.lengths.get(s.question.id, 0.0)):
             self._advance(search, counts, on_decided)
         generators = list({id(g): g for g in self.generators.values()}.values())
@@ -132,7 +146,6 @@ class EStep:
         counts.prefill_tokens = sum(generator.prefill_tokens for generator in generators) - prefilled
         if on_progress is not None:
             on_progress(counts)
-        return [row for search in searches for row in search.rows], counts
 
     def _receive(self, completion: Completion, counts: Counts, on_decided: OnDecided) -> None:
         assert completion.request is not None
