@@ -590,7 +590,7 @@ def test_other_errors_are_not_taken_for_want_of_memory(loaded, monkeypatch):
         minem.Generator(model, tokenizer, slots=2).generate(prompts([5, 6]), GREEDY)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_nothing_is_lost_whatever_fails(loaded, data):
     """Random work, memory that shrinks and grows, failures anywhere: each request completes once, as it does alone."""
@@ -793,3 +793,19 @@ def test_graphs_stay_valid_when_the_model_is_trained(folder):
     after = generator.generate(asked, GREEDY)
     assert before.items() <= generator._engine.graphs.items()
     assert_same_draws(minem.Generator(model, tokenizer, slots=4).generate(asked, GREEDY), after)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_outlive_those_of_other_generators_and_are_captured_anew_for_more_room(folder, dtype):
+    model, tokenizer = minem.load(folder, device="cuda", dtype=dtype)
+    asked = prompts([12, 30, 1])
+    first, second = (minem.Generator(model, tokenizer, slots=4) for _ in range(2))
+    expected = first.generate(asked, GREEDY)
+    assert_same_draws(expected, second.generate(asked, GREEDY))
+    second.release()
+    assert_same_draws(expected, first.generate(asked, GREEDY))
+    longer = SamplingParams(max_new_tokens=80, min_new_tokens=80, seed=2)
+    drawn = first.generate(prompts([90, 7]), longer)  # both segments grow
+    assert_same_draws(expected, first.generate(asked, GREEDY))
+    assert_same_draws(drawn, second.generate(prompts([90, 7]), longer))
