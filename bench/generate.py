@@ -24,6 +24,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -123,6 +124,7 @@ class Forced:
         self.steps = 0
         self.busy: float | None = None  # the share of the time that a GPU was at work, over BUSY_STEPS
         self.lengths: list[tuple[int, int]] = []  # of prompt and answer
+        self.prefilled = generator.prefill_tokens  # before
 
     def submit(self, request: Request, first: bool = False) -> None:
         n = self.length(random.Random(request.seed))
@@ -159,7 +161,7 @@ class Forced:
 
     @property
     def prefill_tokens(self) -> int:
-        return self.generator.prefill_tokens
+        return self.generator.prefill_tokens - self.prefilled
 
 
 def replace_request(request: Request, params: SamplingParams) -> Request:
@@ -334,11 +336,19 @@ def draw_rows(bench: Bench, on: Setting) -> Iterator[dict[str, Any]]:
 
 
 def e_step(
-    bench: Bench, words: Words, count: int, acceptance: float, length: Callable[[random.Random], int]
+    bench: Bench,
+    words: Words,
+    count: int,
+    acceptance: float,
+    length: Callable[[random.Random], int],
+    warm: Generator | None = None,
 ) -> tuple[int, Forced]:
-    """rsm over `count` questions; returns all tokens drawn, cancelled ones too, and the generator that drew them."""
+    """rsm over `count` questions; returns all tokens drawn, cancelled ones too, and the generator that drew them.
+
+    warm: a generator to use; a new one where none is given.
+    """
     questions = [Question(f"q{i}", f"Question {i}?", ("one", "two"), ("A", "B"), "A") for i in range(count)]
-    generator = Forced(Generator(bench.model, words), length)
+    generator = Forced(warm or Generator(bench.model, words), length)
     step = EStep(
         sampler=make_sampler("rsm", BUDGET, "first"),
         budget=BUDGET,
@@ -360,9 +370,11 @@ def whole_e_step(bench: Bench, on: Setting, acceptance: float) -> dict[str, Any]
         return min(on.longest, max(1, int(coin.lognormvariate(math.log(on.mean) - 0.6**2 / 2, 0.6))))
 
     words = Words(bench.shape.vocabulary)
-    e_step(bench, words, 8, acceptance, lambda coin: 8)  # a warm-up
+    warm = Generator(bench.model, words)
+    warm.reserve(max(ARC), on.longest)
+    e_step(bench, words, 2 * warm.slots, acceptance, lambda coin: 8, warm)  # kernels are compiled, graphs captured
     start = time.perf_counter()
-    tokens, generator = e_step(bench, words, on.questions, acceptance, length)
+    tokens, generator = e_step(bench, words, on.questions, acceptance, length, warm)
     synchronize()
     seconds = time.perf_counter() - start
     needed = sum(answer for _, answer in generator.lengths)
@@ -384,8 +396,10 @@ def whole_e_step(bench: Bench, on: Setting, acceptance: float) -> dict[str, Any]
     }
 
 
-def e_step_beside(bench: Bench, on: Setting, acceptance: float) -> Iterator[dict[str, Any]]:
-    """An E-step that is small enough for transformers: all 8 draws in one batch, which lasts as long as the longest."""
+def e_step_rows(bench: Bench, on: Setting, acceptance: float) -> Iterator[dict[str, Any]]:
+    """The whole E-step; then one that is small enough for transformers, which draws all 8 of each in one batch and so
+    takes as long as the longest of them."""
+    yield whole_e_step(bench, on, acceptance)
     if bench.theirs is None or not on.beside:
         return
     row = whole_e_step(bench, replace(on, questions=on.beside), acceptance)
@@ -458,6 +472,8 @@ def gpu_busy(work: Callable[[], Any]) -> float:
         work()
         synchronize()
     spans = sorted((e.time_range.start, e.time_range.end) for e in seen.events() if e.device_type.name == "CUDA")
+    if not spans:
+        return math.nan  # this profiler sees nothing here
     busy, until = 0.0, spans[0][0]
     for start, end in spans:
         busy += max(0.0, end - max(start, until))
@@ -530,10 +546,14 @@ def main(
         bench = Bench(shape, model, theirs, bandwidth, rate)
         rows: list[dict[str, Any]] = []
         wanted = only or ("decode", "draws", "estep")
-        rows += decode_rows(bench, on) if "decode" in wanted else []
-        rows += draw_rows(bench, on) if "draws" in wanted else []
-        if "estep" in wanted:
-            rows += [whole_e_step(bench, on, acceptance), *e_step_beside(bench, on, acceptance)]
+        works: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {
+            "decode": partial(decode_rows, bench, on),
+            "draws": partial(draw_rows, bench, on),
+            "estep": partial(e_step_rows, bench, on, acceptance),
+        }
+        for row in (row for name, work in works.items() if name in wanted for row in work()):
+            rows.append(row)  # said at once, too: a run that is cut off has then lost nothing
+            print(f"{shape.name}: {json.dumps(row)}", file=sys.stderr, flush=True)
         layers = f"{LAYERS[shape.name]} layers, width {shape.width}, vocabulary {shape.vocabulary:,}"
         console.print(f"\n{shape.name}: {layers}, {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters")
         console.print(table(rows))

@@ -126,7 +126,7 @@ class Prefill:
         sizes = torch.tensor(lengths)
         self.rows = upload(torch.tensor(targets).repeat_interleave(sizes), device)
         self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
-        self.packed = PackedAttention(lengths, device)
+        self.packed = PackedAttention([n for n in lengths if n], device)  # a prompt of one token has no prefix
         cache.prefix_lengths[upload(list(rows), device)] = upload(list(lengths[: len(rows)]), device)
 
     def cache_write(self, layer: int) -> CacheWrite:
@@ -179,14 +179,15 @@ class Groups:
         groups = _groups(rows, width)
         places = {s: t * width + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
         padding = batch - len(slots)  # where there is any, the last group is empty, and padding belongs to it
+        where = upload([*slots, *[spare] * padding], device)
         return cls(
-            slots=upload([*slots, *[spare] * padding], device),
+            slots=where,
             siblings=upload(
                 [m + [0] * (width - len(m)) for _, m in groups] + [[0] * width] * (batch - len(groups)), device
             ),
             sibling_index=upload([places.get(s, (batch - 1) * width) for s in range(batch)], device),
             prefix_rows=upload([row for row, _ in groups] + [spare] * (batch - len(groups)), device),
-            suffix_rows=upload([*slots, *[spare] * padding], device),
+            suffix_rows=where,
         )
 
     def copy_(self, other: Groups) -> None:

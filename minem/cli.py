@@ -421,6 +421,8 @@ def _read_prompts(path: Path | None) -> list[str]:
         if not isinstance(row.get("prompt"), str) or not row["prompt"]:
             raise UserError(f'{path}, row {number}: "prompt" must be a text of at least one character')
         texts.append(row["prompt"])
+    if not texts:
+        raise UserError(f'{path} has no rows; each must be like {{"prompt": "..."}}')
     return texts
 
 
@@ -430,7 +432,7 @@ def _generator(name: str, device: str) -> Any:
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))
     limit_threads(model)
-    return minem.Generator(model, tokenizer)
+    return minem.Generator(model, tokenizer, on_note=lambda note: click.echo(f"note    {note}", err=True))
 
 
 def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:

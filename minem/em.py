@@ -110,6 +110,7 @@ class Experiment:
 
     def reserve(self) -> None:
         """Make room for all that the run will draw, and say how much that is."""
+        _ = self._hinted_generator  # a second model takes its memory first
         self.progress.note(f"cache   {self.generator.reserve(*self.longest)}")
 
     def e_step(self, iteration: int) -> None:

@@ -14,6 +14,7 @@ graph stays valid when the model is trained in place. On the CPU the same functi
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,20 +73,30 @@ class Engine:
         self.whole = torch.zeros(8, slots + 1, dtype=torch.int64, device=device)  # TOKEN ... MIN_TOKENS of each slot
         self.real = torch.ones(3, slots + 1, device=device)  # TEMPERATURE, TOP_P, MIN_P
         self.whole[ENDED] = 1
+        self.real[MIN_P] = 0  # else the draw of padding would take an extra pass over its logits
         self.stop_ids = upload(stop_ids, device)
         self.graphs: dict[int, _Graph] | None = {} if device.type == "cuda" else None  # None: run eagerly
-        # One memory pool for all graphs: they run one after the other, and only results outlive a replay.
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # Graphs are captured on a stream that is this engine's alone: cuBLAS keeps a workspace for each stream, which
+        # goes when a graph that was captured there does, and would be missing from another engine's.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._drop_graphs()
         self._composition: tuple[list[int], list[int]] = ([], [])
         self._groups: Groups | None = None  # of that composition
-        self._last: _Graph | None = None  # the graph that was told of it
 
     def grow(self, prefix: int, suffix: int) -> None:
         """Make room for longer prompts and suffixes; what is in the cache stays, the graphs are captured anew."""
         self.cache.grow(prefix, suffix)
+        self._drop_graphs()
+
+    def _drop_graphs(self) -> None:
+        """Forget all graphs; those to come share a new memory pool: one whose last graph is gone cannot be used again.
+
+        They may share one because they run one after the other, and only results outlive a replay.
+        """
         if self.graphs is not None:
             self.graphs.clear()
-            self._last = None
+        self._last: _Graph | None = None  # the graph that was told of the composition
+        self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
 
     def prefill(self, prompts: Mapping[tuple[int, ...], int]) -> int:
         """Write the prompts, all but their last tokens, to their rows of the cache; returns the tokens that it took."""
@@ -164,20 +175,20 @@ class Engine:
         """The step for `batch` sequences as a graph, recorded on padding alone, which changes nothing."""
         assert self.graphs is not None
         groups = Groups.fixed(batch, group_width(self.model.config), [], [], self.cache.spare, self.model.device)
-        replay, drawn = record(lambda: self._decode(groups, self.cache.prefix, self.cache.suffix), self._pool)
+        step = partial(self._decode, groups, self.cache.prefix, self.cache.suffix)
+        replay, drawn = record(step, self._pool, self._stream)
         self.graphs[batch] = _Graph(replay, groups, drawn)
         return self.graphs[batch]
 
 
-def record(function: Callable[[], Tensor], pool: Any) -> tuple[Callable[[], None], Tensor]:
+def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Callable[[], None], Tensor]:
     """A CUDA graph of what the function does on the GPU: how to do it again, and the memory that the result is in."""
-    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles kernels and makes cuBLAS's workspaces, which a capture must not
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         result = function()
     return graph.replay, result
 

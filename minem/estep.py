@@ -9,9 +9,9 @@ above the accepted one is cancelled and forgotten: accepting the earliest finish
 rationales. So the rows are those of drawing one attempt after the other, whatever the number of slots.
 
 Towards the end slots run empty, and how many steps that lasts is decided by the answers that were begun last: so those
-that are expected to be longest begin first. (Not the hardest: whatever attempts they have left can run side by side.) A
-long E-step is done in blocks of questions, each on the disk
-before the next begins; every block has such an end, so a block has many rounds of work for each slot.
+that are expected to be longest begin first. (Not the hardest: whatever attempts they have left can run side by side.)
+A long E-step is done in blocks of questions, each on the disk before the next begins; every block has such an end, so a
+block has many rounds of work for each slot.
 """
 
 from __future__ import annotations
@@ -114,7 +114,21 @@ class EStep:
         """
         searches = [_Search(question) for question in questions]
         counts = Counts(questions=len(searches))
-        on_decided = on_decided or (lambda completion, prompt: None)
+        try:
+            self._attempt_all(searches, counts, on_progress, on_decided or (lambda completion, prompt: None))
+        except BaseException:
+            for search in searches:  # or the next E-step on these generators would be handed what is left of this one
+                self._cancel_from(search, 0, counts)
+            raise
+        return [row for search in searches for row in search.rows], counts
+
+    def _attempt_all(
+        self,
+        searches: Sequence[_Search],
+        counts: Counts,
+        on_progress: Callable[[Counts], None] | None,
+        on_decided: OnDecided,
+    ) -> None:
         for search in sorted(searches, key=lambda s: -self.lengths.get(s.question.id, 0.0)):
             self._advance(search, counts, on_decided)
         generators = list({id(g): g for g in self.generators.values()}.values())
@@ -132,7 +146,6 @@ class EStep:
         counts.prefill_tokens = sum(generator.prefill_tokens for generator in generators) - prefilled
         if on_progress is not None:
             on_progress(counts)
-        return [row for search in searches for row in search.rows], counts
 
     def _receive(self, completion: Completion, counts: Counts, on_decided: OnDecided) -> None:
         assert completion.request is not None

@@ -34,6 +34,7 @@ from minem.tokenizer import Tokenizer
 
 MAX_SLOTS = 65_536
 DEFAULT_SLOTS = {"cpu": 96, "cuda": 256}
+REFILL = 32  # free slots are filled when they are one in so many, or enough for all that wait
 MEMORY_SHARE = 0.85  # of what is free may go to the cache; the rest is for activations and graphs
 
 
@@ -176,25 +177,37 @@ class Generator:
             for each prompt its n completions, in order. They depend on the seed and the prompt alone, not on its
             place in the list; a prompt that is listed twice gets further draws, not the same ones again.
         Raises:
-            UserError: a prompt is empty, or does not fit max_length together with max_new_tokens.
+            UserError: a prompt is empty, or does not fit max_length together with max_new_tokens; it says which one.
         """
         params = params or SamplingParams()
-        encoded = [self.tokenizer.encode(p) if isinstance(p, str) else [int(i) for i in p] for p in prompts]
         seen: Counter[tuple[int, ...]] = Counter()
         requests: list[list[Request]] = []
-        for ids in encoded:
+        asked: Sequence[str | list[int]] = prompts
+        for number, prompt in enumerate(asked, start=1):
+            try:  # all of them before any is drawn
+                ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+                self._check(Request(ids, params))
+            except UserError as error:
+                where = f"prompt {number} of {len(prompts)}: " if len(prompts) > 1 else ""
+                raise UserError(f"{where}{error}") from error
             first = seen[tuple(ids)]
             seen[tuple(ids)] += params.n
             seeds = [stream_seed(params.seed, ids, first + k) for k in range(params.n)]
             requests.append([Request(ids, params, seed) for seed in seeds])
-        for request in (r for group in requests for r in group):
-            self._check(request)  # all of them before any is drawn
-        for request in (r for group in requests for r in group):
-            self.submit(request)
-        done = {completion.request: completion for completion in self}
-        drawn = [[done.pop(request) for request in group] for group in requests]
-        self._finished += done.values()  # of requests that were submitted before: still to be handed out
-        return drawn
+        own = {request for group in requests for request in group}
+        done: dict[Request | None, Completion] = {}
+        try:
+            for group in requests:
+                for request in group:
+                    self.submit(request)
+            for completion in self:
+                done[completion.request] = completion
+        finally:  # where this is interrupted, nobody will ask for the rest
+            self._waiting = deque(request for request in self._waiting if request not in own)
+            self._active = [slot for slot in self._active if slot.request not in own]
+            # Those of requests that were submitted before are still to be handed out.
+            self._finished = [c for c in (*done.values(), *self._finished) if c.request not in own]
+        return [[done[request] for request in group] for group in requests]
 
     # ---------------------------------------------------------------------------------------------- streaming form
 
@@ -205,8 +218,7 @@ class Generator:
             UserError: the prompt is empty, or does not fit max_length together with max_new_tokens, or the two need
                 more memory than there is.
         """
-        self._check(request)
-        self._room = self._fitting(len(request.prompt_ids) - 1, request.params.max_new_tokens)
+        self._room = self._check(request)
         if first:
             self._waiting.appendleft(request)
         else:
@@ -230,10 +242,14 @@ class Generator:
     def __iter__(self) -> Iterator[Completion]:
         """Completions as they finish, until nothing is left; more may be submitted on the way."""
         while self._waiting or self._active or self._finished:
-            yield from self.step()
+            self._finished = self.step()
+            while self._finished:  # one by one: who leaves the loop early finds the others next time
+                yield self._finished.pop(0)
 
     def step(self) -> list[Completion]:
         """Decode one token for every active slot, and return what finished. Nothing to do: an empty list.
+
+        Whatever it raises, the draws in flight are not lost: they begin anew, and come out the same, in later steps.
 
         Raises:
             GuardError: the model's logits are not finite.
@@ -242,9 +258,10 @@ class Generator:
         exhausted = False
         try:
             self._advance()
-        except RuntimeError as error:
+        except BaseException as error:
             exhausted = _out_of_memory(error)
             if not exhausted:
+                self._restart()
                 raise
         if exhausted:  # and the error, which holds on to the memory of where it arose, is gone
             self._back_off()
@@ -292,8 +309,8 @@ class Generator:
         if engine is not None and self._cache_bytes(self.slots) <= MEMORY_SHARE * free_memory(self.model.device):
             engine.grow(prefix, suffix)
             return engine
+        del engine  # what it holds must be free before the new one is planned
         self._restart()
-        self._forget()
         self._fit_slots()
         self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, prefix, suffix)
         return self._engine
@@ -316,11 +333,7 @@ class Generator:
         return cache_bytes(self.model.config, self.model.dtype, slots, *(room or self._room))
 
     def _fitting(self, prefix: int, suffix: int) -> tuple[int, int]:
-        """The room that is needed by now with prompts and suffixes of so many positions.
-
-        Raises:
-            UserError: one slot of it would be more than there is.
-        """
+        """The room that is needed with these many positions, too. UserError: a slot of it is more than there is."""
         room = max(self._room[0], prefix), max(self._room[1], suffix)
         if room != self._room:  # else it has been seen to fit
             needed, free = self._cache_bytes(1, room), free_memory(self.model.device) + self._held()
@@ -332,14 +345,15 @@ class Generator:
         return room
 
     def _restart(self) -> None:
-        """Put the draws in flight back before all waiting ones. They come out the same: nothing is lost but time."""
+        """Give the cache back, and put the draws in flight before all waiting ones: nothing is lost but time."""
         self._waiting.extendleft(slot.request for slot in reversed(self._active) if slot.finish_reason is None)
         self._active = [slot for slot in self._active if slot.finish_reason is not None]
-        self._running.clear()
+        self._forget()
 
     def _forget(self) -> None:
         self._engine = None
         self._rows.clear()
+        self._running.clear()
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -351,7 +365,6 @@ class Generator:
             UserError: there was but one.
         """
         self._restart()
-        self._forget()
         if self.slots == 1:
             raise UserError(
                 f"out of memory with one sequence at a time, a prompt of {self._room[0] + 1} and {self._room[1]} new "
@@ -362,7 +375,8 @@ class Generator:
 
     # ---------------------------------------------------------------------------------------------------- the parts
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request) -> tuple[int, int]:
+        """The room that is needed by now with this request. Raises UserError where it cannot be served."""
         length, new = len(request.prompt_ids), request.params.max_new_tokens
         if not length:
             raise UserError("a prompt is empty; it needs at least one token")
@@ -373,15 +387,20 @@ class Generator:
         vocabulary = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise UserError(f"a prompt holds a token id outside the model's vocabulary of {vocabulary}")
-        self._fitting(length - 1, new)
+        return self._fitting(length - 1, new)
 
     @torch.no_grad()
     def _advance(self) -> None:
         self._release()
-        self._admit()
-        if self._active:
-            self._start()
-        if len(self._running) > (self._lag if self._active else 0):
+        if not self._active:
+            self._running.clear()  # steps beyond the end of all draws
+            self._rows.clear()  # whoever runs the generator dry may have changed the weights since
+        if not self._active and not self._waiting:
+            return
+        engine = self._ready()
+        self._admit(engine)
+        self._running.append((self._active, self._start(engine)))
+        if len(self._running) > self._lag:
             self._read(*self._running.popleft())
 
     def _release(self) -> None:
@@ -398,13 +417,12 @@ class Generator:
         assert slot.finish_reason is not None
         return Completion(slot.token_ids, text, slot.logprobs, slot.finish_reason, slot.proposal_logprobs, slot.request)
 
-    def _admit(self) -> None:
+    def _admit(self, engine: Engine) -> None:
         """Move waiting requests into free slots; prompts that no slot needs make room for new ones."""
-        if not self._active:
-            self._rows.clear()  # whoever runs the generator dry may have changed the weights since
-        if not self._waiting or len(self._active) == self.slots:
+        # Several at once: one prompt takes about as long to prefill as a few, and empty slots cost little meanwhile.
+        enough = min(len(self._waiting), max(1, self.slots // REFILL))
+        if not enough or self.slots - len(self._active) < enough:
             return
-        engine = self._ready()
         free = sorted(set(range(self.slots)) - {slot.index for slot in self._active})
         admitted = [_Slot(self._waiting.popleft(), index) for index in free[: len(self._waiting)]]
         used = {slot.row for slot in self._active}
@@ -426,15 +444,12 @@ class Generator:
             slot.row = self._rows[prompt]
         return new
 
-    def _start(self) -> None:
+    def _start(self, engine: Engine) -> Step:
         """Have one token decoded for every active slot."""
-        active = self._active
-        longest_prompt = max(len(slot.request.prompt_ids) for slot in active)
-        longest_suffix = max(len(slot.token_ids) for slot in active) + 1 + len(self._running)
-        step = self._ready().start(
-            [slot.index for slot in active], [slot.row for slot in active], longest_prompt, longest_suffix
-        )
-        self._running.append((active, step))
+        longest_prompt = max(len(slot.request.prompt_ids) for slot in self._active)
+        longest_suffix = max(len(slot.token_ids) for slot in self._active) + 1 + len(self._running)
+        slots, rows = [slot.index for slot in self._active], [slot.row for slot in self._active]
+        return engine.start(slots, rows, longest_prompt, longest_suffix)
 
     def _read(self, slots: Sequence[_Slot], step: Step) -> None:
         """Take what a step drew, but for the slots that had finished before it was known."""
@@ -464,5 +479,7 @@ class Generator:
         return bool(found)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, CUDA, cuBLAS or the C library had no memory left; each says so in words of its own."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

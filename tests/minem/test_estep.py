@@ -232,6 +232,21 @@ def test_wrong_assumptions_are_taken_back(slots):
     assert {row[2] for row in expected} == {"plain", "hinted"}
 
 
+@pytest.mark.parametrize("slots", [5, 300])
+def test_after_an_interruption_the_generator_serves_the_next(slots):
+    """Whoever stops an E-step and starts it again on the same generator gets what he would have had at once."""
+    generator = Scripted(slots)
+    steps = iter(range(9))
+    with pytest.raises(StopIteration):
+        e_step(generator).run(QUESTIONS, on_progress=lambda counts: print(next(steps)))
+    assert not generator.waiting
+    assert not generator.active
+    rows, counts = e_step(generator).run(QUESTIONS)
+    expected, _ = e_step(Scripted(slots)).run(QUESTIONS)
+    assert rows == expected
+    assert (counts.done, counts.attempts) == (len(QUESTIONS), len(rows))
+
+
 def test_leaks_are_marked_and_by_choice_rejected():
     question = QUESTIONS[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import minem
 from minem import Request, SamplingParams
 from minem.engine import Engine, _bucket
 from minem.errors import GuardError, UserError
-from minem.generate import stream_seed
+from minem.generate import _out_of_memory, stream_seed
 from minem.mstep import MStep, MStepConfig
 from minem.packing import Example
 from tests.minem.folders import VOCABULARY, make_folder
@@ -163,6 +164,32 @@ def test_requests_that_were_waiting_are_not_lost_to_a_whole_batch(loaded):
     assert [completion.request for completion in generator] == [earlier]
 
 
+def test_who_leaves_the_loop_early_finds_the_rest_later(loaded):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer, slots=4)
+    requests = [Request(ids, SamplingParams(max_new_tokens=3, min_new_tokens=3)) for ids in prompts([5, 6, 7])]
+    for request in requests:
+        generator.submit(request)
+    first = next(iter(generator))
+    assert [first.request, *(completion.request for completion in generator)] == requests
+
+
+def test_a_batch_that_is_interrupted_leaves_nothing_behind_but_what_was_there(loaded, monkeypatch):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer, slots=3)
+    expected = generator.generate(prompts([5, 6]), GREEDY)
+    earlier = [Request(ids, SamplingParams(max_new_tokens=n)) for ids, n in zip(prompts([4, 9]), (2, 30), strict=True)]
+    for request in earlier:
+        generator.submit(request)
+    with monkeypatch.context() as patch:
+        failing(patch, "start", {9: 1})
+        with pytest.raises(KeyboardInterrupt):
+            generator.generate(prompts([12, 3]), SamplingParams(n=3, max_new_tokens=40, min_new_tokens=40))
+    assert generator.idle_slots == 2  # the longer of the earlier two is to be drawn
+    assert_same_draws(expected, generator.generate(prompts([5, 6]), GREEDY))
+    assert [completion.request for completion in generator] == earlier
+
+
 def test_frequencies_follow_the_policy(loaded):
     """Two tokens drawn 6,000 times from one prompt: chi-square of the pairs against the exact probabilities."""
     model, tokenizer = loaded
@@ -295,7 +322,7 @@ def test_prompts_that_cannot_be_served_are_refused_before_any_is_drawn(loaded):
     model, tokenizer = loaded
     generator = minem.Generator(model, tokenizer, slots=2, max_length=40)
     for bad, named in (
-        ([[5] * 17], "17 tokens"),
+        ([[5] * 17], "prompt 2 of 2: a prompt of 17 tokens"),
         ([[]], "empty"),
         ([[VOCABULARY]], "vocabulary"),
         ([[-1]], "vocabulary"),
@@ -323,7 +350,7 @@ def by_graphs(monkeypatch, generator: minem.Generator, lag: int) -> list[int]:
     """
     recorded = []
 
-    def record(function, pool):
+    def record(function, pool, stream):
         result = function()
         recorded.append(result.shape[1])
         return lambda: result.copy_(function()), result
@@ -352,6 +379,68 @@ def test_recorded_steps_that_are_read_late_draw_the_same(loaded, monkeypatch, la
     assert len(recorded) == len(set(recorded)) > 1  # each batch size once
     assert_same_draws(expected, generator.generate(asked, params))
     assert len(recorded) == len(set(recorded))
+
+
+def test_graphs_that_are_captured_anew_share_a_new_pool(loaded, monkeypatch):
+    """CUDA lets no capture use a pool whose graphs are all gone; a stream is one engine's, and so is its workspace."""
+    model, tokenizer = loaded
+    used = []
+
+    def record(function, pool, stream):
+        used.append((pool, stream))
+        return function, function()
+
+    def engine(*arguments):
+        made = Engine(*arguments)
+        made.graphs, made._stream = {}, object()
+        made._drop_graphs()
+        return made
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(minem.engine, "record", record)
+    monkeypatch.setattr(minem.generate, "Engine", engine)
+    generator = minem.Generator(model, tokenizer, slots=2)
+    growing = [SamplingParams(max_new_tokens=new, min_new_tokens=new) for new in (2, 3, 70)]
+    for params in growing:
+        generator.generate(prompts([5, 6]), params)
+    generator.release()
+    generator.generate(prompts([5, 6]), growing[0])
+    pools, streams = (list(dict.fromkeys(x)) for x in zip(*used, strict=True))
+    assert [used[0], used[-1]] == [(pools[0], streams[0]), (pools[2], streams[1])]
+    assert (len(used), len(pools), len(streams)) == (3, 3, 2)
+
+
+def test_prompts_of_one_token_have_nothing_to_attend_to(loaded, monkeypatch):
+    """Attention over no positions at all is not for every GPU kernel."""
+    model, tokenizer = loaded
+    seen = []
+
+    class Recorded(minem.model.PackedAttention):
+        def __init__(self, lengths, device):
+            seen.append(list(lengths))
+            super().__init__(lengths, device)
+
+    monkeypatch.setattr(minem.cache, "PackedAttention", Recorded)
+    got = minem.Generator(model, tokenizer).generate([[5], [6], [7, 8, 9]], GREEDY)
+    assert_same_draws(minem.Generator(model, tokenizer, slots=1).generate([[5], [6], [7, 8, 9]], GREEDY), got)
+    assert all(min(lengths) > 0 for lengths in seen)
+
+
+def test_free_slots_are_filled_several_at_once(loaded, monkeypatch):
+    """Of 64 slots two must be free, or as many as there are requests; and no draw differs for it."""
+    model, tokenizer = loaded
+    admitted = []
+    admit = Engine.admit
+    monkeypatch.setattr(Engine, "admit", lambda self, s, r: (admitted.append(len(s)), admit(self, s, r))[1])
+    params = [SamplingParams(max_new_tokens=1 + i) for i in range(67)]
+    requests = [Request(ids, p, seed=i) for i, (ids, p) in enumerate(zip(prompts([4] * 67), params, strict=True))]
+    generator = minem.Generator(model, tokenizer, slots=64)
+    for request in requests:
+        generator.submit(request)
+    assert len(list(generator)) == 67
+    assert admitted[0] == 64
+    assert min(admitted[1:-1], default=2) >= 2
+    assert sum(admitted) == 67
 
 
 def test_graphs_come_in_few_sizes_that_fit():
@@ -407,6 +496,54 @@ def test_what_can_never_fit_is_refused_at_once(loaded, monkeypatch):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
+def test_room_that_cannot_be_made_while_all_slots_are_busy(loaded, monkeypatch, lag):
+    """The cache is made anew with fewer slots, and what was in flight begins anew in them."""
+    model, tokenizer = loaded
+    first = [Request(ids, SamplingParams(max_new_tokens=9), seed=i) for i, ids in enumerate(prompts([9] * 6))]
+    longer = Request(prompts([70])[0], SamplingParams(max_new_tokens=9), seed=7)
+    generator = minem.Generator(model, tokenizer, slots=6)
+    by_graphs(monkeypatch, generator, lag)
+    for request in first:
+        generator.submit(request)
+    generator.step()
+    position = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
+    monkeypatch.setattr(minem.generate, "free_memory", lambda device: 4 * (128 + 64) * position)
+    generator.submit(longer)
+    drawn = {completion.request: completion for completion in generator}
+    assert generator.slots == 1
+    monkeypatch.undo()
+    for request in (*first, longer):
+        alone = minem.Generator(model, tokenizer, slots=1)
+        alone.submit(Request(request.prompt_ids, request.params, request.seed))
+        assert drawn[request].token_ids == next(iter(alone)).token_ids
+
+
+def test_the_old_cache_is_gone_before_the_new_one_is_planned(loaded, monkeypatch):
+    model, tokenizer = loaded
+    generator = minem.Generator(model, tokenizer, slots=6)
+    generator.generate(prompts([9]), GREEDY)
+    old, there = weakref.ref(generator._engine.cache), []
+    position = 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
+
+    def free_memory(device):
+        there.append(old() is not None)
+        return 6 * (128 + 64) * position
+
+    monkeypatch.setattr(minem.generate, "free_memory", free_memory)
+    generator.generate(prompts([70]), GREEDY)
+    assert there[0]
+    assert not there[-1]
+
+
+def test_memory_runs_out_in_many_words():
+    for words in ("CUDA out of memory. Tried", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
+        assert _out_of_memory(RuntimeError(words))
+    assert _out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not _out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not _out_of_memory(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("fails_in", ["prefill", "start", "grow"])
 def test_running_out_of_memory_loses_nothing(loaded, monkeypatch, fails_in, lag):
     """Memory runs out in the middle of the work: fewer slots, the same draws, each of them once."""
@@ -451,6 +588,95 @@ def test_other_errors_are_not_taken_for_want_of_memory(loaded, monkeypatch):
     monkeypatch.setattr(Engine, "start", fails)
     with pytest.raises(RuntimeError, match="something else"):
         minem.Generator(model, tokenizer, slots=2).generate(prompts([5, 6]), GREEDY)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_nothing_is_lost_whatever_fails(loaded, data):
+    """Random work, memory that shrinks and grows, failures anywhere: each request completes once, as it does alone."""
+    model, tokenizer = loaded
+    slots, lag = data.draw(st.integers(1, 9)), data.draw(st.integers(0, 2))
+    faults = data.draw(st.lists(st.tuples(st.sampled_from(PARTS), st.integers(1, 12), st.integers(0, 2)), max_size=4))
+    shared = prompts(data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4)))
+    generator = minem.Generator(model, tokenizer, slots=slots)
+    open_requests: list[Request] = []
+    finished: dict[Request, minem.Completion] = {}
+    limit = math.inf
+
+    def step() -> None:
+        try:
+            done = generator.step()
+        except (ArithmeticError, KeyboardInterrupt, UserError):
+            return
+        for completion in done:
+            assert completion.request not in finished
+            finished[completion.request] = completion
+
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            by_graphs(patch, generator, lag)
+        generator._lag = lag
+        for part in PARTS:
+            failing(patch, part, {call: kind for name, call, kind in faults if name == part})
+        patch.setattr(minem.generate, "free_memory", lambda device: limit)
+        for i in range(data.draw(st.integers(1, 14))):
+            new = data.draw(st.sampled_from([1, 2, 5, 70]))
+            least = data.draw(st.sampled_from([0, 0, new]))
+            params = SamplingParams(
+                temperature=data.draw(st.sampled_from([0.0, 1.0, 1.3])),
+                top_k=data.draw(st.sampled_from([0, 5])),
+                max_new_tokens=new,
+                min_new_tokens=least,
+                stop=data.draw(st.sampled_from([(), ("a", "e")])),
+            )
+            request = Request(data.draw(st.sampled_from(shared)), params, seed=i)
+            generator.submit(request, first=data.draw(st.booleans()))
+            open_requests.append(request)
+            limit = data.draw(st.sampled_from([math.inf, 4e5, 2e6]))
+            for _ in range(data.draw(st.integers(0, 3))):
+                step()
+            if data.draw(st.integers(0, 4)) == 0:
+                generator.cancel(data.draw(st.sampled_from(open_requests)))
+            if data.draw(st.integers(0, 4)) == 0 and not generator._active:
+                generator.release()
+        for _ in range(2000):
+            step()
+            if len(finished) == len(open_requests):
+                break
+    assert set(finished) == set(open_requests)
+    assert generator.step() == []
+    alone = minem.Generator(model, tokenizer, slots=1)
+    for request, completion in finished.items():
+        alone.submit(Request(request.prompt_ids, request.params, request.seed))
+        (expected,) = list(alone)
+        if completion.finish_reason == "cancelled":
+            assert completion.token_ids == expected.token_ids[: len(completion.token_ids)]
+        else:
+            assert completion.token_ids == expected.token_ids
+            assert completion.text == expected.text
+            assert completion.finish_reason == expected.finish_reason
+            assert completion.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+PARTS = ("prefill", "admit", "start", "grow", "_decode", "_capture")
+
+
+def failing(patch: pytest.MonkeyPatch, part: str, faults: dict[int, int]) -> None:
+    """Let the n-th call of a part of the engine fail: 0 for want of memory, 1 interrupted, 2 when all is done."""
+    whole, calls = getattr(Engine, part), itertools.count(1)
+
+    def fails(self, *arguments):
+        kind = faults.get(next(calls))
+        if kind == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        if kind == 1:
+            raise KeyboardInterrupt
+        result = whole(self, *arguments)
+        if kind == 2:
+            raise ArithmeticError
+        return result
+
+    patch.setattr(Engine, part, fails)
 
 
 def test_a_single_slot_that_runs_out_of_memory_says_so(loaded, monkeypatch):
@@ -567,3 +793,19 @@ def test_graphs_stay_valid_when_the_model_is_trained(folder):
     after = generator.generate(asked, GREEDY)
     assert before.items() <= generator._engine.graphs.items()
     assert_same_draws(minem.Generator(model, tokenizer, slots=4).generate(asked, GREEDY), after)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_graphs_outlive_those_of_other_generators_and_are_captured_anew_for_more_room(folder, dtype):
+    model, tokenizer = minem.load(folder, device="cuda", dtype=dtype)
+    asked = prompts([12, 30, 1])
+    first, second = (minem.Generator(model, tokenizer, slots=4) for _ in range(2))
+    expected = first.generate(asked, GREEDY)
+    assert_same_draws(expected, second.generate(asked, GREEDY))
+    second.release()
+    assert_same_draws(expected, first.generate(asked, GREEDY))
+    longer = SamplingParams(max_new_tokens=80, min_new_tokens=80, seed=2)
+    drawn = first.generate(prompts([90, 7]), longer)  # both segments grow
+    assert_same_draws(expected, first.generate(asked, GREEDY))
+    assert_same_draws(drawn, second.generate(prompts([90, 7]), longer))
