@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 import minem
-from minem.errors import MinemError, UserError
+from minem.errors import GuardError, MinemError, UserError
 
 
 class _Group(click.Group):
@@ -208,6 +208,9 @@ def compare(
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
     result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _compare_tables(result))
+    if result["stopped"]:
+        names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
+        raise GuardError(f"a guard stopped {names} (the first: {reason}); the results are those of the other runs")
 
 
 def _compare_tables(result: dict[str, Any]) -> None:
@@ -216,7 +219,8 @@ def _compare_tables(result: dict[str, Any]) -> None:
     for one in result["tables"]:
         table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
         click.echo(f"{one['note']}\n")
-    click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
+    if result["runs"]:
+        click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 @main.command("eval")
@@ -265,8 +269,15 @@ def evaluate(
     questions = getattr(loaded, split)
     folder = resolve(model)
     generator = _generator(str(folder), device)
-    longest = max(len(encode_prompt(generator.tokenizer, question)) for question in questions)
-    new = max_new_tokens or max(1, min(1024, generator.max_length - longest))
+    longest, id_ = max((len(encode_prompt(generator.tokenizer, question)), question.id) for question in questions)
+    room = generator.max_length - longest  # known before the folder is made
+    if room < (max_new_tokens or 1):
+        advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
+        raise UserError(
+            f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's "
+            f"{generator.max_length} positions for max_new_tokens; {advice}"
+        )
+    new = max_new_tokens or min(1024, room)
     settings = {
         "model": fingerprint(folder)[:16],
         "rows": loaded.rows_sha256[:16],
