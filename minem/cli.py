@@ -129,16 +129,16 @@ def train(
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
     config = _config(config_file, overrides, flags)
-    from minem import em
+    from minem import train as whole
     from minem.progress import Progress
     from minem.tracking import load_tracker
 
     tracker, progress = load_tracker(track), Progress()
     if samples is not None:
-        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
+        result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
         _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
         return
-    result = em.train(config, progress, sys.argv, overwrite, tracker)
+    result = whole.train(config, progress, sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _train_table(result))
 
 
@@ -154,10 +154,10 @@ def sample(
     `minem train` with the same flags goes on from there.
     """
     config = _config(config_file, overrides, flags)
-    from minem import em
+    from minem import train as whole
     from minem.progress import Progress, percent
 
-    result = em.sample(config, iteration, Progress(), sys.argv, overwrite)
+    result = whole.sample(config, iteration, Progress(), sys.argv, overwrite)
     solved, questions = result["solved"], result["questions"]
     text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
     _print(result, as_json, lambda: click.echo(text))
@@ -256,8 +256,8 @@ def evaluate(
 
     Answers are kept as they finish in --out: the same command goes on from them, also with more --samples.
     """
+    from minem.choices import fingerprint, hash_source, pick_verdict
     from minem.data.tasks import load_task
-    from minem.em import fingerprint, hash_source, pick_verdict
     from minem.estep import encode_prompt
     from minem.evaluate import answer_file
     from minem.evaluate import evaluate as run
@@ -436,7 +436,7 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 
 def _generator(name: str, device: str) -> Any:
-    from minem.em import limit_threads, pick_device, pick_dtype
+    from minem.choices import limit_threads, pick_device, pick_dtype
 
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))
