@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 import minem
-from minem.errors import MinemError, UserError
+from minem.errors import GuardError, MinemError, UserError
 
 
 class _Group(click.Group):
@@ -129,16 +129,16 @@ def train(
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
     config = _config(config_file, overrides, flags)
-    from minem import em
+    from minem import train as whole
     from minem.progress import Progress
     from minem.tracking import load_tracker
 
     tracker, progress = load_tracker(track), Progress()
     if samples is not None:
-        result = em.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
+        result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
         _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
         return
-    result = em.train(config, progress, sys.argv, overwrite, tracker)
+    result = whole.train(config, progress, sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _train_table(result))
 
 
@@ -154,10 +154,10 @@ def sample(
     `minem train` with the same flags goes on from there.
     """
     config = _config(config_file, overrides, flags)
-    from minem import em
+    from minem import train as whole
     from minem.progress import Progress, percent
 
-    result = em.sample(config, iteration, Progress(), sys.argv, overwrite)
+    result = whole.sample(config, iteration, Progress(), sys.argv, overwrite)
     solved, questions = result["solved"], result["questions"]
     text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
     _print(result, as_json, lambda: click.echo(text))
@@ -208,6 +208,9 @@ def compare(
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
     result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _compare_tables(result))
+    if result["stopped"]:
+        names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
+        raise GuardError(f"a guard stopped {names} (the first: {reason}); the results are those of the other runs")
 
 
 def _compare_tables(result: dict[str, Any]) -> None:
@@ -216,7 +219,8 @@ def _compare_tables(result: dict[str, Any]) -> None:
     for one in result["tables"]:
         table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
         click.echo(f"{one['note']}\n")
-    click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
+    if result["runs"]:
+        click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 @main.command("eval")
@@ -252,8 +256,8 @@ def evaluate(
 
     Answers are kept as they finish in --out: the same command goes on from them, also with more --samples.
     """
+    from minem.choices import fingerprint, hash_source, pick_verdict
     from minem.data.tasks import load_task
-    from minem.em import fingerprint, hash_source, pick_verdict
     from minem.estep import encode_prompt
     from minem.evaluate import answer_file
     from minem.evaluate import evaluate as run
@@ -265,8 +269,15 @@ def evaluate(
     questions = getattr(loaded, split)
     folder = resolve(model)
     generator = _generator(str(folder), device)
-    longest = max(len(encode_prompt(generator.tokenizer, question)) for question in questions)
-    new = max_new_tokens or max(1, min(1024, generator.max_length - longest))
+    longest, id_ = max((len(encode_prompt(generator.tokenizer, question)), question.id) for question in questions)
+    room = generator.max_length - longest  # known before the folder is made
+    if room < (max_new_tokens or 1):
+        advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
+        raise UserError(
+            f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's "
+            f"{generator.max_length} positions for max_new_tokens; {advice}"
+        )
+    new = max_new_tokens or min(1024, room)
     settings = {
         "model": fingerprint(folder)[:16],
         "rows": loaded.rows_sha256[:16],
@@ -427,7 +438,7 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 
 def _generator(name: str, device: str) -> Any:
-    from minem.em import limit_threads, pick_device, pick_dtype
+    from minem.choices import limit_threads, pick_device, pick_dtype
 
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))

@@ -28,15 +28,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from minem.choices import fingerprint, hash_source
 from minem.comparison import Cell, Match, markdown, matched, read_comparison
 from minem.config import Config
-from minem.em import LAST_STAGE, Experiment, conclude, fingerprint, hash_source
+from minem.em import Experiment
 from minem.errors import GuardError, UserError
 from minem.packing import Example
 from minem.plot import plot_spent, svg_spent
 from minem.progress import Progress
 from minem.run import default_path, folder_name, hold_folder, read_journal, read_rows, remove_run, write_whole
 from minem.samplers import SAMPLERS, SamplerConfig, make_sampler
+from minem.train import LAST_STAGE, conclude
 from minem.weights import resolve
 
 RESULTS = ("comparison.json", "comparison.md", "comparison.png", "report.html")
@@ -107,11 +109,11 @@ def compare(
 ) -> dict[str, Any]:
     """Run or continue the comparison in `config.run.out`; everything else of the config is common to all runs.
 
-    Returns what comparison.json holds, and `out`.
+    Returns what comparison.json holds, and `out`; `stopped` in it has the runs that a guard stopped, {name: why}: the
+    others are done and their results are there.
 
     Raises:
         UserError: bad input, or a folder that holds another comparison.
-        GuardError: a guard stopped some of the runs; the others are done and their results written.
     """
     out = Path(config.run.out).expanduser() if config.run.out is not None else _default_out(config, plan)
     runs = _runs(config, plan, out)
@@ -120,13 +122,8 @@ def compare(
     with hold_folder(out, "plan.json", "comparison", _settings(config, plan), _clear if overwrite else None):
         comparison = _Comparison(runs, plan.match, progress, list(command), tracker)
         comparison.run()
-        result = read_comparison(list(runs), plan.match)
+        result = {**read_comparison(list(runs), plan.match), "stopped": comparison.stopped}
         _write(out, result)
-    if comparison.stopped:
-        raise GuardError(
-            f"{len(comparison.stopped)} of {len(runs)} runs were stopped by a guard, the results of the others are in "
-            f"{out}: {'; '.join(comparison.stopped)}"
-        )
     return {"out": str(out), **result}
 
 
@@ -146,7 +143,7 @@ class _Comparison:
         self.progress = progress
         self.command = command
         self.tracker = tracker
-        self.stopped: list[str] = []  # by a guard
+        self.stopped: dict[str, str] = {}  # by a guard: name and why
 
     def run(self) -> None:
         """All runs, seed by seed, so that whole comparisons are there early."""
@@ -166,7 +163,7 @@ class _Comparison:
                 try:
                     done = self._advance(cell, group)
                 except GuardError as error:
-                    self.stopped.append(f"{cell.folder.name}: {error}")
+                    self.stopped[cell.folder.name] = str(error)
                     self.progress.note(f"{cell.folder.name} is stopped: {error}")
                     return
                 if done:
@@ -204,8 +201,9 @@ class _Comparison:
                 raise _Waiting
             share = matched(group, iteration, self.match)[group.index(cell)]
             if not share.rows:
+                why = ", since a sampler accepted none" if self.match == "kept" else ""
                 raise GuardError(
-                    f"iteration {iteration}: --match {self.match} leaves no accepted rationale to train on"
+                    f"iteration {iteration}: --match {self.match} leaves no accepted rationale to train on{why}"
                 )
             accepted = experiment.run.path / folder / "accepted.jsonl"
             return experiment.examples(accepted, lambda row: (row["id"], row["attempt"]) in share.rows)

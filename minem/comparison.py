@@ -244,6 +244,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tables for people, each {title, note, columns, rows of texts}; one task alone moves into the titles."""
     made = [f(comparison) for f in (_accuracy_table, _cost_table, _pair_table, _mcnemar_table)]
+    made = [table for table in made if table["rows"]]  # one sampler alone has no pairs
     tasks = {row[0] for table in made for row in table["rows"]}
     if len(tasks) == 1:
         for table in made:
@@ -270,12 +271,13 @@ def _accuracy_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
         row = [s["task"], s["sampler"], str(len(s["seeds"])), _points(s["base"]), _points(s["accuracy"]) + spread]
         row += [_points(s["sampled"]), _points(s["gain"], signed=True), _points(s["format"], signed=True)]
         rows.append([*row, _points(s["reasoning"], signed=True), _points(-s["lost"], signed=True)])
+    missing = ", ".join(comparison["unfinished"])
     return {
         "title": "accuracy on the test split, in %",
         "note": (
             "Greedy, mean over seeds ± their standard deviation. The gain over the base model is made of format "
             "(unparsed or truncated before, right now), reasoning (wrong before, right now) and lost (right before, "
-            "not now)."
+            "not now)." + (f" NOT IN ANY TABLE, for they did not finish: {missing}." if missing else "")
         ),
         "columns": [
             "task",

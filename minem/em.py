@@ -8,13 +8,9 @@ are those of the last finished M-step (or the base model), so that a continued r
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -27,27 +23,23 @@ import minem
 from minem import diagnostics
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
-from minem.data import verdict
+from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
 from minem.data.tasks import Question, load_task
 from minem.errors import GuardError, UserError
-from minem.estep import Counts, EStep, Verdict, blocks, encode_prompt
+from minem.estep import Counts, EStep, blocks, encode_prompt
 from minem.evaluate import evaluate
 from minem.generate import Completion, Generator, SamplingParams
 from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
 from minem.progress import Progress, percent
-from minem.run import RunDirectory, default_path, read_rows, write_rows
-from minem.samplers import Prompt, default_budget, import_object, make_sampler
-from minem.statistics import mcnemar
+from minem.run import RunDirectory, read_rows, write_rows
+from minem.samplers import Prompt, default_budget, make_sampler
 from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save
 
 if TYPE_CHECKING:
     from minem.config import Config
-
-SMALL_MODEL = 10_000_000  # parameters
-LAST_STAGE = "report"  # of a whole run
 
 
 class Experiment:
@@ -467,192 +459,3 @@ class Experiment:
 
         questions = {question.id: question for question in self.task.train}
         return sum(valid_steps(row["text"], questions[row["id"]]) for row in rows) / len(rows)
-
-
-# ------------------------------------------------------------------------------------------------------ whole runs
-
-
-def train(
-    config: Config,
-    progress: Progress,
-    command: Sequence[str] = (),
-    overwrite: bool = False,
-    tracker: ModuleType | None = None,
-) -> dict[str, Any]:
-    """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
-    experiment = Experiment(config, progress)
-    with experiment.open(command, overwrite, tracker) as run:
-        experiment.train()
-        conclude(run)
-        return summarise(run)
-
-
-def conclude(run: RunDirectory) -> None:
-    """What ends a run's directory: its picture and its report."""
-    if not run.finished("plot"):
-        with run.stage("plot") as record:
-            from minem.plot import plot_accuracy
-
-            plot_accuracy(run, record.path("accuracy.png"))
-    if not run.finished(LAST_STAGE):
-        with run.stage(LAST_STAGE) as record:
-            from minem.report import write_report
-
-            write_report([run.path], record.path("report.html"))
-
-
-def sample(
-    config: Config, iteration: int, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
-) -> dict[str, Any]:
-    """The E-step of one iteration alone, from the weights that the run has by then."""
-    if overwrite and iteration > 1:
-        raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
-    experiment = Experiment(config, progress)
-    with experiment.open(command, overwrite) as run:
-        before = f"iter-{iteration - 1:02d}"
-        stage = f"iter-{iteration:02d}/estep"
-        if not run.finished(stage):
-            if iteration > 1 and not run.finished(f"{before}/mstep"):
-                raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
-            if run.finished(f"iter-{iteration:02d}/mstep"):
-                raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
-        experiment.reserve()
-        experiment.e_step(iteration)
-        samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
-        return {"run": str(run.path), "samples": str(samples), **run.result(stage)}
-
-
-def train_on_samples(
-    config: Config,
-    samples: Path,
-    progress: Progress,
-    command: Sequence[str] = (),
-    overwrite: bool = False,
-    tracker: ModuleType | None = None,
-) -> dict[str, Any]:
-    """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
-
-    With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
-    """
-    if not samples.is_file():
-        raise UserError(f"--samples {samples} is not a file")
-    digest = hashlib.sha256(samples.read_bytes()).hexdigest()
-    if config.run.out is None:
-        out = f"{default_path(config)}.samples-{digest[:8]}"
-        config = replace(config, run=replace(config.run, out=out))
-
-    def keep(row: Mapping[str, Any]) -> bool:
-        return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
-
-    experiment = Experiment(config, progress)
-    examples = experiment.examples(samples, keep)
-    if not examples:
-        raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
-    endless = sum(example.token_ids[-1] not in experiment.tokenizer.eos_ids for example in examples)
-    if endless:
-        progress.note(
-            f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
-        )
-    with experiment.open(command, overwrite, tracker, samples=digest) as run:
-        experiment.m_step(1, examples)
-        return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
-
-
-def summarise(run: RunDirectory) -> dict[str, Any]:
-    """The numbers that a finished run ends with, read from its journal and its evaluation files."""
-    last = run.config.run.iterations
-    test = {}
-    for name, iteration in (("base", 0), ("last", last)):
-        rows = read_rows(run.path / f"iter-{iteration:02d}" / "eval.test.jsonl")
-        test[name] = {row["id"]: row["status"] == "accepted" for row in rows}
-    lost = sum(right and not test["last"][i] for i, right in test["base"].items())
-    won = sum(right and not test["base"][i] for i, right in test["last"].items())
-    iterations = [
-        {
-            "iteration": i,
-            "validation": run.result(f"iter-{i:02d}/eval.validation"),
-            **({"estep": run.result(f"iter-{i:02d}/estep"), "mstep": run.result(f"iter-{i:02d}/mstep")} if i else {}),
-        }
-        for i in range(last + 1)
-    ]
-    return {
-        "run": str(run.path),
-        "model": str(run.path / f"iter-{last:02d}" / "model"),
-        "iterations": iterations,
-        "test": {
-            "base": run.result("iter-00/eval.test"),
-            "last": run.result(f"iter-{last:02d}/eval.test"),
-            "wrong_to_right": won,
-            "right_to_wrong": lost,
-            "mcnemar_p": mcnemar(lost, won),
-        },
-    }
-
-
-# ------------------------------------------------------------------------------------------------------ choices
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
-
-    Raises:
-        UserError: CUDA was asked for and is not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device = 'cuda', but torch sees no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the working weights: "auto" is bfloat16 on a GPU and float32 on the CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 over the weights and the config of a model folder: a run is continued on the same model only."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def hash_source(name: str) -> str:
-    """SHA-256 of the file that the module of "module:name" was imported from; "" where it has none."""
-    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
-
-
-def limit_threads(model: Model) -> None:
-    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS says otherwise.
-
-    Its matrix products are too short to share: two threads gain nothing in generation, and where another process wants
-    a core they wait for each other at every product (an E-step of 5 s was seen to take a minute).
-    """
-    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
-    if model.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-
-
-def pick_verdict(name: str | None) -> Verdict:
-    """The strict verdict, or the user's own function by "module:function"."""
-    if name is None:
-        return verdict.strict
-    own: Callable[..., Any] = import_object(name, "task.verdict")
-    if not callable(own):
-        raise UserError(f"task.verdict = {name!r} is not a function")
-
-    def checked(text: str, question: Question) -> str | None:
-        try:
-            answer = own(text, question)
-        except Exception as error:  # it is the user's: whatever it raises is told with the question it failed on
-            raise UserError(f"task.verdict {name!r} raised {error!r} on question {question.id!r}") from error
-        if answer is not None and not isinstance(answer, str):
-            raise UserError(
-                f"task.verdict {name!r} must return a text or None, not {answer!r} (question {question.id!r})"
-            )
-        return answer
-
-    return checked

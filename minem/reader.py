@@ -117,6 +117,8 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """The run in this directory. UserError where there is none."""
+    if (path / "plan.json").exists() and not (path / "run.json").exists():
+        raise UserError(f"{path} is a comparison and no run: name runs in it, like {path}/*.s0")
     facts = read_facts(path)
     config = facts.get("config")
     if not (isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in SECTIONS)):

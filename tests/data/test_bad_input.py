@@ -15,9 +15,9 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 
+from minem.choices import pick_verdict
 from minem.cli import main
 from minem.data.tasks import SPLITS, TOY, Question
-from minem.em import pick_verdict
 from minem.estep import judge
 from minem.generate import Completion
 from minem.run import read_rows

@@ -138,6 +138,9 @@ def test_it_ends_with_tables_a_picture_and_a_report(compared, report):
         assert table["title"] in markdown
         assert "| " + " | ".join(table["rows"][0]) + " |" in markdown
     assert result["unfinished"] == []
+    shown = CliRunner().invoke(main, ["show", str(out)])
+    assert shown.exit_code == 2
+    assert f"{out} is a comparison and no run" in shown.stderr
 
 
 def test_the_same_command_repeats_nothing_and_ends_the_same(compared):
@@ -326,9 +329,14 @@ def test_a_run_that_a_guard_stops_does_not_stop_the_others(match, left, tmp_path
     assert result.exit_code == 4, result.output
     assert "toy.Silent2.toy-llama.s0" in result.stderr
     assert "nothing to train on" in result.stderr or "no accepted rationale" in result.stderr
+    assert ("report.html" in result.stdout) == bool(left)  # the results of the others are printed
     found = json.loads((out / "comparison.json").read_text())
     assert [run["run"] for run in found["runs"]] == left
     assert "toy.Silent2.toy-llama.s0" in found["unfinished"]
+    assert len(found["stopped"]) == 1
+    for title in ("accuracy", "paired", "McNemar"):
+        assert any(title in table["title"] for table in found["tables"]) == (bool(left) or title != "accuracy")
+    assert not left or "toy.Silent2.toy-llama.s0" in found["tables"][0]["note"]
 
 
 def test_plans_are_read_as_they_are_written():

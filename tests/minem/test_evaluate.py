@@ -302,3 +302,4 @@ def test_wrong_command_lines_are_one_sentence(arguments, named, tmp_path, monkey
     assert named in result.stderr
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "evals").exists()  # which would refuse the command put right
