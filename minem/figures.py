@@ -34,6 +34,8 @@ NO_SHARES = ("kept_length", "tokens", "drawn", "ess", "entropy")  # everything e
 # Keys that do not make two runs different experiments.
 BESIDE_THE_POINT = {"run.seed", "run.iterations", "run.out", "run.device", "run.slots", "run.keep"}
 BESIDE_THE_POINT |= {"eval.diagnostics", "eval.hinted_draws"}
+# Inputs beside the config that do: how `minem compare` matched the run with others, and the base model's fingerprint.
+ALSO_DECIDE = ("match", "base model")
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
             for key, value in values.items()
             if f"{section}.{key}" not in BESIDE_THE_POINT
         }
+        | {what: run.facts.get("inputs", {}).get(what) for what in ALSO_DECIDE}
         for run in runs
     ]
     told = {"sampler.name", "sampler.budget"}

@@ -98,6 +98,17 @@ def test_everything_that_a_run_measured_is_on_its_page(trained):
         assert f"The correct answer is {gold[row['id']]}" in found["prompts"][row["prompt"]]
 
 
+def test_runs_that_were_matched_differently_are_not_averaged(tmp_path):
+    paths = [make_run(tmp_path / str(seed), run__seed=seed) for seed in range(3)]
+    facts = json.loads((paths[2] / "run.json").read_text())
+    facts["inputs"]["match"] = "kept of rsm:8, pps:1"
+    (paths[2] / "run.json").write_text(json.dumps(facts))
+    (task,) = figures.by_task([read_run(path) for path in paths])
+    two, one = task["legend"]
+    assert "mean of 2 seeds" in two["band"]
+    assert one["label"].endswith("match kept of rsm:8, pps:1")
+
+
 def test_several_seeds_are_a_mean_and_their_spread_one_run_its_wilson_interval(tmp_path):
     rights = [(10, 15, 18), (9, 13, 20), (11, 12, 16)]
     runs = [make_run(tmp_path / f"s{i}", validation=v, run__seed=i, tokens=1000 + i) for i, v in enumerate(rights)]
