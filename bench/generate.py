@@ -68,7 +68,7 @@ class Setting:
 
 
 ON_GPU = Setting((1, 32, 256), 512, 128, 1119, 300, 1024, 1, 32)
-ON_CPU = Setting((1, 8, 32), 128, 32, 256, 32, 128, 5, 0)  # it has done 24 prompts by then
+ON_CPU = Setting((1, 32, 256), 128, 32, 1119, 32, 128, 5, 0)  # it has done 24 prompts by then
 
 
 @dataclass(frozen=True)
@@ -511,7 +511,7 @@ def table(rows: Sequence[dict[str, Any]]) -> rich.table.Table:
 )
 @click.option("--only", multiple=True, type=click.Choice(["decode", "draws", "estep"]), help="By default all three.")
 @click.option("--acceptance", default=0.5, show_default=True, help="Of the whole E-step's draws.")
-@click.option("--questions", type=click.IntRange(min=1), help="Of the whole E-step; 1,119 on a GPU, 256 on the CPU.")
+@click.option("--questions", type=click.IntRange(min=1), help="Of the whole E-step; 1,119 by default.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Of the draws; 1 on a GPU, 5 on the CPU.")
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Run transformers beside, where it is there.")
 @click.option("--json", "as_json", is_flag=True, help="After the tables, one JSON object on one line.")
