@@ -139,11 +139,14 @@ class Experiment:
         begun = self.run.finished(f"{stage}.1")
         slots = self.run.result(f"{stage}.1")["slots"] if begun else self.generator.slots
         parts = blocks(self.task.train, slots)
+        stages = [f"{stage}.{number}" for number in range(1, len(parts) + 1)]
+        # Tokens of blocks that were done before: they took none of the time that is measured now.
+        known = sum(self.run.result(block)["counts"]["tokens"] for block in stages if self.run.finished(block))
         counts = Counts(questions=0)
         with self._line(iteration, "E-step", len(self.task.train)) as line:
-            for number, questions in enumerate(parts, start=1):
-                counts += self._block(step, f"{stage}.{number}", questions, counts, line, slots)
-            seconds = line.elapsed
+            for block, questions in zip(stages, parts, strict=True):
+                counts += self._block(step, block, questions, counts, known, line, slots)
+            rate = (counts.tokens - known) / max(1e-9, line.elapsed)
         names = [f"{folder}/samples.{number}.jsonl" for number in range(1, len(parts) + 1)]
         with self.run.stage(stage) as record:
             rows = [row for name in names for row in read_rows(self.run.path / name)]
@@ -152,12 +155,15 @@ class Experiment:
             write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
             record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
             record.result.update(self.run.result(f"{stage}.1")["agreement"])
-            self.run.log_metrics(stage, **record.result, tokens_per_second=counts.tokens / max(1e-9, seconds))
+            self.run.log_metrics(stage, **record.result, tokens_per_second=rate)
 
     def _block(
-        self, step: EStep, stage: str, questions: Sequence[Question], before: Counts, line: Any, slots: int
+        self, step: EStep, stage: str, questions: Sequence[Question], before: Counts, known: int, line: Any, slots: int
     ) -> Counts:
-        """One block of an E-step, on the disk when it is done: its rows with `kept`, and its counts in the journal."""
+        """One block of an E-step, on the disk when it is done: its rows with `kept`, and its counts in the journal.
+
+        before, known: the counts of the blocks before it, and the tokens of those that this process has not drawn.
+        """
         if self.run.finished(stage):
             return Counts.from_dict(self.run.result(stage)["counts"])
         compared: list[Completion] = []
@@ -170,7 +176,7 @@ class Experiment:
                 solved=percent(total.solved / max(1, total.done)),
                 accepted=percent(total.statuses["accepted"] / max(1, total.attempts)),
                 tokens=total.tokens,
-                tokens_per_s=counts.tokens / max(1e-9, line.elapsed),
+                tokens_per_s=(total.tokens - known) / max(1e-9, line.elapsed),
             )
 
         def compare(draw: Completion, prompt: Prompt) -> None:

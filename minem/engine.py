@@ -61,7 +61,7 @@ class Engine:
 
     Args:
         model: its weights are used in place.
-        stop_ids: int64 [E], the tokens that end a sequence.
+        stop_ids: the tokens that end a sequence.
         slots: the most sequences at once.
         prefix, suffix: the longest prompt but for its last token, and the most new tokens.
     """
