@@ -98,8 +98,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
     """As `best_fit_decreasing`, but a multiple of `ranks` bins, which are as equally full as can be.
 
-    The smallest capacity that needs no more bins is searched for (MULTIFIT: Coffman, Garey, Johnson 1978). What bins are
-    still missing are halves of the fullest ones; only where no bin has two items left to part, they are empty.
+    The smallest capacity that needs no more bins is searched for (MULTIFIT: Coffman, Garey, Johnson 1978). What bins
+    are still missing are halves of the fullest ones; only where no bin has two items left to part, they are empty.
     Bins come in rounds of one for each rank, the fullest round first.
     """
 

@@ -1,5 +1,7 @@
 """The plan of an M-step: complete, within capacity, deterministic, and shuffled before it is packed."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def test_ranks_share_a_step_in_equally_many_micro_batches_within_capacity(argume
         if () in step.micro_batches:  # only where nothing is left to part
             assert all(len(one) <= 1 for one in step.micro_batches)
         rounds = [loads[i : i + ranks] for i in range(0, len(loads), ranks)]
-        assert all(min(larger) >= max(smaller) for larger, smaller in zip(rounds, rounds[1:], strict=False))
+        assert all(min(larger) >= max(smaller) for larger, smaller in pairwise(rounds))
     assert plan(**arguments, ranks=1) == plan(**arguments)
 
 
