@@ -272,7 +272,7 @@ def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.i
 
 
 @lru_cache(maxsize=1)
-def varlen_attention() -> Callable[..., Tensor] | None:
+def varlen_attention() -> Callable[..., Any] | None:
     """PyTorch's flash attention over packed sequences, made causal; None where this PyTorch was built without it.
 
     Called with q [N, H, C], k and v [N, K, C], the sequences' starts and the longest of them, twice each.
