@@ -61,6 +61,7 @@ ALL_SHAPES = {
     "small": Shape("small", 512, 8, 4, 64, 1408, 16_384),
     **{shape.name: shape for shape in SHAPES},
 }
+ANSWER, LONGEST = 300, 1024  # tokens: the mean and the most
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2}  # how far apart the losses of a step may be, relatively
 
 
@@ -71,10 +72,10 @@ class Job:
     folder: str  # a Hugging Face folder: config.json and model.safetensors
     device: str
     rows: int
-    answer: int  # mean tokens
-    longest: int
     settings: MStepConfig
     profile: bool = False
+    answer: int = ANSWER
+    longest: int = LONGEST
 
     def examples(self) -> list[Example]:
         vocabulary = self.config.vocab_size
@@ -436,8 +437,8 @@ def table(result: dict[str, Any], rate: float) -> rich.table.Table:
 @click.option(
     "--shape", "names", multiple=True, type=click.Choice(list(ALL_SHAPES)), help="By default all; on a CPU, small."
 )
-@click.option("--rows", type=click.IntRange(min=2), help="Examples; 512 on a GPU, 96 on the CPU.")
-@click.option("--pack-tokens", type=click.IntRange(min=1), help="Of a micro-batch; 16,384 on a GPU, 2,048 on the CPU.")
+@click.option("--rows", type=click.IntRange(min=2), help="Examples; 576 on a GPU, 64 on the CPU.")
+@click.option("--pack-tokens", type=click.IntRange(min=1), help="Of a micro-batch; 16,384 on a GPU, 8,192 on the CPU.")
 @click.option("--repeats", type=click.IntRange(min=1), help="Epochs of each, from the same start; 1 on a GPU, else 3.")
 @click.option("--peers/--no-peers", default=True, show_default=True, help="Run the others beside, where they are.")
 @click.option("--checkpointing", type=click.Choice(["auto", "off", "full"]), default="auto", show_default=True)
@@ -458,8 +459,8 @@ def main(
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
     settings = MStepConfig(
         lr=1e-5 if gpu else 1e-4,
-        batch_size=32 if gpu else 16,
-        pack_tokens=pack_tokens or (16_384 if gpu else 2048),
+        batch_size=72 if gpu else 16,  # on a GPU two full micro-batches, on the CPU one
+        pack_tokens=pack_tokens or (16_384 if gpu else 8192),
         checkpointing=checkpointing,  # type: ignore[arg-type]
     )
     console = Console(highlight=False, width=230, stderr=as_json)
@@ -477,8 +478,7 @@ def main(
             write_model(ALL_SHAPES[name], Path(folder), device, dtype)
             if gpu:
                 torch.cuda.empty_cache()
-            answer, longest = (300, 1024) if gpu else (100, 512)
-            job = Job(folder, device, rows or (512 if gpu else 96), answer, longest, settings, profile)
+            job = Job(folder, device, rows or (576 if gpu else 64), settings, profile)
             result = compare(job, contestants if peers else contestants[:1], repeats or (1 if gpu else 3))
         said = result["rows"]
         console.print(

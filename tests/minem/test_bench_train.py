@@ -26,7 +26,7 @@ def train(monkeypatch):
 def test_the_contestants_come_to_the_same_losses(train, tmp_path):
     train.write_model(train.ALL_SHAPES["tiny"], tmp_path, "cpu", torch.float32)
     settings = MStepConfig(lr=1e-3, batch_size=3, pack_tokens=600)
-    job = train.Job(str(tmp_path), "cpu", rows=9, answer=40, longest=200, settings=settings)
+    job = train.Job(str(tmp_path), "cpu", 9, settings, answer=40, longest=200)
     names = ["minem", "transformers, padding", "transformers, padding, sorted"]
     results = {name: train.measure(name, job) for name in names}
     ours = results["minem"]
@@ -43,7 +43,7 @@ def test_a_step_has_the_examples_of_the_plan(train, tmp_path):
     from minem.packing import plan, shuffle
 
     settings = MStepConfig(batch_size=4, pack_tokens=300)
-    job = train.Job(str(tmp_path), "cpu", 10, 40, 200, settings)
+    job = train.Job(str(tmp_path), "cpu", 10, settings)
     examples = [train.make_row(i, 512, 40, 200) for i in range(10)]
     steps = job.steps(examples)
     assert [i for step in steps for i in step] == shuffle(10, 0, 1, 0)
