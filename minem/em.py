@@ -29,6 +29,7 @@ from minem.errors import GuardError, UserError
 from minem.estep import Counts, EStep, blocks, encode_prompt
 from minem.evaluate import evaluate
 from minem.generate import Completion, Generator, SamplingParams
+from minem.lora import ADAPTER_WEIGHTS
 from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
@@ -64,7 +65,7 @@ class Experiment:
             raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
         self.generator = self._generator(self.model)
-        self.mstep = MStep(self.model, config.mstep)
+        self.mstep = MStep(self.model, config.mstep, config.run.seed, self.base_folder)
         self.longest = self._check_lengths()
 
     @contextmanager
@@ -270,6 +271,9 @@ class Experiment:
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
+                if self.mstep.lora is not None:
+                    adapter = record.path(f"{folder}/adapter")
+                    self.mstep.lora.save(adapter, self.mstep.masters, self.config.model.id)
                 if self._masters_are_needed(iteration):
                     self.mstep.save_masters(record.path(f"{folder}/masters.safetensors"))
                 record.result.update(summary)
@@ -277,6 +281,7 @@ class Experiment:
         self.run.discard(f"iter-{iteration - 1:02d}/masters.safetensors")
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
+            self.run.discard(f"iter-{iteration - 1:02d}/adapter")
 
     def evaluate(
         self, iteration: int, split: str, questions: Sequence[Question], known: Iterable[Mapping[str, Any]] = ()
@@ -384,12 +389,18 @@ class Experiment:
         self.progress.note(
             f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
         )
+        if self.mstep.lora is not None:
+            trained = sum(p.numel() for p in self.mstep.working.values()) / 1e6
+            self.progress.note(
+                f"lora    rank {self.mstep.lora.rank}, alpha {self.mstep.lora.alpha:g}, {trained:,.2f} M parameters "
+                f"trained beside {', '.join(self.mstep.lora.targets)}"
+            )
         self.progress.note(f"run     {self.run.path}")
         if self._altered():
             self.progress.note(
                 f"note    {', '.join(self._altered())}: the draws follow this altered policy, not the model's posterior"
             )
-        if config.mstep.lr > 1e-4 and parameters > 10:
+        if config.mstep.lr > 1e-4 and parameters > 10 and self.mstep.lora is None:
             self.progress.note(
                 f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual"
             )
@@ -400,6 +411,9 @@ class Experiment:
         if not done:
             return
         folder = self.run.path / done[-1].partition("/")[0]
+        if self.mstep.lora is not None:  # the base weights are in place already
+            self.mstep.load_masters(folder / "adapter" / ADAPTER_WEIGHTS)
+            return
         read_weights(self.model, folder / "model")
         self.mstep.reset()
         if (folder / "masters.safetensors").exists():
@@ -408,7 +422,7 @@ class Experiment:
     def _masters_are_needed(self, iteration: int) -> bool:
         """Whether a later M-step goes on from float32 masters that the saved model does not hold."""
         continues = self.config.run.init == "previous" and iteration < self.config.run.iterations
-        return continues and self.mstep.separate_masters
+        return continues and self.mstep.separate_masters and self.mstep.lora is None  # whose masters are the adapter
 
     def _check_lengths(self) -> tuple[int, int]:
         """Refuse prompts that leave no room for an answer now, rather than after hours.

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minem.errors import GuardError, UserError, one_of, require
+from minem.lora import TARGETS, LoRA, read_targets
 from minem.model import Model
 from minem.packing import Example, Step, best_fit_decreasing, pack, plan
 
@@ -45,8 +46,12 @@ class MStepConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    lora_rank: int = 0  # of the low-rank terms that are trained instead of the weights; 0: full fine-tuning
+    lora_alpha: float = 16.0  # the terms are scaled by lora_alpha / lora_rank
+    lora_targets: str = "all"  # linear layers of the blocks: "all", or Hugging Face's names with commas
 
     def __post_init__(self) -> None:
+        strange = [name for name in read_targets(self.lora_targets) if name not in TARGETS]
         require(
             "mstep",
             self,
@@ -60,6 +65,9 @@ class MStepConfig:
             beta1=(0 <= self.beta1 < 1, "at least 0 and less than 1"),
             beta2=(0 <= self.beta2 < 1, "at least 0 and less than 1"),
             clip=(self.clip >= 0, "0 (off) or more"),
+            lora_rank=(self.lora_rank >= 0, "0 (full fine-tuning) or more"),
+            lora_alpha=(self.lora_alpha > 0 and math.isfinite(self.lora_alpha), "a finite number above 0"),
+            lora_targets=(not strange, one_of("".join(strange[:1]), ("all", *TARGETS), "or several with commas")),
         )
 
 
@@ -110,17 +118,33 @@ class MStep:
     At learning rates of 1e-6 an update is far below the spacing of bfloat16 numbers and would be lost, so AdamW works
     on float32 masters and the working weights are their rounded copy. A float32 model is its own master.
     Frozen parameters (requires_grad False) are left alone.
+
+    With `lora_rank`, masters and working copies are those of the adapters, which `run` merges into the model's weights.
+
+    Args:
+        seed: of new adapters. base: the folder of the weights that the model holds now. Both matter to LoRA only.
     """
 
-    def __init__(self, model: Model, config: MStepConfig) -> None:
+    def __init__(self, model: Model, config: MStepConfig, seed: int = 0, base: Path | None = None) -> None:
         self.model = model
         self.config = config
-        self.working = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.lora: LoRA | None = None
+        if config.lora_rank:
+            if base is None:
+                raise ValueError("LoRA merges into the base weights, so it needs the folder that they can be read from")
+            self.lora = LoRA(model, config.lora_rank, config.lora_alpha, config.lora_targets, seed, base)
+        named = model.named_parameters() if self.lora is None else self.lora.named_parameters().items()
+        self.working = {name: p for name, p in named if p.requires_grad}
         self.masters: dict[str, torch.Tensor] = {}
         self.reset()
 
     def reset(self) -> None:
-        """Take the model's present weights as the masters; call it whenever someone else has written the weights."""
+        """Take the model's present weights as the masters; call it whenever someone else has written the weights.
+
+        With LoRA these must be the base model's, and the adapters are new ones.
+        """
+        if self.lora is not None:
+            self.lora.reset()
         self.masters = {
             name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
             for name, p in self.working.items()
@@ -147,7 +171,7 @@ class MStep:
 
     @torch.no_grad()
     def load_masters(self, path: Path | str) -> None:
-        """Read what `save_masters` wrote and round it into the working weights. UserError if it does not fit."""
+        """Read what `save_masters` (or `LoRA.save`) wrote and round it into the working weights. UserError if unfit."""
         stored = load_file(path)
         wanted = {name: master.shape for name, master in self.masters.items()}
         found = {name: tensor.shape for name, tensor in stored.items()}
@@ -157,6 +181,8 @@ class MStep:
         for name, master in self.masters.items():
             master.copy_(stored[name])
         self._publish()
+        if self.lora is not None:
+            self.lora.merge(self.masters)
 
     def run(
         self,
@@ -193,7 +219,8 @@ class MStep:
         optimizer = self._optimizer()
         history: list[tuple[Totals, float]] = []
         began = time.perf_counter()
-        with self._gradients_to_masters():
+        adapters = nullcontext() if self.lora is None else self.lora.training(self.masters)
+        with adapters, self._gradients_to_masters():
             for number, step in enumerate(steps):
                 started = time.perf_counter()
                 rate = learning_rate(config, number, len(steps))
