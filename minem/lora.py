@@ -50,10 +50,11 @@ class Adapter(nn.Module):
 
     def __init__(self, rows: Mapping[str, int], targets: list[str], width: int, rank: int, scale: float):
         super().__init__()
-        self.rows, self.scale = rows, scale
-        trained = {name: size for name, size in rows.items() if _short(name) in targets}
-        self.A = nn.ParameterDict({_short(name): torch.zeros(rank, width) for name in trained})
-        self.B = nn.ParameterDict({_short(name): torch.zeros(size, rank) for name, size in trained.items()})
+        self.scale = scale
+        self.rows = {_short(name): size for name, size in rows.items()}
+        self.names = {_short(name): name for name in rows if _short(name) in targets}
+        self.A = nn.ParameterDict({short: torch.zeros(rank, width) for short in self.names})
+        self.B = nn.ParameterDict({short: torch.zeros(self.rows[short], rank) for short in self.names})
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y [N, out] with scale * B (A x) added in place, for the layer's input x [N, in] and output y.
@@ -61,9 +62,9 @@ class Adapter(nn.Module):
         The projections of a merged layer act as one, A stacked and B block-diagonal: x and y are read once, and y is
         rounded once.
         """
-        down = torch.cat(list(self.A.values()))  # [targets * rank, in]
-        blocks = [self.B[_short(n)] if _short(n) in self.B else y.new_empty(size, 0) for n, size in self.rows.items()]
-        return y.addmm_(F.linear(x, down), torch.block_diag(*blocks).T, alpha=self.scale)
+        down = torch.cat([self.A[short] for short in self.names])  # [targets * rank, in]
+        up = [self.B[short] if short in self.names else y.new_empty(size, 0) for short, size in self.rows.items()]
+        return y.addmm_(F.linear(x, down), torch.block_diag(*up).T, alpha=self.scale)
 
 
 class LoRA:
@@ -99,11 +100,10 @@ class LoRA:
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """All A and B in the model's dtype, by the names that PEFT gives them in its files."""
         return {
-            _peft_name(name, letter): factors[_short(name)]
+            _peft_name(name, letter): factors[short]
             for adapter in self.adapters.values()
-            for name in adapter.rows
+            for short, name in adapter.names.items()
             for letter, factors in (("A", adapter.A), ("B", adapter.B))
-            if _short(name) in factors
         }
 
     @torch.no_grad()

@@ -195,6 +195,7 @@ MISTAKES = {
     "verdict": ('[task]\nverdict = "my_check"', 'task.verdict is "my_check"; it must be written as module:function'),
     "device": ('[run]\ndevice = "gpu"', 'run.device is "gpu"; it must be one of auto, cpu, cuda'),
     "schedule": ('[mstep]\nschedule = "cos"', "mstep.schedule"),
+    "LoRA target": ('[mstep]\nlora_targets = "q_proj, v_prj"', "or several with commas (did you mean v_proj?)"),
     "not TOML": ("[run\nseed = 3", "is not valid TOML"),
     "twice": ("[run]\nseed = 3\nseed = 4", "is not valid TOML"),
     "deep": ("[run]\nseed = " + "[" * 100_000, "is not valid TOML"),
@@ -273,6 +274,8 @@ ALLOWED: dict[str, st.SearchStrategy[Any]] = {
     "mstep.warmup": floats(0, 1),
     "mstep.beta1": floats(0, 1, exclude_max=True),
     "mstep.beta2": floats(0, 1, exclude_max=True),
+    "mstep.lora_alpha": floats(0, 1e300, exclude_min=True),
+    "mstep.lora_targets": st.sampled_from(["all", "q_proj", "up_proj, q_proj"]),
     "run.seed": st.integers(0, 2**63 - 1),
     "run.slots": st.none() | st.integers(1, 65_536),
 }
