@@ -52,6 +52,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.scale = scale
         self.rows = {_short(name): size for name, size in rows.items()}
+        # In the order of the rows, which a ParameterDict does not keep: it sorts.
         self.names = {_short(name): name for name in rows if _short(name) in targets}
         self.A = nn.ParameterDict({short: torch.zeros(rank, width) for short in self.names})
         self.B = nn.ParameterDict({short: torch.zeros(self.rows[short], rank) for short in self.names})
@@ -89,10 +90,10 @@ class LoRA:
         views = checkpoint_views(model)
         for name, linear in model.named_modules():
             if isinstance(linear, nn.Linear) and name.startswith("layers."):
-                block, kind = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
-                names = [f"model.{block}.{part}" for part in PARTS[kind]]
-                if any(_short(part) in self.targets for part in names):
-                    rows = {part: len(views[f"{part}.weight"]) for part in names}
+                _, number, kind = name.split(".", 2)
+                parts = [f"model.layers.{number}.{part}" for part in PARTS[kind]]
+                if any(_short(part) in self.targets for part in parts):
+                    rows = {part: len(views[f"{part}.weight"]) for part in parts}
                     adapter = Adapter(rows, self.targets, linear.in_features, rank, self.scale)
                     self.adapters[linear] = adapter.to(model.device, model.dtype)
         self.reset()
@@ -167,7 +168,7 @@ class LoRA:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
-            "target_modules": sorted(self.targets),
+            "target_modules": sorted(set(self.targets)),
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

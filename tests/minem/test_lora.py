@@ -54,6 +54,17 @@ def referee(folder: Path):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
+def peft_model(folder: Path, targets: str, adapter: dict[str, torch.Tensor]):
+    """peft's own LoRA on transformers' model, with the numbers of `adapter`, whose names and shapes must be peft's."""
+    names = list(TARGETS) if targets == "all" else targets.split(",")
+    config = peft.LoraConfig(r=4, lora_alpha=12.0, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(referee(folder), config)
+    fresh = peft.get_peft_model_state_dict(model)
+    assert {name: t.shape for name, t in fresh.items()} == {name: t.shape for name, t in adapter.items()}
+    peft.set_peft_model_state_dict(model, adapter)
+    return model
+
+
 def tokens() -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(0))
 
@@ -118,22 +129,39 @@ def test_peft_loads_the_adapter_and_transformers_the_merged_model(folders, kind,
     assert_close(beside, theirs)
 
 
+@pytest.mark.parametrize("targets", SUBSETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_every_gradient_equal_those_of_peft(folders, kind, targets):
+    """Where B is not 0, so that A has a gradient, too."""
+    examples, mstep = make_examples(9), make_mstep(folders[kind], lora_targets=targets)
+    lora, noise = mstep.lora, torch.Generator().manual_seed(0)
+    assert lora is not None
+    start = {n: p.detach() + 0.05 * torch.randn(p.shape, generator=noise) for n, p in lora.named_parameters().items()}
+    theirs = peft_model(folders[kind], targets, start)
+    loss, _ = reference_sums(theirs, examples)
+    (loss / 7.0).backward()
+    expected = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters().items():
+            parameter.copy_(start[name])
+    lora.attach()
+    totals = mstep.accumulate(examples, Step(0, ((0, 1, 2, 3), (4, 5, 6, 7, 8))), divisor=7.0)
+    assert totals.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert lora.named_parameters().keys() == expected.keys()
+    for name, parameter in lora.named_parameters().items():
+        assert_close(parameter.grad, expected[name])
+
+
 @pytest.mark.parametrize(("kind", "targets"), [("llama-tied", "all"), ("qwen2", SUBSETS[1]), ("qwen3", "all")])
-def test_training_equals_peft_with_torch(folders, kind, targets, tmp_path):
+def test_training_equals_peft_with_torch(folders, kind, targets):
     examples = make_examples(12)
     mstep = make_mstep(folders[kind], lora_targets=targets, lr=1e-3, warmup=0.0, schedule="constant", clip=0.0)
     start = {name: master.detach().clone() for name, master in mstep.masters.items()}
     assert mstep.lora is not None
     losses = losses_of(mstep, examples, seed=5)
 
-    names = list(TARGETS) if targets == "all" else targets.split(",")
-    config = peft.LoraConfig(r=4, lora_alpha=12.0, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(referee(folders[kind]), config)
-    fresh = peft.get_peft_model_state_dict(theirs)
-    assert {name: t.shape for name, t in fresh.items()} == {name: t.shape for name, t in start.items()}
-    for name, tensor in fresh.items():  # drawn alike: A up to the bound of peft's own, B all zero
-        assert start[name].abs().max() == pytest.approx(tensor.abs().max().item(), rel=0.1)
-    peft.set_peft_model_state_dict(theirs, start)
+    theirs = peft_model(folders[kind], targets, start)
     trained = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
     divisor = sum(len(e.token_ids) for e in examples) / 3
@@ -149,9 +177,7 @@ def test_training_equals_peft_with_torch(folders, kind, targets, tmp_path):
     for letter in "AB":
         names = [name for name in expected if f".lora_{letter}." in name]
         both = [torch.cat([one[name].detach().flatten() for name in names]) for one in (mstep.masters, expected)]
-        assert (both[0] - both[1]).norm() <= 1e-5 * both[1].norm()
-        # AdamW divides each gradient by its own size, however small, so single elements are less alike.
-        assert (both[0] - both[1]).abs().max() <= 1e-4 * both[1].abs().max()
+        assert (both[0] - both[1]).norm() <= 1e-5 * both[1].norm()  # in norm: AdamW makes much of tiny gradients
 
 
 # ------------------------------------------------------------------------------------- merging and precision
@@ -216,12 +242,15 @@ def test_tiny_updates_are_not_lost_in_bfloat16(folders):
     assert (half != 0).float().mean() > 0.9
 
 
-def test_adapters_begin_alike_in_every_process_and_with_the_seed(folders):
+def test_adapters_begin_as_those_of_peft_and_alike_with_the_same_seed(folders):
     first, again, other = (make_mstep(folders["qwen2"], seed=seed).masters for seed in (3, 3, 4))
+    config = peft.LoraConfig(r=4, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model_state_dict(peft.get_peft_model(referee(folders["qwen2"]), config))
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
         assert torch.equal(tensor, other[name]) == (".lora_B." in name)
-        assert tensor.abs().max() <= (1 / math.sqrt(tensor.shape[1]) if ".lora_A." in name else 0)
+        for size in (torch.std, lambda t: t.abs().max()):
+            assert float(size(tensor.detach())) == pytest.approx(float(size(theirs[name])), rel=0.25)
 
 
 # ------------------------------------------------------------------------------------------------- sharding
