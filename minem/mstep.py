@@ -18,17 +18,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minem.cache import peak_memory
 from minem.errors import GuardError, UserError, one_of, require
+from minem.memory import flops, peak_flops
 from minem.model import Model
 from minem.packing import Example, Step, best_fit_decreasing, pack, plan
 
 SCHEDULES = ("cosine", "linear", "constant")
+Weights = Literal["equal", "question", "importance"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class MStepConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    weights: Weights = "equal"  # of kept draws; "question": their mean, "importance": by pi/q (minem.objective)
+    answer_tokens: bool = True  # false: the rationale alone is trained, not the answer line and what follows it
 
     def __post_init__(self) -> None:
         require(
@@ -81,7 +86,7 @@ def loss_divisor(examples: Sequence[Example], steps_per_epoch: int) -> float:
 
     All epochs have the same tokens and the same number of steps, so one epoch gives the iteration's ratio.
     """
-    return sum(len(example.token_ids) for example in examples) / steps_per_epoch
+    return sum(len(example.targets) for example in examples) / steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -169,11 +174,13 @@ class MStep:
 
         Args:
             on_step: called after every update with its metrics: loss and entropy per supervised token (nats; the loss
-                weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included).
+                weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included), mfu
+                (model FLOP/s over the device's dense bfloat16 peak; None where that is not known) and, under a name
+                that says of what (`peak_memory`), the most bytes held so far. An entropy that is not finite is None.
 
         Returns:
-            loss, entropy, tokens_per_second over the whole M-step, the mean grad_norm, the loss of the first and the
-            last step, and counts: examples, steps, micro_batches, tokens, supervised_tokens, seconds.
+            the same over the whole M-step, grad_norm as the mean; the loss of the first and the last step, and counts:
+            examples, steps, micro_batches, tokens, supervised_tokens, seconds.
 
         Raises:
             GuardError: nothing to train on; or a loss or gradient is not finite (before the weights are touched).
@@ -192,6 +199,8 @@ class MStep:
         divisor = loss_divisor(examples, len(steps) // config.epochs)
         optimizer = self._optimizer()
         history: list[tuple[Totals, float]] = []
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         began = time.perf_counter()
         with self._gradients_to_masters():
             for number, step in enumerate(steps):
@@ -204,7 +213,7 @@ class MStep:
                 if on_step is not None:
                     row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
                     row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": float(norm)}
-                    on_step(row | _metrics(totals, time.perf_counter() - started))
+                    on_step(row | _metrics(totals, time.perf_counter() - started, self.model))
         self._check_weights()
         seconds = time.perf_counter() - began
         return {
@@ -215,7 +224,7 @@ class MStep:
             "loss_first": history[0][0].loss / history[0][0].weight,
             "loss_last": history[-1][0].loss / history[-1][0].weight,
             "grad_norm": sum(norm for _, norm in history) / len(history),
-            **_metrics(sum((totals for totals, _ in history), Totals()), seconds),
+            **_metrics(sum((totals for totals, _ in history), Totals()), seconds, self.model),
         }
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
@@ -241,7 +250,7 @@ class MStep:
             entropies.append(entropy.double().sum())
             tokens += sum(packed.lengths)
             supervised += len(packed.targets)
-            weight += sum(example.weight * len(example.token_ids) for example in members)
+            weight += sum(example.weight * len(example.targets) for example in members)
         return Totals(float(sum(losses)), float(sum(entropies)), tokens, supervised, weight)
 
     def _check_weights(self) -> None:
@@ -347,7 +356,7 @@ class MStep:
 
 @torch.no_grad()
 def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[tuple[list[float], list[float]]]:
-    """Log-probability and entropy (nats) of the policy at each sampled token: the forward pass of training, alone.
+    """Log-probability and entropy (nats) of the policy at each supervised token: the forward pass of training, alone.
 
     pack_tokens: most tokens of a pass (memory only).
     """
@@ -357,19 +366,23 @@ def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[t
         _, logprobs, entropies = model(
             packed.input_ids, lengths=packed.lengths, rows=packed.rows, targets=packed.targets
         )
-        sizes = [len(examples[i].token_ids) for i in members]
+        sizes = [len(examples[i].targets) for i in members]
         for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):
             scored[i] = own.tolist(), spread.tolist()
     return [scored[i] for i in range(len(examples))]
 
 
-def _metrics(totals: Totals, seconds: float) -> dict[str, Any]:
+def _metrics(totals: Totals, seconds: float, model: Model) -> dict[str, Any]:
+    entropy, peak = totals.entropy / totals.supervised, peak_flops(model.device)
+    work = flops(model.config, totals.tokens, totals.supervised)
     return {
         "loss": totals.loss / totals.weight,
-        "entropy": totals.entropy / totals.supervised,
+        "entropy": entropy if math.isfinite(entropy) else None,
         "tokens": totals.tokens,
         "supervised_tokens": totals.supervised,
         "tokens_per_second": totals.tokens / seconds,
+        "mfu": None if peak is None else work / seconds / peak,
+        **peak_memory(model.device),
     }
 
 
