@@ -114,7 +114,7 @@ class Experiment:
         return minibatch(self.task.train, run.questions_per_iteration, run.seed, iteration)
 
     def e_step(self, iteration: int) -> None:
-        """Draw rationales for the iteration's questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
+        """Draw rationales for its questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
         stage, folder = f"iter-{iteration:02d}/estep", f"iter-{iteration:02d}"
         if not self._skip(stage):
             self._draw_blocks(iteration, stage, folder)
@@ -211,7 +211,8 @@ class Experiment:
 
     def _lengths_before(self, iteration: int) -> dict[str, float]:
         """The mean tokens of each question's draws when it was last drawn on; none are known before the first time."""
-        size, known = self.config.run.questions_per_iteration, {}
+        size = self.config.run.questions_per_iteration
+        known: dict[str, float] = {}
         back = 1 if size is None else 2 * -(-len(self.task.train) // size)  # two passes have seen it at least once
         for earlier in range(max(1, iteration - back), iteration):
             file = self.run.path / f"iter-{earlier:02d}" / "samples.jsonl"

@@ -74,7 +74,7 @@ def advice(estep: Mapping[str, Any]) -> str:
 
 
 def loss_not_falling(losses: Sequence[float]) -> str | None:
-    """Steps have different examples, so their losses scatter: it must be out of the noise that the fall is too small."""
+    """Steps have different examples, so their losses scatter: that the fall is too small must stand out from that."""
     half = len(losses) // 2
     if len(losses) < FEWEST_STEPS:
         return None

@@ -98,8 +98,8 @@ def add_plain_logprobs(
 def rationale_tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None:
     """How many of the drawn tokens come before the answer line; None where there is no such line.
 
-    A token that reaches into the line belongs to it, be it by a part of a character. Nothing is tokenised again: the
-    first tokens are decoded, and more of them never reach less far, so the last ones that do not are found by bisection.
+    A token that reaches into the line belongs to it, be it by a part of a character. Nothing is tokenised again:
+    the first tokens are decoded, and as more of them never reach less far, bisection finds the last that do not.
     """
     text = tokenizer.decode(token_ids)
     start = answer_line(text)
