@@ -467,14 +467,13 @@ class Experiment:
 
     def _nothing_to_train_on(self, iteration: int) -> str:
         folder = f"iter-{iteration:02d}"
+        drawn = f"{folder}/estep"
         if self.left_out:
             return (
                 f"iteration {iteration}: every accepted rationale answers at once, so that without the answer there is "
                 "nothing to train on; set mstep.answer_tokens = true"
             )
-        advice = (
-            f"{health.advice(self.run.result(f'{folder}/estep'))}; " if self.run.finished(f"{folder}/estep") else ""
-        )
+        advice = f"{health.advice(self.run.result(drawn))}; " if self.run.finished(drawn) else ""
         return (
             f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {advice}"
             f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
