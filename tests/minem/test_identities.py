@@ -151,7 +151,7 @@ class World:
         return sum((weight * self.g[outcome] for outcome, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
 
     def hinted_by_counts(self, k: int, kind: str) -> torch.Tensor:
-        """`weighed_gradient("pps", k, kind)` for many draws: over all counts of the outcomes instead of all histories."""
+        """`weighed_gradient("pps", k, kind)` for many draws: over all counts of outcomes, not all histories."""
         right = [outcome for outcome in OUTCOMES if accepted(outcome)]
         total = torch.zeros(len(PREFIXES), 3, dtype=torch.float64)
         for counts in product(range(k + 1), repeat=len(right)):
@@ -159,8 +159,10 @@ class World:
             if missed < 0 or missed == k:
                 continue
             log_chance = math.lgamma(k + 1) - math.lgamma(missed + 1) + missed * math.log(1 - self.a)
-            log_chance += sum(n * math.log(self.hinted[o]) - math.lgamma(n + 1) for o, n in zip(right, counts))
-            kept = [o for o, n in zip(right, counts) for _ in range(n)]
+            log_chance += sum(
+                n * math.log(self.hinted[o]) - math.lgamma(n + 1) for o, n in zip(right, counts, strict=True)
+            )
+            kept = [o for o, n in zip(right, counts, strict=True) for _ in range(n)]
             found = weigh([self.row("hinted", o) for o in kept], kind, [""] * len(kept))
             for o, weight in zip(kept, found, strict=True):
                 total += math.exp(log_chance) * weight * self.g[o]
