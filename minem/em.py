@@ -428,10 +428,13 @@ class Experiment:
             f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
         )
         size = config.run.questions_per_iteration
-        if size is not None:
+        if size is not None and size > len(task.train):
             self.progress.note(
-                f"estep   {min(size, len(task.train))} of {len(task.train)} training questions in each iteration"
+                f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} training questions: "
+                "each iteration draws on all of them"
             )
+        elif size is not None:
+            self.progress.note(f"E-step  {size} of {len(task.train)} training questions in each iteration")
         self.progress.note(f"run     {self.run.path}")
         if self._altered():
             self.progress.note(
