@@ -14,6 +14,8 @@ step is about. On a GPU a step has a fixed shape, so that a CUDA graph can repla
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,17 @@ def free_memory(device: torch.device) -> int:
         return 1 << 62  # not Linux: nobody says, so the allocation itself must
     line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes held, under a name that says of what: by tensors on a GPU, or resident in this process.
+
+    A GPU's peak is that since `torch.cuda.reset_peak_memory_stats`, a process's is that since it began.
+    """
+    if device.type == "cuda":
+        return {"peak_gpu_memory": torch.cuda.max_memory_allocated(device)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_process_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 class KVCache:

@@ -60,6 +60,19 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """What no section can know alone."""
+        if self.mstep.weights != "equal" and self.sampler.draws != "all":
+            raise UserError(
+                f'mstep.weights = "{self.mstep.weights}" weighs the accepted draws of a question against each other, '
+                f'so it needs sampler.draws = "all", not "{self.sampler.draws}", which keeps one at most'
+            )
+        if not self.mstep.answer_tokens and self.sampler.filter == "none":
+            raise UserError(
+                'mstep.answer_tokens = false leaves out the answer line, which draws kept by sampler.filter = "none" '
+                'may lack; it needs sampler.filter = "correct"'
+            )
+
 
 SECTIONS: dict[str, type] = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config)}
 

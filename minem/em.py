@@ -20,19 +20,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minem
-from minem import diagnostics
+from minem import diagnostics, health
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
 from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
+from minem.data.prompts import ANSWER_LINE
 from minem.data.tasks import Question, load_task
 from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, UserError
-from minem.estep import Counts, EStep, blocks, encode_prompt
+from minem.estep import Counts, EStep, blocks, encode_prompt, minibatch
 from minem.evaluate import evaluate
 from minem.follower import Follower
 from minem.generate import Completion, Generator, SamplingParams
 from minem.model import Model
 from minem.mstep import MStep
+from minem.objective import add_plain_logprobs, rationale_tokens, weigh
 from minem.packing import Example
 from minem.progress import Progress, percent
 from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
@@ -54,6 +56,7 @@ class Experiment:
     """
 
     run: RunDirectory
+    left_out = 0  # rows of the last `examples` of which nothing is trained
 
     def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE):
         self.config = config
@@ -117,8 +120,13 @@ class Experiment:
         _ = self._hinted_generator  # a second model takes its memory first
         self.progress.note(f"cache   {self.generator.reserve(*self.longest)}")
 
+    def questions(self, iteration: int) -> list[Question]:
+        """The training questions that an iteration draws on."""
+        run = self.config.run
+        return minibatch(self.task.train, run.questions_per_iteration, run.seed, iteration)
+
     def e_step(self, iteration: int) -> None:
-        """Draw rationales for all training questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
+        """Draw rationales for its questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
         stage, folder = f"iter-{iteration:02d}/estep", f"iter-{iteration:02d}"
         if not self._skip(stage):
             self._draw_blocks(iteration, stage, folder)
@@ -150,12 +158,12 @@ class Experiment:
         # A run that goes on keeps its blocks, even where memory or processes give another number of slots now.
         begun = self.run.finished(f"{stage}.1")
         slots = self.run.result(f"{stage}.1")["slots"] if begun else int(self.ranks.total([self.generator.slots])[0])
-        parts = blocks(self.task.train, slots)
+        parts = blocks(self.questions(iteration), slots)
         stages = [f"{stage}.{number}" for number in range(1, len(parts) + 1)]
         # Tokens of blocks that were done before: they took none of the time that is measured now.
         known = sum(self.run.result(block)["counts"]["tokens"] for block in stages if self.run.finished(block))
         counts = Counts(questions=0)
-        with self._line(iteration, "E-step", len(self.task.train)) as line:
+        with self._line(iteration, "E-step", sum(map(len, parts))) as line:
             for block, questions in zip(stages, parts, strict=True):
                 counts += self._block(step, block, questions, counts, known, line, slots)
             rate = (counts.tokens - known) / max(1e-9, line.elapsed)
@@ -169,7 +177,9 @@ class Experiment:
             write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
             record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
             record.result.update(self.run.result(f"{stage}.1")["agreement"])
+            record.result["warnings"] = health.of_draws(record.result)
             self.run.log_metrics(stage, **record.result, tokens_per_second=rate)
+        self._warn(stage)
 
     def _block(
         self, step: EStep, stage: str, questions: Sequence[Question], before: Counts, known: int, line: Any, slots: int
@@ -201,6 +211,10 @@ class Experiment:
         with self.run.stage(stage) as record:
             own = self._own(questions, [step.lengths.get(question.id, 1.0) for question in questions])
             rows, counts = step.run(own, show, compare)
+            mstep = self.config.mstep
+            if mstep.weights == "importance":
+                by_id = {question.id: question for question in own}
+                add_plain_logprobs(rows, by_id, self.model, self.tokenizer, mstep.pack_tokens)
             rows, shares = self._collect(stage, rows, vars(counts))
             if not self.ranks.first:
                 return counts
@@ -239,12 +253,17 @@ class Experiment:
         return rows, extras
 
     def _lengths_before(self, iteration: int) -> dict[str, float]:
-        """The mean tokens of each question's draws in the iteration before; none are known before the first."""
-        file = self.run.path / f"iter-{iteration - 1:02d}" / "samples.jsonl"
-        lengths: dict[str, list[int]] = {}
-        for row in read_rows(file) if file.exists() else ():
-            lengths.setdefault(row["id"], []).append(len(row["token_ids"]))
-        return {id: sum(tokens) / len(tokens) for id, tokens in lengths.items()}
+        """The mean tokens of each question's draws when it was last drawn on; none are known before the first time."""
+        size = self.config.run.questions_per_iteration
+        known: dict[str, float] = {}
+        back = 1 if size is None else 2 * -(-len(self.task.train) // size)  # two passes have seen it at least once
+        for earlier in range(max(1, iteration - back), iteration):
+            file = self.run.path / f"iter-{earlier:02d}" / "samples.jsonl"
+            lengths: dict[str, list[int]] = {}
+            for row in read_rows(file) if file.exists() else ():
+                lengths.setdefault(row["id"], []).append(len(row["token_ids"]))
+            known |= {id: sum(tokens) / len(tokens) for id, tokens in lengths.items()}
+        return known
 
     def diagnose(self, iteration: int) -> None:
         """What hinted draws on a few training questions say about the model that the E-step drew from."""
@@ -296,10 +315,7 @@ class Experiment:
             if examples is None:
                 examples = self.examples(self.run.path / folder / "accepted.jsonl", lambda row: True)
             if not examples:
-                raise GuardError(
-                    f"iteration {iteration}: no rationale was accepted, so there is nothing to train on; "
-                    f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
-                )
+                raise GuardError(self._nothing_to_train_on(iteration))
             if self.config.run.init == "base":
                 read_weights(self.model, self.base_folder)
                 self.mstep.reset()
@@ -308,7 +324,7 @@ class Experiment:
 
                 def show(row: dict[str, Any]) -> None:
                     line.total = row["steps"]
-                    line.update(row["step"], loss=row["loss"], tokens_per_s=row["tokens_per_second"])
+                    line.update(row["step"], **_facts(row))
                     self.run.log_metrics(stage, **row)
 
                 summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
@@ -322,7 +338,9 @@ class Experiment:
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
-                record.result.update(summary)
+                record.result.update(summary, left_out=self.left_out)
+                record.result["warnings"] = self._health(iteration, self.mstep.losses, summary["entropy"])
+            self._warn(stage)
         # Outside the stage, so that a run that died between the two still cleans up.
         self.run.discard(f"iter-{iteration - 1:02d}/state")
         if self.config.run.keep == "last":
@@ -370,12 +388,15 @@ class Experiment:
     def examples(self, file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> list[Example]:
         """What is trained of the rows that `keep` keeps: the *plain* prompt of the question with the ids as drawn.
 
+        Rows of which nothing is trained are left out (and weighed all the same): where `mstep.answer_tokens` is off,
+        those that answer at once.
+
         Raises:
             UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or
-                more of them than the model has positions.
+                more of them than the model has positions; or it lacks what the objective needs.
         """
-        questions = {question.id: question for question in self.task.train}
-        examples = []
+        questions, mstep = {question.id: question for question in self.task.train}, self.config.mstep
+        rows, names, kept = [], [], []
         for number, row in enumerate(read_rows(file), start=1):
             if not keep(row):
                 continue
@@ -391,7 +412,27 @@ class Experiment:
                 raise UserError(
                     f"{where}: {len(ids)} token ids and their prompt exceed {self.generator.max_length} positions"
                 )
-            examples.append(Example(question.id, prompt, ids))
+            supervised = None if mstep.answer_tokens else rationale_tokens(self.tokenizer, ids)
+            if supervised is None and not mstep.answer_tokens:
+                raise UserError(
+                    f'{where}: the text has no line that starts with "{ANSWER_LINE}", so mstep.answer_tokens = false '
+                    "cannot tell its rationale from its answer; such rows need mstep.answer_tokens = true"
+                )
+            rows.append(row)
+            names.append(where)
+            kept.append((question.id, prompt, ids, supervised))
+        weights = weigh(rows, mstep.weights, names)
+        examples = [
+            Example(id_, prompt, ids, weight, supervised)
+            for (id_, prompt, ids, supervised), weight in zip(kept, weights, strict=True)
+            if supervised != 0
+        ]
+        self.left_out = len(rows) - len(examples)
+        if self.left_out:
+            self.progress.note(
+                f"note    {self.left_out} of {len(rows)} accepted rationales answer at once: with mstep.answer_tokens "
+                "= false nothing of them is trained"
+            )
         return examples
 
     @cached_property
@@ -450,6 +491,14 @@ class Experiment:
                 f"lora    rank {self.mstep.lora.rank}, alpha {self.mstep.lora.alpha:g}, {trained:,.2f} M parameters "
                 f"trained beside {', '.join(self.mstep.lora.targets)}"
             )
+        size = config.run.questions_per_iteration
+        if size is not None and size > len(task.train):
+            self.progress.note(
+                f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} training questions: "
+                "each iteration draws on all of them"
+            )
+        elif size is not None:
+            self.progress.note(f"E-step  {size} of {len(task.train)} training questions in each iteration")
         self.progress.note(f"run     {self.run.path}")
         if self._altered():
             self.progress.note(
@@ -471,6 +520,32 @@ class Experiment:
             self.mstep.reset()
         if (folder / "state").exists():
             self.mstep.load(folder / "state")
+
+    def _health(self, iteration: int, losses: Sequence[float], entropy: float | None) -> list[str]:
+        before = [self.run.result(f"iter-{i:02d}/mstep")["entropy"] for i in range(1, iteration)]
+        drawn = f"iter-{iteration:02d}/estep"
+        solved = None
+        if self.run.finished(drawn):  # it is not where the M-step is done alone
+            solved = self.run.result(drawn)["solved"] / self.run.result(drawn)["questions"]
+        return health.of_training(losses, [*before, entropy], solved)
+
+    def _warn(self, stage: str) -> None:
+        for sentence in self.run.result(stage)["warnings"]:
+            self.progress.note(f"warning {sentence}")
+
+    def _nothing_to_train_on(self, iteration: int) -> str:
+        folder = f"iter-{iteration:02d}"
+        drawn = f"{folder}/estep"
+        if self.left_out:
+            return (
+                f"iteration {iteration}: every accepted rationale answers at once, so that without the answer there is "
+                "nothing to train on; set mstep.answer_tokens = true"
+            )
+        advice = f"{health.advice(self.run.result(drawn))}; " if self.run.finished(drawn) else ""
+        return (
+            f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {advice}"
+            f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
+        )
 
     def _state_is_needed(self, iteration: int) -> bool:
         """Whether a later M-step goes on from more than the saved model holds: float32 masters, AdamW's moments."""
@@ -532,3 +607,13 @@ class Experiment:
 
         questions = {question.id: question for question in self.task.train}
         return sum(valid_steps(row["text"], questions[row["id"]]) for row in rows) / len(rows)
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, str | float]:
+    """What the line of an M-step shows of a step's metrics."""
+    facts = {"loss": row["loss"], "grad_norm": row["grad_norm"], "lr": row["lr"]}
+    facts |= {"tokens_per_s": row["tokens_per_second"]}
+    if row["mfu"] is not None:
+        facts["MFU"] = percent(row["mfu"])
+    peak = next(value for key, value in row.items() if key.startswith("peak_"))
+    return facts | {"peak_memory": f"{peak / 1e9:.2f} GB"}

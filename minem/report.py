@@ -72,6 +72,7 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
             for number, plot in enumerate(comparison.get("plots") or ())
         ],
         summary=[figures.summary(name, run) for name, run in zip(names, runs, strict=True)],
+        warnings=figures.warnings(names, runs),
         tasks=figures.by_task(runs),
         stages=[
             {"name": name, **stages}

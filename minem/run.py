@@ -54,6 +54,7 @@ class RunConfig:
     """How long, from which seed, and where."""
 
     iterations: int = 4
+    questions_per_iteration: int | None = None  # drawn on in turn, by a shuffle that repeats after all; by default all
     seed: int = 0
     out: str | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -66,6 +67,10 @@ class RunConfig:
             "run",
             self,
             iterations=(self.iterations >= 1, "1 or more"),
+            questions_per_iteration=(
+                self.questions_per_iteration is None or self.questions_per_iteration >= 1,
+                "1 or more; all are drawn on where it is not set",
+            ),
             seed=(0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
             slots=(self.slots is None or 1 <= self.slots <= 65_536, "between 1 and 65536"),
         )

@@ -111,9 +111,10 @@ def train_on_samples(
     experiment = Experiment(config, progress, ranks)
     examples = experiment.examples(samples, keep)
     if not examples:
-        raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
+        why = "every accepted row answers at once" if experiment.left_out else 'no row has status "accepted"'
+        raise GuardError(f"{samples}: {why}, so there is nothing to train on")
     endless = sum(example.token_ids[-1] not in experiment.tokenizer.eos_ids for example in examples)
-    if endless:
+    if endless and config.mstep.answer_tokens:
         progress.note(
             f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
         )

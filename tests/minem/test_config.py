@@ -207,6 +207,7 @@ MISTAKES = {
     "device": ('[run]\ndevice = "gpu"', 'run.device is "gpu"; it must be one of auto, cpu, cuda'),
     "schedule": ('[mstep]\nschedule = "cos"', "mstep.schedule"),
     "LoRA target": ('[mstep]\nlora_targets = "q_proj, v_prj"', "or several with commas (did you mean v_proj?)"),
+    "questions": ("[run]\nquestions_per_iteration = 0", "run.questions_per_iteration is 0; it must be 1 or more"),
     "not TOML": ("[run\nseed = 3", "is not valid TOML"),
     "twice": ("[run]\nseed = 3\nseed = 4", "is not valid TOML"),
     "deep": ("[run]\nseed = " + "[" * 100_000, "is not valid TOML"),
@@ -309,12 +310,15 @@ def values(key: str, hint: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def configs(draw: st.DrawFn) -> Config:
-    return Config(
-        **{
-            section: kind(**{n: draw(values(f"{section}.{n}", h)) for n, h in typing.get_type_hints(kind).items()})
-            for section, kind in SECTIONS.items()
-        }
-    )
+    drawn = {
+        section: kind(**{n: draw(values(f"{section}.{n}", h)) for n, h in typing.get_type_hints(kind).items()})
+        for section, kind in SECTIONS.items()
+    }
+    if drawn["mstep"].weights != "equal":
+        drawn["sampler"] = dataclasses.replace(drawn["sampler"], draws="all")
+    if not drawn["mstep"].answer_tokens:
+        drawn["sampler"] = dataclasses.replace(drawn["sampler"], filter="correct")
+    return Config(**drawn)
 
 
 @settings(max_examples=300, deadline=None)

@@ -322,6 +322,14 @@ def test_hinted_acceptance_that_fell_is_told(tmp_path):
     assert figures.EXPLAINED["hinted"][1] in page
 
 
+def test_warnings_of_the_iterations_are_told(tmp_path):
+    sentence = "the loss did not fall, <b>really</b>"
+    run = make_run(tmp_path / "run", extra={"iter-02/mstep": {"warnings": [sentence]}, "iter-01/mstep": {}})
+    page = page_of(run)
+    assert "run, iteration 2: the loss did not fall, &lt;b&gt;really" in page
+    assert "run, iteration 1:" not in page
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
