@@ -38,13 +38,15 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import minem
 from minem.errors import Interrupted, UserError, require
+from minem.text import redact
+from minem.untrusted import CONFIG_LIMIT, own_file, parse, read_json, read_limited
 
 if TYPE_CHECKING:
     from minem.config import Config
 
 PARTIAL = ".partial."
 LOCK = ".lock"
-ROW_LIMIT = 64 << 20  # bytes of one line of a JSONL file
+ROW_LIMIT = 16 << 20  # bytes of one line of a JSONL file
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
 
@@ -305,9 +307,8 @@ def hold_folder(
 
 def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
     try:
-        before = json.loads((path / mark).read_bytes())
-        changes = difference(before, settings)
-    except (ValueError, AttributeError, RecursionError) as error:
+        changes = difference(read_json(path / mark), settings)
+    except (UserError, AttributeError) as error:
         raise UserError(f"{path / mark} is damaged; give --overwrite to start anew") from error
     if changes:
         raise UserError(
@@ -344,8 +345,8 @@ def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[s
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     """What `to_toml` wrote."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return tomllib.loads(read_limited(path, CONFIG_LIMIT).decode())
+    except (UserError, ValueError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged ({' '.join(str(error).split())}); give --overwrite to start anew"
         ) from error
@@ -385,14 +386,10 @@ def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """run.json. UserError where `folder` is no run directory."""
-    path = Path(folder) / "run.json"
     try:
-        facts = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is not a run directory: its run.json cannot be read") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{folder} is not a run directory: its run.json is no JSON object")
-    return facts
+        return read_json(own_file(Path(folder), "run.json"))
+    except UserError as error:
+        raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -437,8 +434,8 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -506,7 +503,7 @@ def _facts(config: Config, command: list[str], inputs: dict[str, str]) -> dict[s
         "versions": {"minem": minem.__version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "commit": _commit(),
-        "command": command,
+        "command": [redact(word) for word in command],
         "seed": config.run.seed,
         "config": dataclasses.asdict(config),
         "inputs": inputs,

@@ -326,7 +326,7 @@ def test_hinted_acceptance_that_fell_is_told(tmp_path):
     ("damage", "sentence"),
     [
         (lambda run: (run / "run.json").unlink(), "run.json cannot be read"),
-        (lambda run: (run / "run.json").write_text("[1]"), "no JSON object"),
+        (lambda run: (run / "run.json").write_text("[1]"), "holds a JSON list"),
         (lambda run: (run / "run.json").write_text('{"config": {"task": {}}}'), "holds no config"),
         (lambda run: (run / "journal.jsonl").write_text('{"stage": 1}\n'), "journal.jsonl is damaged"),
         (lambda run: (run / "iter-01" / "samples.jsonl").write_text('{"id": 7}\n'), "a row has no id"),
