@@ -26,12 +26,11 @@ from minem.evaluate import EvalConfig
 from minem.mstep import MStepConfig
 from minem.run import RunConfig, difference, to_toml
 from minem.samplers import SamplerConfig
-from minem.untrusted import read_limited
+from minem.untrusted import read_toml
 from minem.weights import WeightsConfig
 
 __all__ = ["FLAGS", "Config", "difference", "load_config", "to_toml"]
 
-SIZE_LIMIT = 1 << 16  # bytes of a config file
 # The flags that are short for a key. They win over the file; saying a key twice on one command line is an error.
 FLAGS = {
     "model.id": "--model",
@@ -95,11 +94,9 @@ def load_config(
 def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:
     """("section.key", value) for everything in the file."""
     try:
-        content = tomllib.loads(read_limited(path, SIZE_LIMIT).decode())
+        content = read_toml(path)
     except UserError as error:
         raise UserError(f"config {error}") from error
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"config {path} is not valid TOML: {' '.join(str(error).split())[:300]}") from error
     for section, values in content.items():
         if section not in SECTIONS:
             wanted = one_of(section, [f"[{name}]" for name in SECTIONS])

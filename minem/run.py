@@ -28,7 +28,6 @@ import re
 import shutil
 import subprocess
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -39,7 +38,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import minem
 from minem.errors import Interrupted, UserError, require
 from minem.text import redact
-from minem.untrusted import CONFIG_LIMIT, own_file, parse, read_json, read_limited
+from minem.untrusted import own_file, parse, read_json, read_toml
 
 if TYPE_CHECKING:
     from minem.config import Config
@@ -345,11 +344,9 @@ def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[s
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     """What `to_toml` wrote."""
     try:
-        return tomllib.loads(read_limited(path, CONFIG_LIMIT).decode())
-    except (UserError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())}); give --overwrite to start anew"
-        ) from error
+        return read_toml(path)
+    except UserError as error:
+        raise UserError(f"{error}; give --overwrite to start anew") from error
 
 
 def _shown(value: Any) -> str:

@@ -9,6 +9,7 @@ readers of the same file do not: what one tool has checked must not be something
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,8 @@ from minem.errors import UserError
 
 MEBIBYTE = 1 << 20
 CONFIG_LIMIT = 4 * MEBIBYTE  # bytes; the largest tokenizer_config.json in wide use (Gemma's) has 1.1 MiB
+TOML_LIMIT = MEBIBYTE // 16
+TOML_LINE_LIMIT = 4096
 DEPTH_LIMIT = 64  # lists and objects inside each other
 
 
@@ -42,6 +45,17 @@ def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a JSON {type(value).__name__}; an object {{...}} was expected")
     return value
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a small TOML file. UserError names the file and what is wrong with it."""
+    try:
+        text = read_limited(path, TOML_LIMIT).decode()
+        if any(len(line) > TOML_LINE_LIMIT for line in text.split("\n")):  # of a key's dots, tomllib tries every pair
+            raise ValueError(f"a line has more than {TOML_LINE_LIMIT} characters")
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
+        raise UserError(f"{path} is not valid TOML: {str(error)[:300]}") from error
 
 
 def read_limited(path: Path, limit: int) -> bytes:
