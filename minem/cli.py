@@ -387,7 +387,11 @@ def generate(
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
     from minem.generate import SamplingParams
 
-    params = SamplingParams(**sampling)
+    try:
+        params = SamplingParams(**sampling)
+    except UserError as error:  # says "top_p = ..."
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
     generator = _generator(model, device)
     asked: list[Any] = texts
     if chat:
