@@ -169,6 +169,8 @@ def _typed(key: str, value: Any, origin: str) -> Any:
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         wanted = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}[hint]
         raise UserError(f"{origin}: {key} is {shown(value)}; it must be {wanted}")
-    if hint is str and (not value or any("\ud800" <= c <= "\udfff" for c in value)):
-        raise UserError(f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode and not empty")
+    if hint is str and (not value or any("\ud800" <= c <= "\udfff" or c == "\0" for c in value)):
+        raise UserError(
+            f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode, without NUL, not empty"
+        )
     return value

@@ -37,7 +37,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import minem
 from minem.errors import Interrupted, UserError, require
-from minem.text import redact
+from minem.text import redact, visible
 from minem.untrusted import own_file, parse, read_json, read_toml
 
 if TYPE_CHECKING:
@@ -355,8 +355,9 @@ def _shown(value: Any) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, str):
-        # TOML's basic strings are JSON's, but that they also escape DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # TOML's basic strings are JSON's, but that they also escape DEL; so that the file is harmless to look at, too,
+        # whatever a terminal would obey is escaped like it.
+        return visible(json.dumps(value, ensure_ascii=False))
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value)

@@ -9,6 +9,7 @@ readers of the same file do not: what one tool has checked must not be something
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,11 +78,16 @@ def own_file(folder: Path, name: str) -> Path:
     along a file of the user's. The hub's cache is built of links from SNAPSHOT/name to ../../blobs, so those are good.
     Raises UserError for any other link that leads out, and for what is no file: reading a pipe might never end.
     """
-    path, home = folder / name, folder.resolve()
-    homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    if not any(path.resolve().is_relative_to(one) for one in homes):
+    path = folder / name
+    try:
+        home = folder.resolve()
+        homes = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+        there, inside = os.path.exists(path), any(path.resolve().is_relative_to(one) for one in homes)
+    except (OSError, RuntimeError) as error:  # a link to itself, a name that is too long
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not inside:
         raise UserError(f"{path} is a link that leads out of its folder; put the file itself there")
-    if path.exists() and not path.is_file():
+    if there and not path.is_file():
         raise UserError(f"{path} is not a file")
     return path
 

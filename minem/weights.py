@@ -10,6 +10,7 @@ three tensors in the file; `checkpoint_views` says which slice is which, and bot
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -203,7 +204,7 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if str(folder_or_hub_id) == "toy":
         return TOY
     path = Path(folder_or_hub_id).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)):
         raise UserError(

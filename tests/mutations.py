@@ -1,7 +1,7 @@
 """Strategies that damage good files: values of JSON trees exchanged for odd ones, and bytes flipped, cut and doubled.
 
-A file that is nearly right gets further into a reader than noise does, and finds more. Beside them, what a terminal or a
-browser would obey, and the check that none of it gets through.
+A file that is nearly right gets further into a reader than noise does, and finds more. Beside them, what a terminal or
+a browser would obey, and the check that none of it gets through.
 """
 
 from __future__ import annotations

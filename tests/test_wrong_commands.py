@@ -23,6 +23,7 @@ from click.testing import CliRunner
 import minem
 from minem.cli import main
 from minem.data.tasks import TOY
+from minem.errors import UserError
 from tests.mutations import assert_harmless
 
 ROW = {"id": "q1", "question": "What?", "choices": {"text": ["light", "soup"], "label": ["A", "B"]}, "answerKey": "A"}
@@ -148,7 +149,7 @@ WRONG = {
     "train --set run.keep=newest": 'run.keep is "newest"; it must be one of last, all',
     "train --set run.slots=0": "run.slots is 0; it must be between 1 and 65536",
     "train --set eval.samples=-1": "eval.samples is -1; it must be 0 or more",
-    "train --set sampler.budget=2 --budget 3": "sampler.budget is given twice on the command line, by --budget and --set",
+    "train --set sampler.budget=2 --budget 3": "sampler.budget is given twice on the command line",
     "train --set sampler.max_new_tokens=5000": "lower sampler.max_new_tokens",
     # config files
     "train nowhere.toml": "config nowhere.toml cannot be read: No such file",
@@ -245,9 +246,7 @@ def test_the_table_knows_each_command_and_most_flags() -> None:
     assert len(WRONG) >= 60
 
 
-@pytest.mark.parametrize(
-    "command", ["trian", "train --sampelr rsm", "train key.toml", "show nowhere"]
-)
+@pytest.mark.parametrize("command", ["trian", "train --sampelr rsm", "train key.toml", "show nowhere"])
 def test_the_process_itself_ends_so(place: Path, command: str) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(minem.__file__).parents[1])}
     before = contents(place)
@@ -265,9 +264,8 @@ def test_a_link_that_leads_out_of_a_model_folder_is_refused(tmp_path: Path) -> N
         folder = shutil.copytree(TOY / "model", tmp_path / name / "model")
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(secret)
-        with pytest.raises(minem.errors.UserError, match=re.escape(f"{name} is a link that leads out of its folder")):
-            model, tokenizer = minem.load(folder)
-            minem.save(model, tokenizer, tmp_path / "copy")
+        with pytest.raises(UserError, match=re.escape(f"{name} is a link that leads out of its folder")):
+            minem.save(*minem.load(folder), tmp_path / "copy")
     cache = tmp_path / "models--a--b"
     snapshot = cache / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -276,6 +274,5 @@ def test_a_link_that_leads_out_of_a_model_folder_is_refused(tmp_path: Path) -> N
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
     (tmp_path / "link").symlink_to(snapshot)
     for folder in (snapshot, tmp_path / "link"):
-        model, tokenizer = minem.load(folder)
-        minem.save(model, tokenizer, tmp_path / "copy")
+        minem.save(*minem.load(folder), tmp_path / "copy")
         assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
