@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import tomllib
 import types
 import typing
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minem.data.tasks import TaskConfig
-from minem.errors import UserError, one_of, shown
+from minem.errors import UserError, is_reference, one_of, shown
 from minem.evaluate import EvalConfig
 from minem.mstep import MStepConfig
 from minem.run import RunConfig, difference, to_toml
@@ -44,6 +45,9 @@ FLAGS = {
     "run.out": "--out",
     "run.device": "--device",
 }
+
+
+CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code, module:name
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,23 @@ def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[st
     return given
 
 
+def _check_code(key: str, name: str, origin: str) -> None:
+    """A file may come from anybody, and with `shutil:rmtree` for an answer check it would delete what a model names.
+
+    So it may name minem's own code and that in the folder where the user stands; other code is for the command line.
+    """
+    module = name.partition(":")[0]
+    top = module.partition(".")[0]
+    place = Path.cwd().joinpath(*module.split("."))
+    here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+    if top != "minem" and (top in sys.stdlib_module_names or not here):
+        flag = f"{FLAGS[key]} {name}"
+        raise UserError(
+            f"{origin}: {key} is {shown(name)}, which is no code of this folder; a config may not run code from "
+            f"elsewhere: if you trust it, give {flag} on the command line"
+        )
+
+
 def _check_key(key: str, origin: str) -> None:
     known = {f"{section}.{name}" for section, kind in SECTIONS.items() for name in _hints(kind)}
     if key in known:
@@ -171,6 +192,8 @@ def _typed(key: str, value: Any, origin: str) -> Any:
         raise UserError(f"{origin}: {key} is {shown(value)}; it must be {wanted}")
     if hint is str and (not value or any("\ud800" <= c <= "\udfff" or c == "\0" for c in value)):
         raise UserError(
-            f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode, without NUL, not empty"
+            f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode and not empty, without NUL"
         )
+    if key in CODE and is_reference(value) and origin not in ("--set", FLAGS[key]):
+        _check_code(key, value, origin)
     return value

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 PARTIAL = ".partial."
 LOCK = ".lock"
 ROW_LIMIT = 16 << 20  # bytes of one line of a JSONL file
+JOURNAL_LIMIT = 256 << 20  # bytes
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
 
@@ -379,7 +380,10 @@ def default_path(config: Config) -> Path:
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
     """{stage: result} of a run directory that another process may be writing to; nothing is changed."""
-    return _replay(_whole_lines(Path(folder) / "journal.jsonl")[0], Path(folder))
+    path = own_file(Path(folder), "journal.jsonl")
+    if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
+        raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
+    return _replay(_whole_lines(path)[0], Path(folder))
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:

@@ -25,12 +25,15 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 import jinja2
+import markupsafe
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+import minem
 from minem.errors import UserError
 
 RENDER_LIMIT = 4 << 20  # characters of one rendered chat
@@ -91,7 +94,8 @@ def _start() -> subprocess.Popen[bytes]:
     # What Python needs to find the same packages, and nothing else: the environment holds the user's tokens.
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     environment["PYTHONHASHSEED"] = "0"
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    homes = (str(Path(str(package.__file__)).parents[1]) for package in (minem, jinja2, markupsafe))
+    environment["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(homes))
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "minem.template"],
         stdin=subprocess.PIPE,
