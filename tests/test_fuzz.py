@@ -341,7 +341,7 @@ def test_samples_of_others(tmp_path: Path, experiment: Experiment, number: int) 
     tried("samples.jsonl", number, whole, act, "samples.jsonl")
 
 
-@cases(40, 300)
+@cases(25, 150)
 def test_run_directories_of_others(tmp_path: Path, number: int) -> None:
     rows = [sample("toy-train-001"), sample("toy-train-002", attempt=2, status="wrong", text=HOSTILE)]
     answers = [answer("a", "wrong"), answer("b", "accepted")]
@@ -445,10 +445,10 @@ WORDS += [
 WORDS += ["\\frac{1}{0}", "9" * 50, "because", "option", "since we know that the correct answer is", "_", "`", HOSTILE]
 
 
-@cases(200, 2000)
+@cases(200, 1500)
 def test_what_a_model_writes(number: int) -> None:
     parts = st.lists(st.sampled_from(WORDS) | st.text(max_size=10), max_size=30).map(" ".join)
-    long = st.tuples(parts, st.sampled_from([1, 1, 1, 50, 1000])).map(lambda t: (t[0] * t[1])[:60_000])
+    long = st.tuples(parts, st.sampled_from([1, 1, 1, 50, 1000])).map(lambda t: (t[0] * t[1])[:20_000])
 
     def check(text: str) -> None:
         with watched():
