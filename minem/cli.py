@@ -14,16 +14,18 @@ import io
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 import minem
 from minem.errors import GuardError, MinemError, UserError
+from minem.text import clean, sentence
 
 
 class _Group(click.Group):
@@ -37,19 +39,45 @@ class _Group(click.Group):
             advice = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self.list_commands(ctx))}"
             raise click.UsageError(f"there is no command {args[0]!r}; {advice}") from error
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:  # the help
+            return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _refuse(ctx, error)
+
     def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            _refuse(ctx, error)
         except MinemError as error:
-            from minem.progress import clean
-
-            click.echo(f"minem: {clean(str(error))}", err=True)
+            click.echo(f"minem: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
             advice = "; give the same command again to go on from there" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
+
+
+def _refuse(ctx: click.Context, error: click.UsageError) -> NoReturn:
+    """click's complaint about a flag or a value in one sentence, with the nearest valid name where there is one."""
+    ctx = error.ctx or ctx
+    said, found, names = error.format_message().rstrip("."), "", []
+    if isinstance(error, click.NoSuchOption):
+        said, found = f"there is no flag {error.option_name}", error.option_name
+        names = [name for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
+    elif isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
+        value = re.search(r": '(.*)' is not one of", said, re.DOTALL)
+        found, names = value[1] if value else "", list(map(str, error.param.type.choices))
+    near = difflib.get_close_matches(found, names, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"see {ctx.command_path} --help"
+    click.echo(f"minem: {sentence(f'{said}; {advice}')}", err=True)
+    ctx.exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -203,7 +231,7 @@ def sample(
         solved, questions = result["solved"], result["questions"]
         text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
         if ranks.first:
-            _print(result, as_json, lambda: click.echo(text))
+            _print(result, as_json, lambda: _say(text))
 
 
 @main.command()
@@ -261,9 +289,9 @@ def _compare_tables(result: dict[str, Any]) -> None:
 
     for one in result["tables"]:
         table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
-        click.echo(f"{one['note']}\n")
+        _say(f"{one['note']}\n")
     if result["runs"]:
-        click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
+        _say(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 @main.command("eval")
@@ -374,7 +402,7 @@ def _eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
         subjects = summary["subjects"].items()
         rows = [[name, str(s["n"]), percent(s["accuracy"], (s["low"], s["high"]))] for name, s in subjects]
         table(["subject", "n", "accuracy, greedy"], rows, file=sys.stdout)
-    click.echo(f"answers: {named['answers']}")
+    _say(f"answers: {named['answers']}")
 
 
 @main.command()
@@ -400,9 +428,12 @@ def generate(
         raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
     from minem.generate import SamplingParams
-    from minem.progress import clean
 
-    params = SamplingParams(**sampling)
+    try:
+        params = SamplingParams(**sampling)
+    except UserError as error:  # says "top_p = ..."
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
     generator = _generator(model, device)
     asked: list[Any] = texts
     if chat:
@@ -419,9 +450,9 @@ def generate(
     def show() -> None:
         for text, completions in zip(texts, answers, strict=True):
             if len(texts) > 1:
-                click.echo(f"> {clean(str(text))}")
+                _say(f"> {clean(text)}")
             for completion in completions:
-                click.echo(clean(completion.text, keep_lines=True))
+                _say(completion.text)
 
     _print({"model": model, "results": result}, as_json, show)
 
@@ -446,8 +477,8 @@ def show(run: Path, iteration: int | None, status: str | None, question: str | N
 
     def text() -> None:
         for line in shown.lines(rows):
-            click.echo(line)
-        click.echo(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
+            _say(line)
+        _say(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
 
     _print({"run": str(run), "matched": matched, "samples": rows}, as_json, text)
 
@@ -463,7 +494,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     from minem.report import write_report
 
     write_report(runs, out)
-    click.echo(out)
+    _say(str(out))
 
 
 def _read_prompts(path: Path | None) -> list[str]:
@@ -486,7 +517,12 @@ def _generator(name: str, device: str) -> Any:
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))
     limit_threads(model)
-    return minem.Generator(model, tokenizer, on_note=lambda note: click.echo(f"note    {note}", err=True))
+    return minem.Generator(model, tokenizer, on_note=lambda note: _say(f"note    {note}", err=True))
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Print what may be quoted from files and models."""
+    click.echo(clean(text, keep_lines=True), err=err)
 
 
 def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -497,7 +533,7 @@ def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
 
 
 def _mstep_line(result: dict[str, Any]) -> None:
-    click.echo(f"loss {result['loss']:.4f}, model in {result['model']}")
+    _say(f"loss {result['loss']:.4f}, model in {result['model']}")
 
 
 def _train_table(result: dict[str, Any]) -> None:
@@ -533,9 +569,9 @@ def _train_table(result: dict[str, Any]) -> None:
     table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows], file=sys.stdout)
     test = result["test"]
     base, last = test["base"], test["last"]
-    click.echo(
+    _say(
         f"test ({base['n']} questions, greedy): {percent(base['accuracy'], (base['low'], base['high']))} -> "
         f"{percent(last['accuracy'], (last['low'], last['high']))}; {test['wrong_to_right']} became right, "
         f"{test['right_to_wrong']} became wrong, McNemar p = {test['mcnemar_p']:.2g}"
     )
-    click.echo(f"model: {result['model']}   report: {result['run']}/report.html")
+    _say(f"model: {result['model']}   report: {result['run']}/report.html")

@@ -39,6 +39,7 @@ from minem.packing import Example
 from minem.progress import Progress, percent
 from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, make_sampler
+from minem.text import visible
 from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save
 
@@ -462,7 +463,7 @@ class Experiment:
         """What the folder holds, for whoever finds it on its own."""
         sampler = self.config.sampler
         front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(self.config.model.id)}\ntags: [minem]\n---\n"
-        return (
+        return visible(
             f"{front}\n# {self.run.path.name}, iteration {iteration}\n\n"
             f"`{self.config.model.id}` after {iteration} iteration(s) of expectation maximization on "
             f"`{self.config.task.name}` with the sampler `{sampler.name}` (budget {sampler.budget}), "

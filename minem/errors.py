@@ -12,11 +12,19 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from minem.text import sentence
+
 
 class MinemError(Exception):
-    """Base of the errors whose message is meant for a person."""
+    """Base of the errors whose message is meant for a person.
+
+    Much of it is often quoted from files and models: it becomes one line that is safe to show (`minem.text.sentence`).
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(sentence(message))
 
 
 class UserError(MinemError):

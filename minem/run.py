@@ -28,7 +28,6 @@ import re
 import shutil
 import subprocess
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,13 +37,16 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import minem
 from minem.errors import Interrupted, UserError, require
+from minem.text import redact, visible
+from minem.untrusted import own_file, parse, read_json, read_toml
 
 if TYPE_CHECKING:
     from minem.config import Config
 
 PARTIAL = ".partial."
 LOCK = ".lock"
-ROW_LIMIT = 64 << 20  # bytes of one line of a JSONL file
+ROW_LIMIT = 16 << 20  # bytes of one line of a JSONL file
+JOURNAL_LIMIT = 256 << 20  # bytes
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
 
@@ -313,9 +315,8 @@ def hold_folder(
 
 def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
     try:
-        before = json.loads((path / mark).read_bytes())
-        changes = difference(before, settings)
-    except (ValueError, AttributeError, RecursionError) as error:
+        changes = difference(read_json(path / mark), settings)
+    except (UserError, AttributeError) as error:
         raise UserError(f"{path / mark} is damaged; give --overwrite to start anew") from error
     if changes:
         raise UserError(
@@ -352,11 +353,9 @@ def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[s
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     """What `to_toml` wrote."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())}); give --overwrite to start anew"
-        ) from error
+        return read_toml(path)
+    except UserError as error:
+        raise UserError(f"{error}; give --overwrite to start anew") from error
 
 
 def _shown(value: Any) -> str:
@@ -365,8 +364,9 @@ def _shown(value: Any) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, str):
-        # TOML's basic strings are JSON's, but that they also escape DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # TOML's basic strings are JSON's, but that they also escape DEL; so that the file is harmless to look at, too,
+        # whatever a terminal would obey is escaped like it.
+        return visible(json.dumps(value, ensure_ascii=False))
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value)
@@ -388,19 +388,18 @@ def default_path(config: Config) -> Path:
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
     """{stage: result} of a run directory that another process may be writing to; nothing is changed."""
-    return _replay(_whole_lines(Path(folder) / "journal.jsonl")[0], Path(folder))
+    path = own_file(Path(folder), "journal.jsonl")
+    if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
+        raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
+    return _replay(_whole_lines(path)[0], Path(folder))
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """run.json. UserError where `folder` is no run directory."""
-    path = Path(folder) / "run.json"
     try:
-        facts = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is not a run directory: its run.json cannot be read") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{folder} is not a run directory: its run.json is no JSON object")
-    return facts
+        return read_json(own_file(Path(folder), "run.json"))
+    except UserError as error:
+        raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -445,8 +444,8 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -514,7 +513,7 @@ def _facts(config: Config, command: list[str], inputs: dict[str, str]) -> dict[s
         "versions": {"minem": minem.__version__, "python": platform.python_version(), **versions},
         "platform": platform.platform(),
         "commit": _commit(),
-        "command": command,
+        "command": [redact(word) for word in command],
         "seed": config.run.seed,
         "config": dataclasses.asdict(config),
         "inputs": inputs,

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def train_on_samples(
 
     With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
     """
-    if not samples.is_file():
+    if not os.path.isfile(samples):
         raise UserError(f"--samples {samples} is not a file")
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
     if config.run.out is None:

@@ -10,6 +10,7 @@ three tensors in the file; `checkpoint_views` says which slice is which, and bot
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -25,14 +26,16 @@ from torch import Tensor
 
 from minem.errors import UserError
 from minem.model import ARCHITECTURES, Model, ModelConfig
-from minem.tokenizer import Tokenizer, read_json
+from minem.tokenizer import Tokenizer
+from minem.untrusted import own_file, parse, read_json
 
 TOY = Path(__file__).parent / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
 FILE_DTYPES = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 4 * 2**20
-INDEX_LIMIT = 64 * 2**20  # bytes of a shard index, which names every tensor
+INDEX_LIMIT = 16 * 2**20  # bytes of a shard index, or of a file's header, which name every tensor
+LAYER_LIMIT = 1024
 # Our modules (those of a block without its name) and theirs, of which several may be merged into one, in this order.
 PARTS: dict[str, tuple[str, ...]] = {
     "embed": ("model.embed_tokens",),
@@ -80,7 +83,7 @@ def load(
 
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model of a local folder; see `load`."""
-    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = ModelConfig.from_dict(read_json(own_file(folder, "config.json")), str(folder / "config.json"))
     _check_size(config, folder)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -104,6 +107,8 @@ def _check_size(config: ModelConfig, folder: Path) -> None:
         raise UserError(
             f"{folder}: the weights do not fit config.json: {wanted:,} asked for, but files of {there:,} bytes"
         )
+    if config.num_hidden_layers > LAYER_LIMIT:  # of one weight each they would fit into small files, and take hours
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers = {config.num_hidden_layers} is beyond any model")
 
 
 def read_weights(model: Model, folder: Path) -> None:
@@ -159,7 +164,7 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tokenizer.save(folder)
-    generation = tokenizer.folder / "generation_config.json"
+    generation = own_file(tokenizer.folder, "generation_config.json")
     if generation.exists() and generation.resolve() != (folder / generation.name).resolve():
         shutil.copyfile(generation, folder / generation.name)
     _write_weights(checkpoint_views(model), folder)
@@ -197,7 +202,7 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     path = Path(folder_or_hub_id).expanduser()
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"{path} is a LoRA adapter, not a model; a run has both merged in the folder model beside it")
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)):
         raise UserError(
@@ -211,25 +216,39 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return [own_file(folder, single.name)]
     if not index.is_file():
         raise UserError(f"{folder}: model.safetensors is missing (other formats are not read; convert to safetensors)")
-    names = read_json(index, INDEX_LIMIT).get("weight_map")
+    names = read_json(own_file(folder, index.name), INDEX_LIMIT).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     for name in sorted(set(names.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+        if Path(name).name != name or "\0" in name or not (folder / name).is_file():
+            raise UserError(f"{index}: weight_map names {name[:200]!r}, which is not a file of this folder")
+    return [own_file(folder, name) for name in sorted(set(names.values()))]
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose library checks that its tensors lie side by side and have the size of their shapes."""
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _check_header(path: Path) -> None:
+    """The file begins with the length of a JSON object, in 8 bytes, and the object."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(INDEX_LIMIT, path.stat().st_size):
+                raise ValueError(f"its header is said to have {length} bytes")
+            parse(file.read(length))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({str(error)[:300]})") from error
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:

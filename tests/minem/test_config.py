@@ -194,7 +194,7 @@ MISTAKES = {
     "negative": ("[mstep]\nlr = -1", "mstep.lr is -1.0; it must be"),
     "no iterations": ("[run]\niterations = 0", "run.iterations is 0; it must be 1 or more"),
     "seed": ("[run]\nseed = 9223372036854775808", "it must be between 0 and 2^63 - 1"),
-    "number of many digits": ("[run]\nseed = 0x1" + "0" * 9000, "it must be between 0 and 2^63 - 1"),
+    "number of many digits": ("[run]\nseed = 0x1" + "0" * 4000, "it must be between 0 and 2^63 - 1"),
     "budget": ("[sampler]\nbudget = 0", "sampler.budget is 0; it must be 1 or more"),
     "limit": ("[task]\nlimit = 0", "task.limit is 0; it must be 1 or more"),
     "choice": (
@@ -210,8 +210,8 @@ MISTAKES = {
     "questions": ("[run]\nquestions_per_iteration = 0", "run.questions_per_iteration is 0; it must be 1 or more"),
     "not TOML": ("[run\nseed = 3", "is not valid TOML"),
     "twice": ("[run]\nseed = 3\nseed = 4", "is not valid TOML"),
-    "deep": ("[run]\nseed = " + "[" * 100_000, "is not valid TOML"),
-    "huge": ("#" * (2**20 + 1), "a config has at most"),
+    "deep": ("[run]\nseed = " + "[" * 10_000, "is not valid TOML"),
+    "huge": ("#" * (2**20 + 1), "that is the limit"),
 }
 
 
@@ -266,7 +266,7 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def texts() -> st.SearchStrategy[str]:
-    return st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+    return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
 def floats(low: float, high: float, **bounds: bool) -> st.SearchStrategy[float]:
@@ -275,8 +275,8 @@ def floats(low: float, high: float, **bounds: bool) -> st.SearchStrategy[float]:
 
 # Values that each key may take; the rest follows from the types.
 ALLOWED: dict[str, st.SearchStrategy[Any]] = {
-    "task.verdict": st.sampled_from(["a:b", "my.module:check"]),
-    "sampler.name": st.sampled_from(["rsm", "star", "pps", "mine:Sampler"]),
+    "task.verdict": st.sampled_from(["minem.a:b", "minem.data.verdict:number"]),
+    "sampler.name": st.sampled_from(["rsm", "star", "pps", "minem.mine:Sampler"]),
     "sampler.hint": st.sampled_from(sorted(HINTS)),
     "sampler.temperature": floats(1e-3, 1e3),
     "sampler.top_k": st.integers(0, 2**31 - 1),
@@ -422,3 +422,19 @@ def test_every_key_is_read() -> None:
     in_mstep = keys_read((root / "mstep.py").read_text())
     unread = [k for k in KEYS if k not in read and not (k.startswith("mstep.") and k.partition(".")[2] in in_mstep)]
     assert unread == []
+
+
+def test_a_file_may_name_code_of_this_folder_and_the_command_line_any(tmp_path: Path, monkeypatch: Any) -> None:
+    """A stranger's config with shutil:rmtree for an answer check would delete whatever folder a model names."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "inner.py").write_text("")
+    for name in ("mine:check", "package.inner:check", "minem.data.verdict:number"):
+        assert load_config(write(tmp_path, f'[task]\nverdict = "{name}"')).task.verdict == name
+    for name in ("shutil:rmtree", "package.other:check", "hypothesis:given", "os.path:exists"):
+        file = write(tmp_path, f'[task]\nverdict = "{name}"')
+        with pytest.raises(UserError, match=rf"no code of this folder.* give --verdict {name} on the command line"):
+            load_config(file)
+        assert load_config(file, flags={"task.verdict": name}).task.verdict == name
+        assert load_config(file, [f"task.verdict={name}"]).task.verdict == name
