@@ -98,11 +98,12 @@ _track_option = click.option(
 )
 
 
-def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
-    from minem.config import FLAGS, load_config
+def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """The config, and where its values were written."""
+    from minem.config import FLAGS, load_config, origins
 
     given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
-    return load_config(config_file, overrides, given)
+    return load_config(config_file, overrides, given), origins(config_file, overrides, given)
 
 
 @main.command()
@@ -128,17 +129,17 @@ def train(
 
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     from minem import train as whole
     from minem.progress import Progress
     from minem.tracking import load_tracker
 
     tracker, progress = load_tracker(track), Progress()
     if samples is not None:
-        result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
+        result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, origins)
         _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
         return
-    result = whole.train(config, progress, sys.argv, overwrite, tracker)
+    result = whole.train(config, progress, sys.argv, overwrite, tracker, origins)
     _print(result, as_json, lambda: _train_table(result))
 
 
@@ -153,11 +154,11 @@ def sample(
 
     `minem train` with the same flags goes on from there.
     """
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     from minem import train as whole
     from minem.progress import Progress, percent
 
-    result = whole.sample(config, iteration, Progress(), sys.argv, overwrite)
+    result = whole.sample(config, iteration, Progress(), sys.argv, overwrite, origins)
     solved, questions = result["solved"], result["questions"]
     text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
     _print(result, as_json, lambda: click.echo(text))
@@ -199,14 +200,14 @@ def compare(
     for key, flag in {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}.items():
         if any(override.partition("=")[0].strip() == key for override in overrides):
             raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     from minem import compare as comparison
     from minem.progress import Progress
     from minem.tracking import load_tracker
 
     tracker = load_tracker(track)
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
-    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
+    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins)
     _print(result, as_json, lambda: _compare_tables(result))
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()

@@ -23,7 +23,16 @@ import minem
 from minem import diagnostics
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
-from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
+from minem.choices import (
+    fingerprint,
+    hash_prompts,
+    hash_source,
+    hash_tokenizer,
+    limit_threads,
+    pick_device,
+    pick_dtype,
+    pick_verdict,
+)
 from minem.data.tasks import Question, load_task
 from minem.errors import GuardError, UserError
 from minem.estep import Counts, EStep, blocks, encode_prompt
@@ -36,10 +45,12 @@ from minem.progress import Progress, percent
 from minem.run import RunDirectory, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, make_sampler
 from minem.tracking import tracked
-from minem.weights import load, load_model, read_weights, resolve, save
+from minem.weights import load, load_model, read_weights, resolve, save, saved_bytes, verify
 
 if TYPE_CHECKING:
     from minem.config import Config
+
+ROW_BYTES, TOKEN_BYTES = 500, 14  # of a row of JSON, about: 14 for each token's id and text
 
 
 class Experiment:
@@ -49,6 +60,7 @@ class Experiment:
     """
 
     run: RunDirectory
+    behind: list[int]  # iterations whose M-step `catch_up` has to do again
 
     def __init__(self, config: Config, progress: Progress):
         self.config = config
@@ -69,14 +81,28 @@ class Experiment:
 
     @contextmanager
     def open(
-        self, command: Sequence[str], overwrite: bool, tracker: ModuleType | None = None, **inputs: str
+        self,
+        command: Sequence[str],
+        overwrite: bool,
+        tracker: ModuleType | None = None,
+        origins: Mapping[str, str] | None = None,
+        **inputs: str,
     ) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
-        inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
+        questions = self.task.train + self.task.validation + self.task.test
+        inputs = {
+            "task rows": self.task.rows_sha256,
+            "base model": fingerprint(self.base_folder),
+            **hash_tokenizer(self.tokenizer),
+            "prompts": hash_prompts(questions, self.config.sampler.hint),
+            **inputs,
+        }
         for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
             if ":" in name:  # the user's own code is part of the experiment, too
                 inputs[f"{key} {name}"] = hash_source(name)
-        with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
+        with RunDirectory.open(
+            self.config, command=command, overwrite=overwrite, inputs=inputs, origins=origins
+        ) as self.run:
             self._describe()
             self._restore()
             with tracked(self.run, tracker, self.progress):
@@ -90,6 +116,7 @@ class Experiment:
         select: called with the iteration before its M-step for the examples to train on; None stands for all accepted.
         """
         last = self.config.run.iterations
+        self.catch_up(select)
         self.reserve()
         self.evaluate(0, "validation", self.task.validation)
         self.evaluate(0, "test", self.task.test)
@@ -148,7 +175,8 @@ class Experiment:
                 counts += self._block(step, block, questions, counts, known, line, slots)
             rate = (counts.tokens - known) / max(1e-9, line.elapsed)
         names = [f"{folder}/samples.{number}.jsonl" for number in range(1, len(parts) + 1)]
-        with self.run.stage(stage) as record:
+        size = sum((self.run.path / name).stat().st_size for name in names)
+        with self.run.stage(stage, writes=2 * size) as record:
             rows = [row for name in names for row in read_rows(self.run.path / name)]
             kept = [row for row in rows if row.pop("kept")]
             write_rows(record.path(f"{folder}/samples.jsonl"), rows)
@@ -184,7 +212,7 @@ class Experiment:
             if first and own and len(compared) < DRAWS:
                 compared.append(draw)
 
-        with self.run.stage(stage) as record:
+        with self.run.stage(stage, writes=self._row_bytes(questions, self.config.sampler.max_new_tokens)) as record:
             rows, counts = step.run(questions, show, compare)
             agreed = {}
             if compared:
@@ -255,11 +283,10 @@ class Experiment:
                     f"iteration {iteration}: no rationale was accepted, so there is nothing to train on; "
                     f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
                 )
-            if self.config.run.init == "base":
-                read_weights(self.model, self.base_folder)
-                self.mstep.reset()
-            self._make_room()
-            with self.run.stage(stage) as record, self._line(iteration, "M-step") as line:
+            self._prepare_training()
+            masters = self._masters_are_needed(iteration)
+            size = saved_bytes(self.model) + masters * self.mstep.master_bytes
+            with self.run.stage(stage, writes=size) as record, self._line(iteration, "M-step") as line:
 
                 def show(row: dict[str, Any]) -> None:
                     line.total = row["steps"]
@@ -269,8 +296,9 @@ class Experiment:
                 summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
+                verify(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
-                if self._masters_are_needed(iteration):
+                if masters:
                     self.mstep.save_masters(record.path(f"{folder}/masters.safetensors"))
                 record.result.update(summary)
         # Outside the stage, so that a run that died between the two still cleans up.
@@ -287,7 +315,8 @@ class Experiment:
         if self._skip(stage):
             return
         total = len(questions) * (1 + self.config.eval.samples)
-        with self.run.stage(stage) as record, self._line(iteration, split, total) as line:
+        size = self._row_bytes(questions, self.config.eval.max_new_tokens)
+        with self.run.stage(stage, writes=size) as record, self._line(iteration, split, total) as line:
 
             def show(finished: int, right: int, answered: int) -> None:
                 line.update(finished, accuracy=percent(right / max(1, answered)))
@@ -350,6 +379,13 @@ class Experiment:
 
         return Generator(model, self.tokenizer, slots=self.config.run.slots, on_note=note)
 
+    def _prepare_training(self) -> None:
+        """The weights that an M-step starts from, and memory for it."""
+        if self.config.run.init == "base":
+            read_weights(self.model, self.base_folder)
+            self.mstep.reset()
+        self._make_room()
+
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
         needed, free = self.mstep.memory_needed(), free_memory(self.device)
@@ -395,15 +431,73 @@ class Experiment:
             )
 
     def _restore(self) -> None:
-        """Take the weights of the last finished M-step."""
-        done = [s for s in self.run.stages if s.endswith("/mstep")]
-        if not done:
-            return
-        folder = self.run.path / done[-1].partition("/")[0]
-        read_weights(self.model, folder / "model")
-        self.mstep.reset()
-        if (folder / "masters.safetensors").exists():
-            self.mstep.load_masters(folder / "masters.safetensors")
+        """Take the weights of the last finished M-step, after a look at the files of the run.
+
+        Where files are not what was written, the run goes back to before the first stage of which that is so. A model
+        that later draws have been made from is not worth those: `catch_up` trains it again, in memory.
+        """
+        while found := next(((s, lost) for s in self.run.stages if (lost := self._lost(s))), None):
+            stage, lost = found
+            undone = self.run.undo(stage)
+            more = f" and {len(lost) - 1} more" if lost[1:] else ""
+            self.progress.note(
+                f"warning {lost[0]}{more} is missing or not what was written: the run goes back to before {stage} "
+                f"and does {len(undone)} stage(s) again"
+            )
+        trained = self._trained()
+        self.behind, start = [], None
+        for iteration in reversed(trained):
+            folder = self.run.path / f"iter-{iteration:02d}"
+            if not self.run.damaged(f"{folder.name}/mstep") and (folder / "model").is_dir():
+                start = folder
+                break
+            self.behind.insert(0, iteration)
+        if self.config.run.init == "base":  # each M-step starts from the base model, so the last one is enough
+            start, self.behind = (start, []) if not self.behind else (None, self.behind[-1:])
+        if start is not None:
+            read_weights(self.model, start / "model")
+            self.mstep.reset()
+            if (start / "masters.safetensors").exists():
+                self.mstep.load_masters(start / "masters.safetensors")
+
+    def _trained(self) -> list[int]:
+        """Iterations with a finished M-step."""
+        return [int(s.partition("/")[0].removeprefix("iter-")) for s in self.run.stages if s.endswith("/mstep")]
+
+    def _lost(self, stage: str) -> list[str]:
+        """Files of a finished stage that its run cannot be without, and that are not what was written."""
+        folder, _, kind = stage.partition("/")
+        if kind.startswith("estep."):  # its rows are in samples.jsonl by the time that it is discarded
+            return [] if self.run.finished(f"{folder}/estep") else self.run.damaged(stage)
+        if kind == "mstep":
+            iteration = self._trained()[-1]
+            if folder != f"iter-{iteration:02d}":  # an older one is read no more
+                return []
+            begun = any(later.startswith(f"iter-{iteration + 1:02d}/") for later in self.run.stages)
+            if begun and self.config.run.keep == "last":
+                return []
+            return [name for name in self.run.damaged(stage) if name.startswith(f"{folder}/model/")]
+        return self.run.damaged(stage)
+
+    def catch_up(self, select: Callable[[int], Sequence[Example] | None] = lambda iteration: None) -> None:
+        """Train again what is not on the disk any more, from the last whole model on: the same examples, no new draws.
+
+        select: as for `train`.
+        """
+        while self.behind:
+            iteration = self.behind[0]
+            folder = self.run.path / f"iter-{iteration:02d}"
+            self.progress.note(f"note    {folder.name}/model is missing or damaged: trained again, in memory")
+            examples = select(iteration)
+            if examples is None:
+                examples = self.examples(folder / "accepted.jsonl", lambda row: True)
+            self._prepare_training()
+            self.mstep.run(examples, self.config.run.seed, iteration)
+            del self.behind[0]
+
+    def _row_bytes(self, questions: Sequence[Question], max_new_tokens: int) -> int:
+        """About what a row of the longest kind for each question takes on the disk."""
+        return len(questions) * (ROW_BYTES + TOKEN_BYTES * max_new_tokens)
 
     def _masters_are_needed(self, iteration: int) -> bool:
         """Whether a later M-step goes on from float32 masters that the saved model does not hold."""

@@ -141,6 +141,11 @@ class MStep:
         """Whether the masters hold more than the working weights do, and so must be saved for a run to be continued."""
         return any(master is not self.working[name] for name, master in self.masters.items())
 
+    @property
+    def master_bytes(self) -> int:
+        """Bytes that `save_masters` writes, about."""
+        return sum(master.nbytes for master in self.masters.values())
+
     def save_masters(self, path: Path | str) -> None:
         """Write the float32 masters to one safetensors file, under the names of the model's parameters."""
         save_file({name: master.detach().contiguous() for name, master in self.masters.items()}, path)
