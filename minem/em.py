@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minem
-from minem import diagnostics
+from minem import diagnostics, recovery
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
 from minem.choices import (
@@ -431,53 +431,16 @@ class Experiment:
             )
 
     def _restore(self) -> None:
-        """Take the weights of the last finished M-step, after a look at the files of the run.
-
-        Where files are not what was written, the run goes back to before the first stage of which that is so. A model
-        that later draws have been made from is not worth those: `catch_up` trains it again, in memory.
-        """
-        while found := next(((s, lost) for s in self.run.stages if (lost := self._lost(s))), None):
-            stage, lost = found
-            undone = self.run.undo(stage)
-            more = f" and {len(lost) - 1} more" if lost[1:] else ""
-            self.progress.note(
-                f"warning {lost[0]}{more} is missing or not what was written: the run goes back to before {stage} "
-                f"and does {len(undone)} stage(s) again"
-            )
-        trained = self._trained()
-        self.behind, start = [], None
-        for iteration in reversed(trained):
+        """Take the weights of the last finished M-step whose files are whole; `catch_up` does what came after it."""
+        if sentence := recovery.go_back(self.run):
+            self.progress.note(f"warning {sentence}")
+        iteration, self.behind = recovery.whole_model(self.run)
+        if iteration:
             folder = self.run.path / f"iter-{iteration:02d}"
-            if not self.run.damaged(f"{folder.name}/mstep") and (folder / "model").is_dir():
-                start = folder
-                break
-            self.behind.insert(0, iteration)
-        if self.config.run.init == "base":  # each M-step starts from the base model, so the last one is enough
-            start, self.behind = (start, []) if not self.behind else (None, self.behind[-1:])
-        if start is not None:
-            read_weights(self.model, start / "model")
+            read_weights(self.model, folder / "model")
             self.mstep.reset()
-            if (start / "masters.safetensors").exists():
-                self.mstep.load_masters(start / "masters.safetensors")
-
-    def _trained(self) -> list[int]:
-        """Iterations with a finished M-step."""
-        return [int(s.partition("/")[0].removeprefix("iter-")) for s in self.run.stages if s.endswith("/mstep")]
-
-    def _lost(self, stage: str) -> list[str]:
-        """Files of a finished stage that its run cannot be without, and that are not what was written."""
-        folder, _, kind = stage.partition("/")
-        if kind.startswith("estep."):  # its rows are in samples.jsonl by the time that it is discarded
-            return [] if self.run.finished(f"{folder}/estep") else self.run.damaged(stage)
-        if kind == "mstep":
-            iteration = self._trained()[-1]
-            if folder != f"iter-{iteration:02d}":  # an older one is read no more
-                return []
-            begun = any(later.startswith(f"iter-{iteration + 1:02d}/") for later in self.run.stages)
-            if begun and self.config.run.keep == "last":
-                return []
-            return [name for name in self.run.damaged(stage) if name.startswith(f"{folder}/model/")]
-        return self.run.damaged(stage)
+            if (folder / "masters.safetensors").exists():
+                self.mstep.load_masters(folder / "masters.safetensors")
 
     def catch_up(self, select: Callable[[int], Sequence[Example] | None] = lambda iteration: None) -> None:
         """Train again what is not on the disk any more, from the last whole model on: the same examples, no new draws.
