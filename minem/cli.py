@@ -10,9 +10,13 @@ command runs, so that help is there at once.
 from __future__ import annotations
 
 import difflib
+import io
 import json
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +91,7 @@ def _sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
             click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
             click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
+            click.option("--gpus", type=click.IntRange(min=1), default=1, help="Use so many GPUs, a process on each."),
         ]
     ):
         command = option(command)
@@ -106,6 +111,35 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
     return load_config(config_file, overrides, given), origins(config_file, overrides, given)
 
 
+@contextmanager
+def _ranks(config: Any, gpus: int) -> Iterator[tuple[Any, Any]]:
+    """This process among those of the run, and its progress lines; for --gpus, this one only starts the others."""
+    from minem.distributed import joined, launch
+    from minem.progress import Progress
+
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        _check_gpus(gpus, config.run.device)
+        raise click.exceptions.Exit(launch(gpus, _without_gpus(sys.argv[1:])))
+    with joined(config.run.device) as ranks:
+        yield ranks, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
+
+
+def _check_gpus(gpus: int, device: str) -> None:
+    import torch
+
+    there = torch.cuda.device_count()
+    if device != "cpu" and gpus > there:
+        advice = "--device cpu runs them as processes on the CPU" if there == 0 else f"give --gpus {there} or fewer"
+        raise UserError(f"--gpus {gpus}, but torch sees {there} CUDA device(s) here; {advice}")
+
+
+def _without_gpus(arguments: Sequence[str]) -> list[str]:
+    """The command line for each of the processes."""
+    at = [i for i, argument in enumerate(arguments) if argument == "--gpus"]
+    left = {i + after for i in at for after in (0, 1)}
+    return [a for i, a in enumerate(arguments) if i not in left and not a.startswith("--gpus=")]
+
+
 @main.command()
 @_config_options
 @_sampler_options
@@ -123,6 +157,7 @@ def train(
     as_json: bool,
     samples: Path | None,
     track: str | None,
+    gpus: int,
     **flags: Any,
 ) -> None:
     """Run the EM loop, or continue it where it stopped.
@@ -130,17 +165,17 @@ def train(
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
     config, origins = _config(config_file, overrides, flags)
-    from minem import train as whole
-    from minem.progress import Progress
-    from minem.tracking import load_tracker
+    with _ranks(config, gpus) as (ranks, progress):
+        from minem import train as whole
+        from minem.tracking import load_tracker
 
-    tracker, progress = load_tracker(track), Progress()
-    if samples is not None:
-        result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, origins)
-        _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
-        return
-    result = whole.train(config, progress, sys.argv, overwrite, tracker, origins)
-    _print(result, as_json, lambda: _train_table(result))
+        tracker = load_tracker(track if ranks.first else None)
+        if samples is not None:
+            result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, ranks, origins)
+        else:
+            result = whole.train(config, progress, sys.argv, overwrite, tracker, ranks, origins)
+        if ranks.first:
+            _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
 
 
 @main.command()
@@ -148,20 +183,28 @@ def train(
 @_sampler_options
 @click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
 def sample(
-    config_file: Path | None, overrides: tuple[str, ...], overwrite: bool, as_json: bool, iteration: int, **flags: Any
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    iteration: int,
+    gpus: int,
+    **flags: Any,
 ) -> None:
     """Run the E-step of one iteration alone: write samples.jsonl and accepted.jsonl.
 
     `minem train` with the same flags goes on from there.
     """
     config, origins = _config(config_file, overrides, flags)
-    from minem import train as whole
-    from minem.progress import Progress, percent
+    with _ranks(config, gpus) as (ranks, progress):
+        from minem import train as whole
+        from minem.progress import percent
 
-    result = whole.sample(config, iteration, Progress(), sys.argv, overwrite, origins)
-    solved, questions = result["solved"], result["questions"]
-    text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
-    _print(result, as_json, lambda: click.echo(text))
+        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks, origins)
+        solved, questions = result["solved"], result["questions"]
+        text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
+        if ranks.first:
+            _print(result, as_json, lambda: click.echo(text))
 
 
 @main.command()
@@ -424,6 +467,24 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     click.echo(out)
 
 
+@main.command()
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object on one line.")
+def doctor(device: str, as_json: bool) -> None:
+    """Say what this machine has, what each part will run on, and what to do about the rest.
+
+    A self-test of some seconds compares generator, loss and sampling with references; exit code 4 where one fails.
+    """
+    from minem import doctor as doctors
+    from minem.progress import clean
+
+    found = doctors.examine(device)
+    _print(found, as_json, lambda: click.echo("\n".join(map(clean, doctors.lines(found)))))
+    if not found["passed"]:
+        failed = ", ".join(check["name"] for check in found["checks"] if not check["passed"])
+        raise GuardError(f"self-tests failed: {failed}")
+
+
 def _read_prompts(path: Path | None) -> list[str]:
     from minem.run import read_rows
 
@@ -452,6 +513,10 @@ def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
         click.echo(json.dumps(result, allow_nan=False))
     else:
         show()
+
+
+def _mstep_line(result: dict[str, Any]) -> None:
+    click.echo(f"loss {result['loss']:.4f}, model in {result['model']}")
 
 
 def _train_table(result: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def _parts(device: torch.device) -> dict[str, str]:
         several = "none here; --gpus N --device cpu runs N processes, gloo"
     return {
         "device": f"{device.type}, weights in {str(dtype).removeprefix('torch.')}",
-        "generator": "a CUDA graph for each batch size" if cuda else "step by step on the CPU, 16 rows at least",
+        "generator": "a CUDA graph for each batch size" if cuda else "step by step, eagerly",
         "kernels": kernels[pick(None, torch.empty(1, dtype=dtype, device=device))],
         "attention": "flash attention over packed sequences"
         if flash
@@ -174,13 +175,10 @@ def _parts(device: torch.device) -> dict[str, str]:
 
 def _checks(device: torch.device) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
     backends = ["eager", "triton"] if device.type == "cuda" else ["eager"]
-    yield "generator against trainer", lambda: _generator_agrees(device)
+    yield "generator against trainer", partial(_generator_agrees, device)
     for backend in backends:
-        yield f"loss against float64, {backend}", lambda backend=backend: _loss_is_right(device, backend)
-        yield (
-            f"sampling against its probabilities, {backend}",
-            lambda backend=backend: _draws_are_right(device, backend),
-        )
+        yield f"loss against float64, {backend}", partial(_loss_is_right, device, backend)
+        yield f"sampling against its probabilities, {backend}", partial(_draws_are_right, device, backend)
 
 
 def _checked(name: str, check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def _trained(run: RunDirectory) -> list[int]:
 
 
 def _is_whole(run: RunDirectory, iteration: int) -> bool:
-    """Are the model of an iteration and, where it wrote any, its masters there as they were written?"""
+    """Are the model of an iteration and, where it wrote any, its M-step's state there as they were written?"""
     folder = f"iter-{iteration:02d}"
     return (run.path / folder / "model").is_dir() and not run.damaged(f"{folder}/mstep")
 

@@ -139,6 +139,7 @@ class RunDirectory:
         self._lines: dict[str, dict[str, Any]] = {}  # of the journal, by stage
         self._damaged: dict[str, list[str]] = {}  # what was found out about stages
         self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # sees what log_metrics writes
+        self.on_finished: Callable[[str, dict[str, Any]], None] | None = None  # sees each stage's result
 
     @classmethod
     def open(
@@ -262,6 +263,8 @@ class RunDirectory:
             flush(journal)
         flush_folders(self.path, self.path)
         self._lines[stage.name] = json.loads(line)  # exactly what a continued run reads
+        if self.on_finished is not None:
+            self.on_finished(stage.name, self.result(stage.name))
 
     def log_metrics(self, stage: str, **values: Any) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is continued."""

@@ -140,12 +140,12 @@ def test_damaged_files_are_noticed_and_made_again(
     assert "not what was written" not in train(run, kind).stderr  # and all is well now
 
 
-@pytest.mark.parametrize("harmed", [MODEL, "masters.safetensors"])
+@pytest.mark.parametrize("harmed", [MODEL, "state/state-00000.safetensors"])
 @pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
 def test_a_checkpoint_that_draws_were_made_from(
     tmp_path: Path, finished: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, harm: Any, harmed: str
 ) -> None:
-    """Killed in the M-step of iteration 2: the draws of its E-step are kept, whatever happened to the model they are of."""
+    """Killed in the M-step of iteration 2: its draws are kept, whatever happened to the model they are of."""
     run = tmp_path / "run"
     stop_before(monkeypatch, "iter-02/mstep")
     assert train(run, "bfloat16").exit_code == 3

@@ -1,0 +1,149 @@
+"""What a model weighs, in parameters, floating-point operations and bytes, from its config alone.
+
+    minem train --dry-run                # these numbers for a run, before it is made
+    python bench/memory.py --table       # and for models of 0.5B to 8B on GPUs of 24, 80 and 141 GB
+
+Nothing here allocates memory, loads weights or needs a GPU. Counts are exact; the bytes of activations are those of the
+tensors that autograd keeps for the backward pass, of sequences that fill their micro-batch without padding.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from minem.kernels.cross_entropy import CHUNK_BYTES
+from minem.model import ModelConfig
+
+# Dense bfloat16 peak by the words of torch's device name, FLOP/s, from NVIDIA's data sheets (which print twice as much
+# where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
+PEAK_FLOPS = (
+    ("B200", 2250e12),
+    ("H200 NVL", 836e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A40", 149.7e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a model by part; they sum to what `Model.parameters()` counts."""
+
+    embeddings: int
+    body: int  # all but embeddings and head: the blocks and the last norm
+    head: int  # 0 where the head is the embeddings
+
+    @property
+    def total(self) -> int:
+        return self.embeddings + self.body + self.head
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Count a model's parameters, exactly, from its config."""
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, merged = config.num_attention_heads * channels, _merged(config)
+    block = width * (merged + queries + 3 * inner) + 2 * width  # the matrices, and two norms
+    block += config.qkv_bias * merged + config.o_bias * width + config.mlp_bias * (2 * inner + width)
+    block += config.qk_norm * 2 * channels
+    vocabulary = config.vocab_size * width
+    return Parameters(
+        embeddings=vocabulary,
+        body=config.num_hidden_layers * block + width,
+        head=0 if config.tie_word_embeddings else vocabulary,
+    )
+
+
+def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
+    """Floating-point operations of forward and backward, as MFU counts them: 6 for each weight that a token meets.
+
+    6 x (body parameters x tokens + head parameters x supervised). The head's are V x D, tied or not, for the product is
+    made in either case; looking a token up in the embeddings is no arithmetic. Attention and whatever is computed again
+    are not counted.
+
+    tokens: that enter the model. supervised: that reach the head.
+    """
+    head = config.vocab_size * config.hidden_size
+    return 6 * (parameters(config).body * tokens + head * supervised)
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """The dense bfloat16 peak of a device in FLOP/s; None where it is not known, as for the CPU.
+
+    device: a torch device, or the name that `torch.cuda.get_device_name` gives.
+    """
+    if isinstance(device, torch.device):
+        if device.type != "cuda":
+            return None
+        device = torch.cuda.get_device_name(device)
+    words = set(re.split(r"[\s\-]+", device))
+    return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
+
+
+def activation_bytes(
+    config: ModelConfig,
+    tokens: int,
+    supervised: int,
+    checkpointed: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, the loss and its workspace apart.
+
+    Args:
+        tokens: that enter the model.
+        supervised: of them, those that reach the head.
+        checkpointed: blocks that keep their input alone. The backward pass makes one of them whole at a time.
+        device: "cuda", where the Triton kernels run, or "cpu", whose eager references keep more.
+    """
+    width, size = config.hidden_size, dtype.itemsize
+    blocks = config.num_hidden_layers - checkpointed
+    whole = max(blocks, min(checkpointed, 1)) * _block_bytes(config, size, device)
+    inputs = checkpointed * 2 * width * size  # the residual stream, and what the block before adds to it
+    last = width * size * (2 if device == "cpu" else 1)
+    return tokens * (whole + inputs + last) + supervised * width * size
+
+
+def loss_bytes(
+    config: ModelConfig, supervised: int, dtype: torch.dtype, device: str = "cuda", trained: bool = True
+) -> int:
+    """Bytes that `linear_cross_entropy` takes at its peak beside what `activation_bytes` counts.
+
+    trained: whether the head gets a gradient, as it does but under LoRA.
+    """
+    vocabulary, size = config.vocab_size, dtype.itemsize
+    rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))
+    # Eager, shifted logits and their exponentials in float32, beside the logits themselves where these are narrower.
+    logit = size if device == "cuda" else 8 + (size if size < 4 else 0)
+    weight = vocabulary * config.hidden_size if trained else 0
+    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
+    return weight * 4 + max(rows * vocabulary * logit, weight * size)
+
+
+def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
+    """Bytes that one block keeps of each token."""
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, turned = config.num_attention_heads, (config.num_attention_heads + config.num_key_value_heads) * channels
+    eager = device == "cpu"
+    numbers = 4 * width  # what each of two norms read, and what it wrote
+    numbers += _merged(config) + turned + heads * channels  # q, k, v before the rotation and after, and the result
+    numbers += 3 * inner  # gate, up, and what enters the last matrix
+    statistics = 2 + heads  # of the norms, and of the softmax, in float32
+    if eager:
+        numbers += 2 * width + inner  # normed rows before their weight, silu(gate)
+        numbers += config.qk_norm * 2 * turned  # queries and keys before their norm, and normed before its weight
+    if config.qk_norm:
+        statistics += heads + config.num_key_value_heads
+    return numbers * size + statistics * 4
+
+
+def _merged(config: ModelConfig) -> int:
+    """Rows of the merged projection: queries, keys and values."""
+    return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
