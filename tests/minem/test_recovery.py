@@ -5,16 +5,26 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+import minem.disk
+import minem.em
+import minem.run
 from minem.cli import main
-from minem.run import RunDirectory, read_rows
+from minem.config import load_config
+from minem.errors import Interrupted
+from minem.run import RunDirectory, json_line, read_facts, read_rows
 
 SMALL = [
     "--limit",
@@ -168,3 +178,200 @@ def stop_before(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         return stage(self, which, writes)
 
     monkeypatch.setattr(RunDirectory, "stage", stops)
+
+
+# ------------------------------------------------------------------------------------- the directory and its journal
+
+
+def test_a_torn_journal(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("last"), run)
+    cut_journal(run, "iter-03/mstep")
+    os.truncate(run / "journal.jsonl", (run / "journal.jsonl").stat().st_size - 5)
+    assert train(run).exit_code == 0
+    assert outcome(run) == outcome(finished("last"))
+
+
+def test_a_journal_of_before_there_were_manifests_is_continued(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("last"), run)
+    rows = [{k: v for k, v in row.items() if k != "files"} for row in read_rows(run / "journal.jsonl")]
+    (run / "journal.jsonl").write_bytes(b"".join(map(json_line, rows[:-4])))
+    assert rows[-4]["stage"] == "iter-03/eval.validation"
+    assert train(run).exit_code == 0
+    assert outcome(run) == outcome(finished("last"))
+
+
+def test_a_run_that_was_moved_continues(
+    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_before(monkeypatch, "iter-02/mstep")
+    assert train(tmp_path / "here").exit_code == 3
+    monkeypatch.undo()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert train(tmp_path / "there").exit_code == 0
+    assert outcome(tmp_path / "there") == outcome(finished("last"))
+    assert not (tmp_path / "here").exists()
+
+
+def test_two_processes_on_one_run(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "minem", "train", *SMALL, "--out", str(run)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (run / "journal.jsonl").exists():
+            assert first.poll() is None, first.communicate()
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)  # not finished before the second one has looked
+        second = subprocess.run(command, capture_output=True, text=True)
+        assert second.returncode == 2
+        assert second.stderr.splitlines()[-1].startswith(f"minem: {run} is in use by process {first.pid};")
+        assert "Traceback" not in second.stderr
+        first.send_signal(signal.SIGCONT)
+        first.communicate()
+        assert first.returncode == 0
+    finally:
+        first.kill()
+        first.communicate()
+    assert outcome(run) == outcome(finished("last"))
+
+
+def test_the_config_of_a_run_repeats_it(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    source, again = finished("bfloat16"), tmp_path / "again"
+    result = minem_cli("train", source / "config.toml", "--out", again)
+    assert result.exit_code == 0, result.output
+    assert outcome(again) == outcome(source)
+    first, second = read_facts(source), read_facts(again)
+    for key in ("config", "inputs", "seed", "versions"):
+        assert first[key] == second[key]
+    assert {"task rows", "base model", "tokenizer", "chat template", "prompts"} <= first["inputs"].keys()
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in first["inputs"].values())
+    assert first["origins"]["sampler.budget"] == "--budget"
+    assert first["origins"]["model.dtype"] == "--set"
+    assert first["origins"]["mstep.clip"] == "default"
+    assert first["origins"]["mstep.lr"].endswith("configs/toy.toml")
+    assert second["origins"]["sampler.budget"] == str(source / "config.toml")
+    assert 'budget = 2  # by "--budget"' in (source / "config.toml").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Gives a disk of its own the options of `mount -o`, like "size=1m", and returns where it is."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=16m", "minem-test", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: that takes root")
+
+    def change(options: str) -> Path:
+        subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
+        return place
+
+    try:
+        yield change
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up(
+    finished: Callable[[str], Path], small_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At whatever write it is full, only the stage in flight is lost; with more room the same command goes on."""
+    monkeypatch.setattr(minem.run, "shortage", lambda folder, needed: None)  # the check beforehand would come first
+    said = []
+    for size in ("12k", "20k", "40k", "56k", "1500k", "3400k", "3600k", "8m"):
+        run = small_disk(f"size={size}") / "run"
+        result = train(run)
+        assert not isinstance(result.exception, Exception), result.exception
+        if result.exit_code == 0:
+            break
+        said.append(" ".join(result.stderr.split()).rpartition("minem: ")[2])
+        assert result.exit_code == 3, result.output
+        assert re.match(r"the disk of \S+ is full; free some space, then give the same command again", said[-1])
+        assert not [path for path in run.rglob(".partial.*") if path.parent != run]
+    assert result.exit_code == 0
+    assert {"iter-01/mstep", "iter-02/mstep"} <= {sentence.rpartition(" ")[2] for sentence in said}
+    assert len(said) >= 5
+    assert outcome(run) == outcome(finished("last"))
+
+
+def test_room_on_the_disk_is_looked_at_before_a_stage(
+    finished: Callable[[str], Path], small_disk: Callable[[str], Path]
+) -> None:
+    run = small_disk("size=4m") / "run"
+    result = train(run)
+    assert result.exit_code == 3
+    said = " ".join(result.stderr.split())
+    assert re.search(r"no room for iter-01/mstep: about 4\.\d MB are needed and [23]\.\d MB are free; free some", said)
+    assert "iteration 1/3 M-step" not in said
+    small_disk("size=16m")
+    assert train(run).exit_code == 0
+    assert outcome(run) == outcome(finished("last"))
+
+
+def test_a_read_only_directory_is_one_sentence(
+    finished: Callable[[str], Path], small_disk: Callable[[str], Path]
+) -> None:
+    run = small_disk("size=16m") / "run"
+    shutil.copytree(finished("last"), run)
+    small_disk("ro")
+    for place, extra in ((run, []), (run, ["--overwrite"]), (run.parent / "new", [])):
+        result = minem_cli("train", *SMALL, "--out", place, *extra)
+        assert result.exit_code == 2
+        assert (
+            result.stderr.splitlines()[-1] == f"minem: the run directory {place} cannot be used: Read-only file system"
+        )
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(
+    finished: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a quota is: the system refuses in the middle of the weights. Needs no root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        result = train(tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert result.exit_code == 3, result.output
+    assert "is full; free some space, then give the same command again: it goes on with iter-01/mstep" in " ".join(
+        result.stderr.split()
+    )
+    assert not (tmp_path / "run/iter-01/model").exists()
+    assert train(tmp_path / "run").exit_code == 0
+    assert outcome(tmp_path / "run") == outcome(finished("last"))
+
+
+def test_a_stage_without_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minem.disk.shutil, "disk_usage", lambda folder: (10**9, 0, 5_000_000))
+    with RunDirectory.open(load_config(flags={"run.out": str(tmp_path)})) as run:
+        with run.stage("iter-00/small", writes=3_000_000):
+            pass
+        sentence = r"no room for iter-01/mstep: about 6\.0 MB are needed and 5\.0 MB are free"
+        with pytest.raises(Interrupted, match=sentence), run.stage("iter-01/mstep", writes=5_000_000):
+            pytest.fail("begun")
+        assert run.stages == ("iter-00/small",)
+
+
+# -------------------------------------------------------------------------------------------- what was just exported
+
+
+def test_a_model_that_was_not_written_as_it_is_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = minem.em.save
+
+    def writes_badly(model: Any, tokenizer: Any, folder: Path) -> None:
+        write(model, tokenizer, folder)
+        flip(folder / "model.safetensors")
+
+    monkeypatch.setattr(minem.em, "save", writes_badly)
+    result = train(tmp_path / "run")
+    assert result.exit_code == 4
+    assert "what was just written is not the model in memory; these differ: model.layers." in " ".join(
+        result.stderr.split()
+    )
+    assert not (tmp_path / "run/iter-01/model").exists()
+    monkeypatch.undo()
+    assert train(tmp_path / "run").exit_code == 0  # the disk was to blame, or a bug: nothing of the run is lost
