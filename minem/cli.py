@@ -131,11 +131,12 @@ _track_option = click.option(
 )
 
 
-def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
-    from minem.config import FLAGS, load_config
+def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """The config, and where its values were written."""
+    from minem.config import FLAGS, load_config, origins
 
     given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
-    return load_config(config_file, overrides, given)
+    return load_config(config_file, overrides, given), origins(config_file, overrides, given)
 
 
 @contextmanager
@@ -191,16 +192,16 @@ def train(
 
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     with _ranks(config, gpus) as (ranks, progress):
         from minem import train as whole
         from minem.tracking import load_tracker
 
         tracker = load_tracker(track if ranks.first else None)
         if samples is not None:
-            result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, ranks)
+            result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, ranks, origins)
         else:
-            result = whole.train(config, progress, sys.argv, overwrite, tracker, ranks)
+            result = whole.train(config, progress, sys.argv, overwrite, tracker, ranks, origins)
         if ranks.first:
             _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
 
@@ -222,12 +223,12 @@ def sample(
 
     `minem train` with the same flags goes on from there.
     """
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     with _ranks(config, gpus) as (ranks, progress):
         from minem import train as whole
         from minem.progress import percent
 
-        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks)
+        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks, origins)
         solved, questions = result["solved"], result["questions"]
         text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
         if ranks.first:
@@ -270,14 +271,14 @@ def compare(
     for key, flag in {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}.items():
         if any(override.partition("=")[0].strip() == key for override in overrides):
             raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     from minem import compare as comparison
     from minem.progress import Progress
     from minem.tracking import load_tracker
 
     tracker = load_tracker(track)
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
-    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
+    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins)
     _print(result, as_json, lambda: _compare_tables(result))
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
@@ -495,6 +496,24 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
     write_report(runs, out)
     _say(str(out))
+
+
+@main.command()
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object on one line.")
+def doctor(device: str, as_json: bool) -> None:
+    """Say what this machine has, what each part will run on, and what to do about the rest.
+
+    A self-test of some seconds compares generator, loss and sampling with references; exit code 4 where one fails.
+    """
+    from minem import doctor as doctors
+    from minem.progress import clean
+
+    found = doctors.examine(device)
+    _print(found, as_json, lambda: click.echo("\n".join(map(clean, doctors.lines(found)))))
+    if not found["passed"]:
+        failed = ", ".join(check["name"] for check in found["checks"] if not check["passed"])
+        raise GuardError(f"self-tests failed: {failed}")
 
 
 def _read_prompts(path: Path | None) -> list[str]:

@@ -30,7 +30,7 @@ from minem.samplers import SamplerConfig
 from minem.untrusted import read_toml
 from minem.weights import WeightsConfig
 
-__all__ = ["FLAGS", "Config", "difference", "load_config", "to_toml"]
+__all__ = ["FLAGS", "Config", "difference", "load_config", "origins", "to_toml"]
 
 # The flags that are short for a key. They win over the file; saying a key twice on one command line is an error.
 FLAGS = {
@@ -91,11 +91,7 @@ def load_config(
 
     Raises UserError for a file that cannot be read, unknown sections and keys, and values of a wrong type or range.
     """
-    given = _command_line(overrides, {key: value for key, value in (flags or {}).items() if value is not None})
-    if path is None and given.get("model.id", ("toy",))[0] == "toy":
-        path = Path(__file__).parent / "configs" / "toy.toml"
-    values = {} if path is None else {key: (value, str(path)) for key, value in _read_toml(Path(path))}
-    values |= given
+    values = _compose(path, overrides, flags or {})
     sections = {}
     for section, kind in SECTIONS.items():
         own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(section + ".")}
@@ -106,6 +102,25 @@ def load_config(
             origin = next((o for name, (_, o) in own.items() if str(error).startswith(f"{section}.{name} ")), None)
             raise UserError(f"{origin}: {error}" if origin else str(error)) from None
     return Config(**sections)
+
+
+def origins(
+    path: str | Path | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Where each value of the same `load_config` was written: {"sampler.budget": "--budget", "mstep.lr": "my.toml"}.
+
+    Keys that are not in it have their default.
+    """
+    return {key: origin for key, (_, origin) in _compose(path, overrides, flags or {}).items()}
+
+
+def _compose(path: str | Path | None, overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """{"section.key": (value, where it was written)} of the file and the command line."""
+    given = _command_line(overrides, {key: value for key, value in flags.items() if value is not None})
+    if path is None and given.get("model.id", ("toy",))[0] == "toy":
+        path = Path(__file__).parent / "configs" / "toy.toml"
+    values = {} if path is None else {key: (value, str(path)) for key, value in _read_toml(Path(path))}
+    return values | given
 
 
 def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:

@@ -20,10 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minem
-from minem import diagnostics, health
+from minem import diagnostics, health, recovery
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
-from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
+from minem.choices import (
+    fingerprint,
+    hash_prompts,
+    hash_source,
+    hash_tokenizer,
+    limit_threads,
+    pick_device,
+    pick_dtype,
+    pick_verdict,
+)
 from minem.data.prompts import ANSWER_LINE
 from minem.data.tasks import Question, load_task
 from minem.distributed import ALONE, Ranks
@@ -41,10 +50,12 @@ from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, make_sampler
 from minem.text import visible
 from minem.tracking import tracked
-from minem.weights import load, load_model, read_weights, resolve, save
+from minem.weights import load, load_model, read_weights, resolve, save, saved_bytes, verify
 
 if TYPE_CHECKING:
     from minem.config import Config
+
+ROW_BYTES, TOKEN_BYTES = 500, 14  # of a row of JSON, about: 14 for each token's id and text
 
 
 class Experiment:
@@ -58,6 +69,7 @@ class Experiment:
 
     run: RunDirectory
     left_out = 0  # rows of the last `examples` of which nothing is trained
+    behind: list[int]  # iterations whose M-step `catch_up` has to do again
 
     def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE):
         self.config = config
@@ -79,22 +91,40 @@ class Experiment:
 
     @contextmanager
     def open(
-        self, command: Sequence[str], overwrite: bool, tracker: ModuleType | None = None, **inputs: str
+        self,
+        command: Sequence[str],
+        overwrite: bool,
+        tracker: ModuleType | None = None,
+        origins: Mapping[str, str] | None = None,
+        **inputs: str,
     ) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
-        inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
+        questions = self.task.train + self.task.validation + self.task.test
+        inputs = {
+            "task rows": self.task.rows_sha256,
+            "base model": fingerprint(self.base_folder),
+            **hash_tokenizer(self.tokenizer),
+            "prompts": hash_prompts(questions, self.config.sampler.hint),
+            **inputs,
+        }
         for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
             if ":" in name:  # the user's own code is part of the experiment, too
                 inputs[f"{key} {name}"] = hash_source(name)
         if self.ranks.first:
-            self.run = RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs)
+            self.run = RunDirectory.open(
+                self.config, command=command, overwrite=overwrite, inputs=inputs, origins=origins
+            )
             self.run.on_finished = lambda stage, result: self.ranks.publish(f"stage/{stage}", result)
-            self.ranks.publish("run", str(self.run.path))
+            if sentence := recovery.go_back(self.run):
+                self.progress.note(f"warning {sentence}")
+            whole, self.behind = recovery.whole_model(self.run)
+            self.ranks.publish("run", [str(self.run.path), whole, self.behind])
         else:
-            self.run = Follower(Path(self.ranks.receive("run")), self.config, self.ranks)
+            path, whole, self.behind = self.ranks.receive("run")
+            self.run = Follower(Path(path), self.config, self.ranks)
         with self.run:
             self._describe()
-            self._restore()
+            self._restore(whole)
             with tracked(self.run, tracker, self.progress):
                 yield self.run
 
@@ -106,6 +136,7 @@ class Experiment:
         select: called with the iteration before its M-step for the examples to train on; None stands for all accepted.
         """
         last = self.config.run.iterations
+        self.catch_up(select)
         self.reserve()
         self.evaluate(0, "validation", self.task.validation)
         self.evaluate(0, "test", self.task.test)
@@ -169,7 +200,8 @@ class Experiment:
                 counts += self._block(step, block, questions, counts, known, line, slots)
             rate = (counts.tokens - known) / max(1e-9, line.elapsed)
         names = [f"{folder}/samples.{number}.jsonl" for number in range(1, len(parts) + 1)]
-        with self.run.stage(stage) as record:
+        size = sum((self.run.path / name).stat().st_size for name in names) if self.ranks.first else 0
+        with self.run.stage(stage, writes=2 * size) as record:
             if not self.ranks.first:
                 return
             rows = [row for name in names for row in read_rows(self.run.path / name)]
@@ -209,7 +241,7 @@ class Experiment:
             if first and own and len(compared) < DRAWS:
                 compared.append(draw)
 
-        with self.run.stage(stage) as record:
+        with self.run.stage(stage, writes=self._row_bytes(questions, self.config.sampler.max_new_tokens)) as record:
             own = self._own(questions, [step.lengths.get(question.id, 1.0) for question in questions])
             rows, counts = step.run(own, show, compare)
             mstep = self.config.mstep
@@ -317,11 +349,10 @@ class Experiment:
                 examples = self.examples(self.run.path / folder / "accepted.jsonl", lambda row: True)
             if not examples:
                 raise GuardError(self._nothing_to_train_on(iteration))
-            if self.config.run.init == "base":
-                read_weights(self.model, self.base_folder)
-                self.mstep.reset()
-            self._make_room()
-            with self.run.stage(stage) as record, self._line(iteration, "M-step") as line:
+            self._prepare_training()
+            state = self._state_is_needed(iteration)
+            size = saved_bytes(self.model) + state * self.mstep.state_bytes
+            with self.run.stage(stage, writes=size) as record, self._line(iteration, "M-step") as line:
 
                 def show(row: dict[str, Any]) -> None:
                     line.total = row["steps"]
@@ -329,7 +360,7 @@ class Experiment:
                     self.run.log_metrics(stage, **row)
 
                 summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
-                if self._state_is_needed(iteration):
+                if state:
                     self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
                 adapter = self.mstep.complete_masters() if self.mstep.lora is not None else {}
                 if not self.ranks.first:
@@ -338,6 +369,7 @@ class Experiment:
                     self.mstep.lora.save(record.path(f"{folder}/adapter"), adapter, self.config.model.id)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
+                verify(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
                 record.result.update(summary, left_out=self.left_out)
                 record.result["warnings"] = self._health(iteration, self.mstep.losses, summary["entropy"])
@@ -357,7 +389,8 @@ class Experiment:
         if self._skip(stage):
             return
         total = len(questions) * (1 + self.config.eval.samples)
-        with self.run.stage(stage) as record, self._line(iteration, split, total) as line:
+        size = self._row_bytes(questions, self.config.eval.max_new_tokens)
+        with self.run.stage(stage, writes=size) as record, self._line(iteration, split, total) as line:
 
             def show(finished: int, right: int, answered: int) -> None:
                 line.update(finished, accuracy=percent(right / max(1, answered)))
@@ -450,6 +483,13 @@ class Experiment:
 
         return Generator(model, self.tokenizer, slots=self.config.run.slots, on_note=note)
 
+    def _prepare_training(self) -> None:
+        """The weights that an M-step starts from, and memory for it."""
+        if self.config.run.init == "base":
+            read_weights(self.model, self.base_folder)
+            self.mstep.reset()
+        self._make_room()
+
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
         needed, free = self.mstep.memory_needed(), free_memory(self.device)
@@ -510,17 +550,35 @@ class Experiment:
                 f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual"
             )
 
-    def _restore(self) -> None:
-        """Take the weights of the last finished M-step."""
-        done = [s for s in self.run.stages if s.endswith("/mstep")]
-        if not done:
-            return
-        folder = self.run.path / done[-1].partition("/")[0]
-        if self.mstep.lora is None:  # else the adapters are merged into the base weights, which are in place
-            read_weights(self.model, folder / "model")
-            self.mstep.reset()
-        if (folder / "state").exists():
-            self.mstep.load(folder / "state")
+    def _restore(self, iteration: int) -> None:
+        """Take the weights that an iteration ended with; 0 is the base model, whose weights are there already."""
+        if iteration:
+            folder = self.run.path / f"iter-{iteration:02d}"
+            if self.mstep.lora is None:  # else the adapters are merged into the base weights, which are in place
+                read_weights(self.model, folder / "model")
+                self.mstep.reset()
+            if (folder / "state").exists():
+                self.mstep.load(folder / "state")
+
+    def catch_up(self, select: Callable[[int], Sequence[Example] | None] = lambda iteration: None) -> None:
+        """Train again what is not on the disk any more, from the last whole model on: the same examples, no new draws.
+
+        select: as for `train`.
+        """
+        while self.behind:
+            iteration = self.behind[0]
+            folder = self.run.path / f"iter-{iteration:02d}"
+            self.progress.note(f"note    {folder.name}/model is missing or damaged: trained again, in memory")
+            examples = select(iteration)
+            if examples is None:
+                examples = self.examples(folder / "accepted.jsonl", lambda row: True)
+            self._prepare_training()
+            self.mstep.run(examples, self.config.run.seed, iteration)
+            del self.behind[0]
+
+    def _row_bytes(self, questions: Sequence[Question], max_new_tokens: int) -> int:
+        """About what a row of the longest kind for each question takes on the disk."""
+        return len(questions) * (ROW_BYTES + TOKEN_BYTES * max_new_tokens)
 
     def _health(self, iteration: int, losses: Sequence[float], entropy: float | None) -> list[str]:
         before = [self.run.result(f"iter-{i:02d}/mstep")["entropy"] for i in range(1, iteration)]

@@ -232,6 +232,12 @@ class MStep:
         narrow = any(p.dtype.itemsize < 4 for p in self._trainable().values())
         return narrow or self.lora is not None or self.config.optimizer_state == "keep"
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` writes between two M-steps, about."""
+        kinds = 1 + (len(MOMENTS) if self.config.optimizer_state == "keep" else 0)
+        return kinds * sum(p.numel() for p in self._trainable().values()) * torch.float32.itemsize
+
     def save(self, folder: Path) -> None:
         """Write the masters, AdamW's state where there is one, and how far an M-step that is under way has come.
 

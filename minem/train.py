@@ -36,10 +36,11 @@ def train(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     ranks: Ranks = ALONE,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
     experiment = Experiment(config, progress, ranks)
-    with experiment.open(command, overwrite, tracker) as run:
+    with experiment.open(command, overwrite, tracker, origins) as run:
         experiment.train()
         if ranks.first:
             conclude(run)
@@ -67,12 +68,13 @@ def sample(
     command: Sequence[str] = (),
     overwrite: bool = False,
     ranks: Ranks = ALONE,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
     if overwrite and iteration > 1:
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
     experiment = Experiment(config, progress, ranks)
-    with experiment.open(command, overwrite) as run:
+    with experiment.open(command, overwrite, origins=origins) as run:
         before = f"iter-{iteration - 1:02d}"
         stage = f"iter-{iteration:02d}/estep"
         if not run.finished(stage):
@@ -80,6 +82,7 @@ def sample(
                 raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
             if run.finished(f"iter-{iteration:02d}/mstep"):
                 raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
+        experiment.catch_up()
         experiment.reserve()
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
@@ -94,6 +97,7 @@ def train_on_samples(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     ranks: Ranks = ALONE,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
 
@@ -119,7 +123,7 @@ def train_on_samples(
         progress.note(
             f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
         )
-    with experiment.open(command, overwrite, tracker, samples=digest) as run:
+    with experiment.open(command, overwrite, tracker, origins, samples=digest) as run:
         experiment.m_step(1, examples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
 

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minem.errors import UserError
+from minem.errors import GuardError, UserError
 from minem.model import ARCHITECTURES, Model, ModelConfig
 from minem.tokenizer import Tokenizer
 from minem.untrusted import own_file, parse, read_json
@@ -168,6 +168,63 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     if generation.exists() and generation.resolve() != (folder / generation.name).resolve():
         shutil.copyfile(generation, folder / generation.name)
     _write_weights(checkpoint_views(model), folder)
+
+
+def saved_bytes(model: Model) -> int:
+    """Bytes of the weights that `save` writes; what stands beside them is small."""
+    return sum(view.nbytes for view in checkpoint_views(model).values())
+
+
+def verify(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Read a folder that `save` wrote and compare it with what is in memory: weights, config, ids, EOS, chat template.
+
+    A few rows of a tensor are read at a time, so there is never a second copy of the model.
+
+    Raises GuardError that names what differs.
+    """
+    folder = Path(folder)
+    try:
+        problems = _differing_weights(model, folder)
+        if ModelConfig.from_dict(read_json(folder / "config.json")) != model.config:
+            problems.append("config.json")
+        again = Tokenizer.from_folder(folder)
+        for name in ("chat_template", "eos_ids", "special_tokens"):
+            if getattr(again, name) != getattr(tokenizer, name):
+                problems.append(name)
+        if again.backend.to_str() != tokenizer.backend.to_str():
+            problems.append("tokenizer.json")
+    except UserError as error:
+        raise GuardError(f"the model that was just written cannot be read again: {error}") from error
+    if problems:
+        shown = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise GuardError(f"{folder}: what was just written is not the model in memory; these differ: {shown}")
+
+
+def _differing_weights(model: Model, folder: Path) -> list[str]:
+    """Names of tensors that the folder has not, or not bit for bit, or beyond those of the model."""
+    views = checkpoint_views(model)
+    same: set[str] = set()
+    strange: list[str] = []
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name not in views:
+                    strange.append(name)
+                elif _same_rows(file.get_slice(name), views[name]):
+                    same.add(name)
+    return [*(name for name in views if name not in same), *strange]
+
+
+def _same_rows(source: Any, tensor: Tensor) -> bool:
+    if tuple(source.get_shape()) != tuple(tensor.shape):
+        return False
+    rows = max(1, COPY_BYTES // max(1, tensor[:1].nbytes))
+    for start in range(0, len(tensor), rows):
+        stop = min(start + rows, len(tensor))
+        written, held = source[start:stop], tensor[start:stop].cpu()
+        if written.dtype != held.dtype or not torch.equal(written.view(torch.uint8), held.view(torch.uint8)):
+            return False
+    return True
 
 
 def checkpoint_views(model: Model) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import minem
 from minem.cli import main
-from minem.config import FLAGS, SECTIONS, Config, difference, load_config, to_toml
+from minem.config import FLAGS, SECTIONS, Config, difference, load_config, origins, to_toml
 from minem.data.prompts import HINTS
 from minem.data.tasks import TASKS
 from minem.errors import UserError
@@ -49,6 +49,22 @@ def test_the_toy_is_where_a_bare_command_starts(tmp_path: Path) -> None:
     assert load_config(flags={"model.id": "some/model"}).mstep == Config().mstep
     assert load_config(overrides=["model.id=some/model"]).mstep == Config().mstep
     assert load_config(write(tmp_path, "")) == Config()
+
+
+def test_the_origin_of_each_value_is_known(tmp_path: Path) -> None:
+    file = write(tmp_path, "[mstep]\nlr = 1e-3\nclip = 0.5\n[sampler]\nbudget = 3\n")
+    given = (["mstep.clip=2"], {"sampler.budget": 4, "run.seed": None})
+    assert origins(file, *given) == {"mstep.lr": str(file), "mstep.clip": "--set", "sampler.budget": "--budget"}
+    assert origins(flags={"model.id": "some/model"}) == {"model.id": "--model"}
+
+
+@given(st.text(min_size=1))
+def test_an_origin_is_a_comment_whatever_a_path_may_hold(origin: str) -> None:
+    origin = origin.encode("utf-8", "replace").decode()
+    config = load_config(overrides=["sampler.budget=3", "task.name=a # b"])
+    text = to_toml(config, {"sampler.budget": origin, "task.name": origin})
+    assert tomllib.loads(text) == tomllib.loads(to_toml(config))
+    assert text.count("  # by ") >= 2
 
 
 CONFIGS = sorted((Path(minem.__file__).parent / "configs").glob("*.toml"))
