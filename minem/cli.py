@@ -15,10 +15,13 @@ import json
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -51,7 +54,8 @@ class _Group(click.Group):
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return super().invoke(ctx)
+            with _stoppable():
+                return super().invoke(ctx)
         except click.UsageError as error:
             _refuse(ctx, error)
         except MinemError as error:
@@ -62,6 +66,24 @@ class _Group(click.Group):
             advice = "; give the same command again to go on from there" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While open, SIGTERM and SIGUSR1 stop a command as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # who alone may say so
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refuse(ctx: click.Context, error: click.UsageError) -> NoReturn:
@@ -140,16 +162,18 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
 
 
 @contextmanager
-def _ranks(config: Any, gpus: int) -> Iterator[tuple[Any, Any]]:
-    """This process among those of the run, and its progress lines; for --gpus, this one only starts the others."""
+def _running(config: Any, gpus: int) -> Iterator[tuple[Any, Any, Any]]:
+    """(ranks, stop, progress) of a run in this process; for --gpus, this one only starts the others."""
     from minem.distributed import joined, launch
     from minem.progress import Progress
+    from minem.stopping import Stop
 
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
         _check_gpus(gpus, config.run.device)
         raise click.exceptions.Exit(launch(gpus, _without_gpus(sys.argv[1:])))
-    with joined(config.run.device) as ranks:
-        yield ranks, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
+    stop = Stop()
+    with stop.listening(), joined(config.run.device) as ranks:
+        yield ranks, stop, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
 
 
 def _check_gpus(gpus: int, device: str) -> None:
@@ -193,15 +217,19 @@ def train(
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
     config, origins = _config(config_file, overrides, flags)
-    with _ranks(config, gpus) as (ranks, progress):
+    with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
         from minem.tracking import load_tracker
 
         tracker = load_tracker(track if ranks.first else None)
         if samples is not None:
-            result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, ranks, origins)
+            result = whole.train_on_samples(
+                config, samples, progress, sys.argv, overwrite, tracker, ranks=ranks, stop=stop, origins=origins
+            )
         else:
-            result = whole.train(config, progress, sys.argv, overwrite, tracker, ranks, origins)
+            result = whole.train(
+                config, progress, sys.argv, overwrite, tracker, ranks=ranks, stop=stop, origins=origins
+            )
         if ranks.first:
             _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
 
@@ -224,11 +252,11 @@ def sample(
     `minem train` with the same flags goes on from there.
     """
     config, origins = _config(config_file, overrides, flags)
-    with _ranks(config, gpus) as (ranks, progress):
+    with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
         from minem.progress import percent
 
-        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks, origins)
+        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks=ranks, stop=stop, origins=origins)
         solved, questions = result["solved"], result["questions"]
         text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
         if ranks.first:

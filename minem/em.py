@@ -23,6 +23,7 @@ import minem
 from minem import diagnostics, health, recovery
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory
+from minem.checkpoints import Checkpoints
 from minem.choices import (
     fingerprint,
     hash_prompts,
@@ -35,8 +36,9 @@ from minem.choices import (
 )
 from minem.data.prompts import ANSWER_LINE
 from minem.data.tasks import Question, load_task
+from minem.disk import write_whole
 from minem.distributed import ALONE, Ranks
-from minem.errors import GuardError, UserError
+from minem.errors import GuardError, NotFinite, UserError
 from minem.estep import Counts, EStep, blocks, encode_prompt, minibatch
 from minem.evaluate import evaluate
 from minem.follower import Follower
@@ -48,6 +50,7 @@ from minem.packing import Example
 from minem.progress import Progress, percent
 from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, make_sampler
+from minem.stopping import Stop
 from minem.text import visible
 from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save, saved_bytes, verify
@@ -64,17 +67,18 @@ class Experiment:
     Everything that can be wrong with the input is found before the directory is touched.
 
     Among several processes (`ranks`) each has the whole model and draws its share of the questions; the first one
-    collects what the others drew, and it alone writes.
+    collects what the others drew, and it alone writes. `stop` is looked at all the time.
     """
 
     run: RunDirectory
     left_out = 0  # rows of the last `examples` of which nothing is trained
     behind: list[int]  # iterations whose M-step `catch_up` has to do again
 
-    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE):
+    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, stop: Stop | None = None):
         self.config = config
         self.progress = progress
         self.ranks = ranks
+        self.stop = stop or Stop()  # nobody will ask
         self.task = load_task(config.task.name, config.task.limit, config.run.seed)
         self.device = pick_device(config.run.device)
         self.dtype = pick_dtype(config.model.dtype, self.device)
@@ -227,6 +231,7 @@ class Experiment:
         first = stage == "iter-01/estep.1"
 
         def show(counts: Counts) -> None:
+            self.stop.check(stage)
             total = before + counts
             line.update(
                 total.done,
@@ -309,6 +314,11 @@ class Experiment:
         with self.run.stage(stage) as record, self._line(iteration, "diagnostics", total) as line:
             if not self.ranks.first:  # a few draws: not worth sharing
                 return
+
+            def show(done: int) -> None:
+                self.stop.check(stage)
+                line.update(done)
+
             draws = diagnostics.draw(
                 questions,
                 self.generator,
@@ -320,7 +330,7 @@ class Experiment:
                 pack_tokens=config.mstep.pack_tokens,
                 seed=config.run.seed,
                 iteration=iteration,
-                on_progress=line.update,
+                on_progress=show,
             )
             by_id = {question.id: question for question in self.task.train}
             summary = diagnostics.summarise(draws)
@@ -344,6 +354,8 @@ class Experiment:
         """Train on the kept rows of this iteration (or on `examples`) and write the model."""
         folder = f"iter-{iteration:02d}"
         stage = f"{folder}/mstep"
+        minutes = self.config.run.checkpoint_minutes
+        checkpoints = Checkpoints(self.run, self.mstep, stage, minutes, self.ranks, self.stop)
         if not self._skip(stage):
             if examples is None:
                 examples = self.examples(self.run.path / folder / "accepted.jsonl", lambda row: True)
@@ -358,8 +370,11 @@ class Experiment:
                     line.total = row["steps"]
                     line.update(row["step"], **_facts(row))
                     self.run.log_metrics(stage, **row)
+                    checkpoints.after_step(row)
 
-                summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
+                for row in checkpoints.resume():
+                    self.run.log_metrics(stage, **row)
+                summary = self._train(examples, iteration, show)
                 if state:
                     self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
                 adapter = self.mstep.complete_masters() if self.mstep.lora is not None else {}
@@ -375,6 +390,7 @@ class Experiment:
                 record.result["warnings"] = self._health(iteration, self.mstep.losses, summary["entropy"])
             self._warn(stage)
         # Outside the stage, so that a run that died between the two still cleans up.
+        checkpoints.clear()
         self.run.discard(f"iter-{iteration - 1:02d}/state")
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
@@ -393,6 +409,7 @@ class Experiment:
         with self.run.stage(stage, writes=size) as record, self._line(iteration, split, total) as line:
 
             def show(finished: int, right: int, answered: int) -> None:
+                self.stop.check(stage)
                 line.update(finished, accuracy=percent(right / max(1, answered)))
 
             measure = partial(
@@ -573,8 +590,22 @@ class Experiment:
             if examples is None:
                 examples = self.examples(folder / "accepted.jsonl", lambda row: True)
             self._prepare_training()
-            self.mstep.run(examples, self.config.run.seed, iteration)
+            self._train(examples, iteration, lambda row: self.stop.check("training again"))
             del self.behind[0]
+
+    def _train(
+        self, examples: Sequence[Example], iteration: int, on_step: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """The M-step itself; what was not finite in it is left in the run's log."""
+        try:
+            return self.mstep.run(examples, self.config.run.seed, iteration, on_step)
+        except NotFinite as error:
+            if not self.ranks.first:
+                raise
+            dump = self.run.path / "log" / f"not-finite.iter-{iteration:02d}.json"
+            dump.parent.mkdir(exist_ok=True)
+            write_whole(dump, (json.dumps(error.dump) + "\n").encode())
+            raise GuardError(f"iteration {iteration}: {error}; their tokens are in {dump}") from error
 
     def _row_bytes(self, questions: Sequence[Question], max_new_tokens: int) -> int:
         """About what a row of the longest kind for each question takes on the disk."""

@@ -43,6 +43,17 @@ class GuardError(MinemError):
     exit_code = 4
 
 
+class NotFinite(GuardError):
+    """A loss or gradient is not finite.
+
+    dump: what led to it, as JSON values: the step, its numbers, and the examples at fault with their token ids.
+    """
+
+    def __init__(self, message: str, dump: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.dump = dump
+
+
 def require(section: str, values: Any, **rules: tuple[bool, str]) -> None:
     for name, (valid, wanted) in rules.items():
         if not valid:

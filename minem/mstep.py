@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minem.cache import free_memory, peak_memory
 from minem.distributed import ALONE, Ranks
-from minem.errors import GuardError, UserError, one_of, require
+from minem.errors import GuardError, NotFinite, UserError, one_of, require
 from minem.lora import TARGETS, LoRA, adapter_parameters, read_targets
 from minem.memory import activation_bytes, flops, loss_bytes, peak_flops
 from minem.model import Model
@@ -235,8 +235,11 @@ class MStep:
     @property
     def state_bytes(self) -> int:
         """Bytes that `save` writes between two M-steps, about."""
-        kinds = 1 + (len(MOMENTS) if self.config.optimizer_state == "keep" else 0)
-        return kinds * sum(p.numel() for p in self._trainable().values()) * torch.float32.itemsize
+        return self.master_bytes * (1 + len(MOMENTS) if self.config.optimizer_state == "keep" else 1)
+
+    @property
+    def master_bytes(self) -> int:
+        return sum(p.numel() for p in self._trainable().values()) * torch.float32.itemsize
 
     def save(self, folder: Path) -> None:
         """Write the masters, AdamW's state where there is one, and how far an M-step that is under way has come.
@@ -492,9 +495,16 @@ class MStep:
         if math.isfinite(totals.loss) and math.isfinite(complete(norm)):
             return norm
         culprits = [i for i in step.examples if not self._finite_alone(examples, i)] or step.examples
-        raise GuardError(
-            f"loss {totals.loss:g} and gradient norm {float(complete(norm)):g} are not both finite, so the weights "
-            f"were not updated; examples at fault: {_some([examples[i].id for i in culprits])}"
+        numbers = {"loss": totals.loss, "gradient_norm": float(complete(norm))}
+        raise NotFinite(
+            f"loss {totals.loss:g} and gradient norm {numbers['gradient_norm']:g} are not both finite, so the weights "
+            f"were not updated; examples at fault: {_some([examples[i].id for i in culprits])}",
+            {
+                **{name: repr(value) for name, value in numbers.items()},
+                "step": len(self.history) + 1,
+                "all_of_step": len(culprits) == len(step.examples),
+                "examples": [vars(examples[i]) for i in culprits],
+            },
         )
 
     def _finite_alone(self, examples: Sequence[Example], index: int) -> bool:

@@ -61,5 +61,7 @@ def _lost(run: RunDirectory, stage: str) -> list[str]:
         if folder != f"iter-{iteration:02d}" or (begun and run.config.run.keep == "last"):
             return []  # read no more, or trained again in memory
         return [name for name in run.damaged(stage) if name.startswith(f"{folder}/model/")]
+    if kind.startswith("mstep."):
+        return []  # a checkpoint: `minem.checkpoints` takes an older one, or none
     replaced = kind.startswith("estep.") and run.finished(f"{folder}/estep")  # a block, discarded since
     return [] if replaced or not kind else run.damaged(stage)  # the picture and the report are anyone's to change

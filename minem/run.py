@@ -74,6 +74,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init: Literal["previous", "base"] = "previous"  # what each M-step starts from; "base" as in STaR
     keep: Literal["last", "all"] = "last"  # model folders that stay on disk
+    checkpoint_minutes: float = 15.0  # between two checkpoints inside an M-step; the last two are kept while it lasts
     slots: int | None = None  # sequences generated at once; by default 96 on the CPU, 256 on a GPU
 
     def __post_init__(self) -> None:
@@ -86,6 +87,7 @@ class RunConfig:
                 "1 or more; all are drawn on where it is not set",
             ),
             seed=(0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            checkpoint_minutes=(self.checkpoint_minutes >= 0, "0 (after every step) or more"),
             slots=(self.slots is None or 1 <= self.slots <= 65_536, "between 1 and 65536"),
         )
 

@@ -22,6 +22,7 @@ from minem.errors import GuardError, UserError
 from minem.progress import Progress
 from minem.run import RunDirectory, default_path, read_rows
 from minem.statistics import mcnemar
+from minem.stopping import Stop
 
 if TYPE_CHECKING:
     from minem.config import Config
@@ -36,10 +37,11 @@ def train(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     ranks: Ranks = ALONE,
+    stop: Stop | None = None,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
-    experiment = Experiment(config, progress, ranks)
+    experiment = Experiment(config, progress, ranks, stop)
     with experiment.open(command, overwrite, tracker, origins) as run:
         experiment.train()
         if ranks.first:
@@ -68,12 +70,13 @@ def sample(
     command: Sequence[str] = (),
     overwrite: bool = False,
     ranks: Ranks = ALONE,
+    stop: Stop | None = None,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
     if overwrite and iteration > 1:
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
-    experiment = Experiment(config, progress, ranks)
+    experiment = Experiment(config, progress, ranks, stop)
     with experiment.open(command, overwrite, origins=origins) as run:
         before = f"iter-{iteration - 1:02d}"
         stage = f"iter-{iteration:02d}/estep"
@@ -97,6 +100,7 @@ def train_on_samples(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     ranks: Ranks = ALONE,
+    stop: Stop | None = None,
     origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
@@ -113,7 +117,7 @@ def train_on_samples(
     def keep(row: Mapping[str, Any]) -> bool:
         return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
 
-    experiment = Experiment(config, progress, ranks)
+    experiment = Experiment(config, progress, ranks, stop)
     examples = experiment.examples(samples, keep)
     if not examples:
         why = "every accepted row answers at once" if experiment.left_out else 'no row has status "accepted"'
