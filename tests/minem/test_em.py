@@ -29,6 +29,10 @@ from tests.minem.folders import make_model
 
 SMALL = ["--limit", "24", "--iterations", "2", "--set", "eval.samples=0", "--set", "mstep.batch_size=8"]
 
+# Every switch of the objective away from its default, on hinted draws that are far from the toy's posterior.
+OBJECTIVE = ["--set", "mstep.weights=importance", "--set", "sampler.draws=all", "--set", "sampler.hint=justify"]
+OBJECTIVE += ["--set", "mstep.answer_tokens=false", "--set", "run.questions_per_iteration=10"]
+
 
 def minem_cli(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(a) for a in arguments])
@@ -215,8 +219,9 @@ def test_base_as_start_and_as_proposal(dtype, tmp_path):
             "model.dtype=bfloat16",
         ],
         ["--set", "model.dtype=bfloat16", "--set", "mstep.lora_rank=4", "--set", "mstep.lr=1e-2"],
+        ["--sampler", "star", "--budget", 3, *OBJECTIVE],
     ],
-    ids=["float32", "bfloat16", "bfloat16-base", "bfloat16-lora"],
+    ids=["float32", "bfloat16", "bfloat16-base", "bfloat16-lora", "objective"],
 )
 def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_path, monkeypatch):
     ok(train(tmp_path / "whole", *more))

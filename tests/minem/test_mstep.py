@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from minem.errors import GuardError, UserError
-from minem.mstep import MStep, MStepConfig, learning_rate, loss_divisor
+from minem.mstep import MStep, MStepConfig, Totals, learning_rate, loss_divisor
 from minem.packing import Example, Step, plan
 from minem.weights import checkpoint_views, load_model
 
@@ -394,3 +394,17 @@ def test_schedules_by_hand():
     assert rates("constant", warmup=0.0) == [1.0] * 8
     assert rates("cosine", warmup=1.0)[-1] == 1.0
     assert learning_rate(MStepConfig(lr=1.0), 0, 1) == 1.0  # a single step is not spent on warming up
+
+
+def test_mfu_counts_weights_that_tokens_meet_over_the_peak(model, monkeypatch):
+    """6 for each weight of the body and token, and for each of the head and supervised token; None if nobody knows."""
+    mstep = MStep(model, MStepConfig())
+    totals = Totals(loss=3.0, entropy=math.nan, tokens=1000, supervised=100, weight=2.0)
+    assert mstep._metrics(totals, 2.0)["mfu"] is None
+    monkeypatch.setattr("minem.mstep.peak_flops", lambda device: 1e9)
+    found = mstep._metrics(totals, 2.0)
+    head = SHAPE["vocab_size"] * SHAPE["hidden_size"]  # tied: the embeddings, which are no arithmetic to look up
+    body = sum(p.numel() for p in model.parameters()) - head
+    assert found["mfu"] == pytest.approx(6 * (1000 * body + 100 * head) / 2.0 / 1e9, rel=1e-12)
+    assert found["entropy"] is None  # what is not finite would not be JSON
+    assert (found["loss"], found["tokens_per_second"]) == (1.5, 500)
