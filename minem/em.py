@@ -78,7 +78,7 @@ class Experiment:
         self.config = config
         self.progress = progress
         self.ranks = ranks
-        self.stop = stop or Stop()  # nobody will ask
+        self.stop = Stop() if stop is None else stop
         self.task = load_task(config.task.name, config.task.limit, config.run.seed)
         self.device = pick_device(config.run.device)
         self.dtype = pick_dtype(config.model.dtype, self.device)
