@@ -497,15 +497,17 @@ def show(run: Path, iteration: int | None, status: str | None, question: str | N
     """Show what the model wrote in the E-steps of a run, finished or not."""
     from minem import show as shown
     from minem.progress import Progress
-    from minem.reader import read_run
+    from minem.reader import read_run, told_as_damage
 
-    read = read_run(run)
-    rows, matched = shown.matching(read, n, iteration, status, question)
+    with told_as_damage(run):
+        read = read_run(run)
+        rows, matched = shown.matching(read, n, iteration, status, question)
+        lines = list(shown.lines(rows))
     if rows and isinstance(read.task, str):
         Progress().note(f"note    {read.task}")
 
     def text() -> None:
-        for line in shown.lines(rows):
+        for line in lines:
             _say(line)
         _say(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
 

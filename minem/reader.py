@@ -13,6 +13,7 @@ import hashlib
 import heapq
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -124,9 +125,20 @@ def read_run(path: Path) -> Run:
     config = facts.get("config")
     if not (isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in SECTIONS)):
         raise UserError(f"{path} is not a run directory: its run.json holds no config with {', '.join(SECTIONS)}")
-    if not isinstance(facts.get("inputs", {}), dict):
-        raise UserError(f"{path} is not a run directory: the inputs in its run.json are no JSON object")
+    for name in ("inputs", "versions"):
+        if not isinstance(facts.get(name, {}), dict):
+            raise UserError(f"{path} is not a run directory: the {name} in its run.json are no JSON object")
     return Run(path, facts, read_journal(path))
+
+
+@contextmanager
+def told_as_damage(*paths: Path) -> Iterator[None]:
+    """A run directory may be anybody's, and any of its values of any kind: what trips over one says whose it is."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        names = ", ".join(map(str, paths))
+        raise UserError(f"{names}: a file holds a value that minem does not write there ({error!r})") from error
 
 
 @dataclass

@@ -23,7 +23,7 @@ from minem import figures
 from minem.charts import themed
 from minem.diagnostics import FALLING_RULE
 from minem.errors import UserError
-from minem.reader import Choice, Run, changed, read_run
+from minem.reader import Choice, Run, changed, read_run, told_as_damage
 from minem.text import redact, visible
 from minem.untrusted import own_file, read_limited
 
@@ -42,7 +42,8 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
         shown before all else, where they are there.
     Raises UserError for what is no run directory, or a file that cannot be written.
     """
-    page = render([read_run(path) for path in runs], comparison or {})
+    with told_as_damage(*runs):
+        page = render([read_run(path) for path in runs], comparison or {})
     partial = out.with_name(f".partial.{out.name}")
     try:
         partial.write_text(page, encoding="utf-8")

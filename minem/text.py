@@ -21,7 +21,8 @@ _TOKEN = re.compile(
 )
 # After a name that says so: --api-key=..., "token": "...", Bearer ...
 _NAMED = re.compile(
-    r"(?i)((?:\b|_)(?:token|api[_-]?key|secret|password|passwd)[\"']?\s*[=:]\s*|\bbearer\s+)([\"']?)[^\s\"',;]{4,}"
+    r"(?i)((?<!\w)(?:(?:access|auth|hf|hub)[_-])?(?:token|api[_-]?key|secret|password|passwd)[\"']?"
+    r"(?:\s*=\s*|\s*:\s*(?=[\"']))|\bbearer\s+)([\"']?)[^\s\"',;]{4,}"
 )
 _SECRET_VARIABLE = re.compile(r"(?:TOKEN|API_?KEY|SECRET|SECRET_ACCESS_KEY|PASSWORD)$", re.IGNORECASE)
 REDACTED = "[redacted]"

@@ -9,6 +9,7 @@ readers of the same file do not: what one tool has checked must not be something
 from __future__ import annotations
 
 import json
+import math
 import os
 import tomllib
 from pathlib import Path
@@ -26,7 +27,7 @@ DEPTH_LIMIT = 64  # lists and objects inside each other
 def parse(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError, always in one line, for anything else."""
     try:
-        value = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        value = json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_constant)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH_LIMIT} levels") from None
     # The brackets are more than the depth, so that a flat text needs no second look.
@@ -99,6 +100,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         again = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {again[:80]!r} stands twice in one object")
     return found
+
+
+def _float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):  # what Python makes of 1e999
+        raise ValueError(f"{digits[:40]} is too large a number")
+    return value
 
 
 def _constant(name: str) -> NoReturn:

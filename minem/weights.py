@@ -280,7 +280,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     for name in sorted(set(names.values())):
-        if Path(name).name != name or "\0" in name or not (folder / name).is_file():
+        if Path(name).name != name or "\0" in name or not os.path.isfile(folder / name):
             raise UserError(f"{index}: weight_map names {name[:200]!r}, which is not a file of this folder")
     return [own_file(folder, name) for name in sorted(set(names.values()))]
 

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from minem.errors import MinemError
@@ -130,6 +130,7 @@ def fuzz(what: str, cases: int, strategy: st.SearchStrategy[Any], check: Callabl
         derandomize=cases <= 200,
         database=None,
         suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate],  # to shrink a file takes minutes, and the sentence that went wrong says enough
         print_blob=True,
     )
     @given(strategy)

@@ -251,6 +251,8 @@ TOKENS = [
 def test_what_looks_like_a_token_is_not_shown(token: str) -> None:
     for text in (
         f"--x={token}",
+        f'{{"token": "{token[-8:]}"}}',
+        f"password={token[-8:]}",
         f"Illegal header value b'Bearer {token}\\n'",
         f"{token} is wrong",
         f"https://me:{token}@hub.co/a",
@@ -263,6 +265,7 @@ def test_names_and_paths_are_no_secrets() -> None:
     for text in (
         "--set sampler.max_new_tokens=24",
         "runs/toy.rsm8.toy-llama.s0: the tokenizer names no EOS token: see it",
+        "no EOS token: please see tokenizer_config.json, eos_token = <|endoftext|>, --stop-token: x",
         "/home/me/hf_cache/models--Qwen--Qwen2.5-0.5B: 512 tokens, key 7",
         "token_ids must be a list of the ids that were drawn",
         "set HF_TOKEN to a token that may read it",
