@@ -115,6 +115,7 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
     help="The M-step alone, on the accepted rows of a samples.jsonl made anywhere.",
 )
 @_track_option
+@click.option("--dry-run", is_flag=True, help="Only say what the run would need: memory, samples, steps, disk.")
 def train(
     config_file: Path | None,
     overrides: tuple[str, ...],
@@ -122,6 +123,7 @@ def train(
     as_json: bool,
     samples: Path | None,
     track: str | None,
+    dry_run: bool,
     **flags: Any,
 ) -> None:
     """Run the EM loop, or continue it where it stopped.
@@ -129,6 +131,11 @@ def train(
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
     config = _config(config_file, overrides, flags)
+    if dry_run:
+        if samples is not None:
+            raise UserError("--dry-run plans a whole run; give either it or --samples")
+        _dry_run(config, as_json)
+        return
     from minem import train as whole
     from minem.progress import Progress
     from minem.tracking import load_tracker
@@ -140,6 +147,20 @@ def train(
         return
     result = whole.train(config, progress, sys.argv, overwrite, tracker)
     _print(result, as_json, lambda: _train_table(result))
+
+
+def _dry_run(config: Any, as_json: bool) -> None:
+    from minem import dryrun
+    from minem.progress import Progress, table
+
+    result = dryrun.dry_run(config, Progress())
+
+    def show() -> None:
+        for columns, rows in dryrun.tables(result):
+            table(columns, rows, file=sys.stdout)
+        click.echo("\n".join(result["advice"]) or "it fits: memory and disk are enough for all of this")
+
+    _print(result, as_json, show)
 
 
 @main.command()

@@ -22,13 +22,13 @@ import torch
 import minem
 from minem import diagnostics
 from minem.agreement import DRAWS, agreement
-from minem.cache import free_memory
+from minem.cache import free_memory, give_back
 from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
 from minem.data.tasks import Question, load_task
 from minem.errors import GuardError, UserError
 from minem.estep import Counts, EStep, blocks, encode_prompt
 from minem.evaluate import evaluate
-from minem.generate import Completion, Generator, SamplingParams
+from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
 from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
@@ -46,11 +46,13 @@ class Experiment:
     """One run: its config, its model and, once `open`, its directory.
 
     Everything that can be wrong with the input is found before the directory is touched.
+
+    weights: False leaves them on the disk, for a dry run: the model has its shape alone.
     """
 
     run: RunDirectory
 
-    def __init__(self, config: Config, progress: Progress):
+    def __init__(self, config: Config, progress: Progress, weights: bool = True):
         self.config = config
         self.progress = progress
         self.task = load_task(config.task.name, config.task.limit, config.run.seed)
@@ -59,7 +61,7 @@ class Experiment:
         self.sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
         self.verdict = pick_verdict(config.task.verdict)
         self.base_folder = resolve(config.model.id, config.model.revision)
-        self.model, self.tokenizer = load(self.base_folder, self.device, self.dtype)
+        self.model, self.tokenizer = load(self.base_folder, self.device if weights else "meta", self.dtype)
         if not self.tokenizer.eos_ids:
             raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
@@ -267,6 +269,7 @@ class Experiment:
                     self.run.log_metrics(stage, **row)
 
                 summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
+                give_back(self.device)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
@@ -348,7 +351,8 @@ class Experiment:
         def note(text: str) -> None:
             self.progress.note(f"note    {text}")
 
-        return Generator(model, self.tokenizer, slots=self.config.run.slots, on_note=note)
+        slots = self.config.run.slots or DEFAULT_SLOTS[self.device.type]
+        return Generator(model, self.tokenizer, slots=slots, on_note=note)
 
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""

@@ -4,16 +4,20 @@
     python bench/memory.py --table       # and for models of 0.5B to 8B on GPUs of 24, 80 and 141 GB
 
 Nothing here allocates memory, loads weights or needs a GPU. Counts are exact; the bytes of activations are those of the
-tensors that autograd keeps for the backward pass, of sequences that fill their micro-batch without padding.
+tensors that autograd keeps for the backward pass. `e_step` and `m_step` are what a device holds at the most, by part:
+the parts of each sum to its peak.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
+from minem.cache import MIN_ROWS, cache_bytes
+from minem.engine import PREFILL_TOKENS
 from minem.kernels.cross_entropy import CHUNK_BYTES
 from minem.model import ModelConfig
 
@@ -59,6 +63,22 @@ def parameters(config: ModelConfig) -> Parameters:
         body=config.num_hidden_layers * block + width,
         head=0 if config.tie_word_embeddings else vocabulary,
     )
+
+
+def adapter_parameters(config: ModelConfig, rank: int, targets: Collection[str]) -> int:
+    """Parameters of LoRA's terms: for each target, under Hugging Face's name, A [rank, in] and B [out, rank]."""
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
+    sizes = {  # in + out
+        "q_proj": width + queries,
+        "k_proj": width + keys,
+        "v_proj": width + keys,
+        "o_proj": queries + width,
+        "gate_proj": width + inner,
+        "up_proj": width + inner,
+        "down_proj": inner + width,
+    }
+    return config.num_hidden_layers * rank * sum(sizes[target] for target in targets)
 
 
 def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
@@ -118,13 +138,99 @@ def loss_bytes(
 
     trained: whether the head gets a gradient, as it does but under LoRA.
     """
+    weight = config.vocab_size * config.hidden_size if trained else 0
+    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
+    return weight * 4 + max(_chunk_bytes(config, supervised, dtype, device), weight * dtype.itemsize)
+
+
+# ------------------------------------------------------------------------------------------------ the two steps of EM
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run asks of memory at the most: all that its bytes depend on beside the model's shape and dtype."""
+
+    slots: int  # sequences that are generated at once
+    prompt: int  # tokens of the longest prompt
+    new: int  # most tokens that are drawn for one
+    tokens: int  # of the largest micro-batch
+    supervised: int  # of these
+    micro_batches: int  # most in one optimizer step
+    checkpointed: int = 0  # blocks
+    adapters: int = 0  # parameters of LoRA; 0: all of the model's are trained
+    two_models: bool = False  # hinted draws come from a copy of the base model, which has a cache of its own
+
+
+def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
+    """Bytes that the device holds at most while drawing and evaluating, by part.
+
+    device: "cuda" or "cpu", where the pages of the cache that nobody has written to take no memory yet.
+    """
+    scoring = work.tokens * _passing_bytes(config, dtype.itemsize, device)
+    scoring += _chunk_bytes(config, work.supervised, dtype, device)
+    parts = _resident(config, dtype, work)
+    return parts | {"generator": max(_drawing_bytes(config, dtype, device, work), scoring)}
+
+
+def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
+    """Bytes that the device holds at most while training, by part; the cache is among them, as long as there is room.
+
+    With a single micro-batch in each step, the gradients grow while the activations go: then the part of the gradients
+    is only what they exceed the others by.
+    """
+    trained = work.adapters or parameters(config).total
+    activations = activation_bytes(config, work.tokens, work.supervised, work.checkpointed, dtype, device)
+    loss = loss_bytes(config, work.supervised, dtype, device, trained=not work.adapters)
+    gradients = 4 * trained
+    if work.micro_batches == 1:
+        gradients = max(0, gradients - activations - loss)
+    return _resident(config, dtype, work) | {
+        "gradients": gradients,
+        "AdamW moments": 8 * trained,
+        "activations": activations,
+        "loss": loss,
+    }
+
+
+def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, int]:
+    """What is there all the time."""
+    weights = parameters(config).total * dtype.itemsize
+    parts = {"weights": weights}
+    if work.two_models:
+        parts["base model for hints"] = weights
+    if work.adapters:
+        parts["adapters"] = work.adapters * dtype.itemsize
+    if dtype.itemsize < 4:
+        parts["float32 masters"] = 4 * (work.adapters or parameters(config).total)
+    cache = cache_bytes(config, dtype, work.slots, work.prompt - 1, work.new)
+    return parts | {"KV cache": cache * (2 if work.two_models else 1)}
+
+
+def _drawing_bytes(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> int:
+    """The larger of what filling the cache with prompts and decoding a token for every slot take on their way."""
+    tokens = min(work.slots * work.prompt, max(PREFILL_TOKENS, work.prompt))
+    rows, passing = max(work.slots, MIN_ROWS), _passing_bytes(config, dtype.itemsize, device)
+    # Eager sampling holds float32 logits, their exponentials, and these once more under a temperature.
+    logit = dtype.itemsize if device == "cuda" else 12 + (dtype.itemsize if dtype.itemsize < 4 else 0)
+    decoding = rows * (passing + config.vocab_size * logit)
+    return max(tokens * passing, decoding)
+
+
+def _passing_bytes(config: ModelConfig, size: int, device: str) -> int:
+    """Bytes of each token while it passes through a block and nothing is kept: the larger of attention and MLP."""
+    channels = config.head_dim
+    turned = (config.num_attention_heads + config.num_key_value_heads) * channels
+    attention = _merged(config) + 2 * turned + 2 * config.num_attention_heads * channels
+    mlp = (4 if device == "cpu" else 3) * config.intermediate_size
+    return (3 * config.hidden_size + max(attention, mlp)) * size
+
+
+def _chunk_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the logits of `linear_cross_entropy`, a chunk of rows at a time."""
     vocabulary, size = config.vocab_size, dtype.itemsize
     rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))
     # Eager, shifted logits and their exponentials in float32, beside the logits themselves where these are narrower.
-    logit = size if device == "cuda" else 8 + (size if size < 4 else 0)
-    weight = vocabulary * config.hidden_size if trained else 0
-    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
-    return weight * 4 + max(rows * vocabulary * logit, weight * size)
+    return rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
 
 
 def _block_bytes(config: ModelConfig, size: int, device: str) -> int:

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from minem.cli import main
 from minem.memory import activation_bytes, flops, parameters, peak_flops
 from minem.model import Model, ModelConfig
+from minem.weights import TOY
 from tests.minem.folders import BASE, SHAPES
 
 
@@ -96,3 +106,141 @@ def test_activations_are_those_that_autograd_keeps(kind, lengths):
     saved = saved_bytes(model, lengths, rows) - head
     planned = activation_bytes(config, sum(lengths), len(rows), 0, torch.float32, "cpu")
     assert planned == pytest.approx(saved, rel=0.06)
+
+
+# ------------------------------------------------------------------------------------------------------- the dry run
+
+
+def dry_run(*flags: str) -> dict:
+    done = CliRunner().invoke(main, ["train", "--dry-run", "--device", "cpu", "--json", *flags])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_dry_run_makes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = dry_run("--out", "runs/x")
+    assert list(tmp_path.iterdir()) == []
+    assert result["parameters"]["total"] == 790_400
+    assert result["fits"] is True
+    for step in ("e_step", "m_step"):
+        memory = result["memory"]
+        assert memory[f"{step}_peak"] == memory["process"] + sum(memory[step].values())
+
+
+def test_a_dry_run_counts_the_work_of_an_iteration():
+    flags = ("--limit", "10", "--budget", "3", "--set", "mstep.batch_size=4", "--set", "mstep.epochs=2")
+    first = dry_run(*flags)["iteration"]
+    assert (first["questions"], first["draws"], first["accepted"]) == (10, 30, 10)
+    assert first["tokens_drawn"] == 30 * 64
+    assert first["optimizer_steps"] == 2 * 3
+    every = dry_run(*flags, "--set", "sampler.draws=all")["iteration"]
+    assert (every["accepted"], every["optimizer_steps"]) == (30, 2 * 8)
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TOY, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"intermediate_size": raw["intermediate_size"] - 2}))
+    for flags, words in (
+        (["--model", str(folder)], "the weights do not fit config.json"),
+        (["--set", "sampler.max_new_tokens=600"], "lower sampler.max_new_tokens"),
+        (["--task", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["--samples", "rows.jsonl"], "give either"),
+    ):
+        done = CliRunner().invoke(main, ["train", "--dry-run", *flags])
+        assert done.exit_code == 2
+        assert words in done.stderr
+
+
+def test_a_dry_run_says_what_to_change_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr("minem.dryrun.free_memory", lambda device: 80_000_000)
+    result = dry_run("--set", "run.slots=8", "--set", "mstep.pack_tokens=8192", "--set", "mstep.batch_size=512")
+    assert result["fits"] is False
+    assert ["mstep.pack_tokens=" in sentence for sentence in result["advice"]] == [True]
+    pack = result["advice"][0].partition("mstep.pack_tokens=")[2].split()[0]
+    again = dry_run("--set", "run.slots=8", "--set", f"mstep.pack_tokens={pack}", "--set", "mstep.batch_size=512")
+    assert again["fits"] is True
+
+
+# ------------------------------------------------------------------------------------------------------- and the run
+
+
+SETTINGS = (  # a few seconds of work, in two optimizer steps of two micro-batches each, so that all parts are there
+    "sampler.filter=none",
+    "sampler.max_new_tokens=24",
+    "mstep.batch_size=24",
+    "mstep.pack_tokens=512",
+    "mstep.epochs=2",
+    "eval.max_new_tokens=2",
+    "eval.samples=0",
+    "eval.diagnostics=0",
+    "run.iterations=1",
+    "run.slots=24",
+)
+
+
+def make_random_model(folder: Path) -> None:
+    """59 M parameters as transformers makes them, with the toy's tokenizer, whose ids are the first of 16,384."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    raw = json.loads((TOY / "config.json").read_text())
+    config = LlamaConfig(
+        vocab_size=16_384,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=raw["bos_token_id"],
+        eos_token_id=raw["eos_token_id"],
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in TOY.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder)
+
+
+def anonymous_peak(command: list[str], log: Path) -> int:
+    """Bytes of anonymous memory that a child process holds at most, looked at every 3 ms."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    peak = 0
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as child:
+        while child.poll() is None:
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                break
+            held = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
+            peak = max([peak, *held])
+            time.sleep(0.003)
+    assert child.returncode == 0, log.read_text()
+    return peak * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize("more", [[]], ids=["full"])
+def test_the_plan_is_what_a_run_of_59_million_parameters_takes(tmp_path, more):
+    """Within 15 % of the peak of anonymous memory. The random model accepts nothing, so every draw is kept."""
+    make_random_model(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--task", "toy", "--limit", "24", "--budget", "1", "--device", "cpu"]
+    for setting in (*SETTINGS, *more):
+        flags += ["--set", setting]
+    flags += ["--out", str(tmp_path / "run")]
+    # Also in a process of its own: what it takes before it begins is part of the plan.
+    done = subprocess.run(
+        [sys.executable, "-m", "minem", "train", *flags, "--dry-run", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert plan["parameters"]["total"] == 58_737_152
+    peak = anonymous_peak([sys.executable, "-m", "minem", "train", *flags], tmp_path / "log")
+    planned = max(plan["memory"]["e_step_peak"], plan["memory"]["m_step_peak"])
+    print(f"{' '.join(more) or 'full'}: planned {planned / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+    assert planned == pytest.approx(peak, rel=0.15)
