@@ -10,9 +10,13 @@ command runs, so that help is there at once.
 from __future__ import annotations
 
 import difflib
+import io
 import json
+import math
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +91,7 @@ def _sampler_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
             click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
             click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
+            click.option("--gpus", type=click.IntRange(min=1), default=1, help="Use so many GPUs, a process on each."),
         ]
     ):
         command = option(command)
@@ -103,6 +108,35 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
 
     given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
     return load_config(config_file, overrides, given)
+
+
+@contextmanager
+def _ranks(config: Any, gpus: int) -> Iterator[tuple[Any, Any]]:
+    """This process among those of the run, and its progress lines; for --gpus, this one only starts the others."""
+    from minem.distributed import joined, launch
+    from minem.progress import Progress
+
+    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+        _check_gpus(gpus, config.run.device)
+        raise click.exceptions.Exit(launch(gpus, _without_gpus(sys.argv[1:])))
+    with joined(config.run.device) as ranks:
+        yield ranks, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
+
+
+def _check_gpus(gpus: int, device: str) -> None:
+    import torch
+
+    there = torch.cuda.device_count()
+    if device != "cpu" and gpus > there:
+        advice = "--device cpu runs them as processes on the CPU" if there == 0 else f"give --gpus {there} or fewer"
+        raise UserError(f"--gpus {gpus}, but torch sees {there} CUDA device(s) here; {advice}")
+
+
+def _without_gpus(arguments: Sequence[str]) -> list[str]:
+    """The command line for each of the processes."""
+    at = [i for i, argument in enumerate(arguments) if argument == "--gpus"]
+    left = {i + after for i in at for after in (0, 1)}
+    return [a for i, a in enumerate(arguments) if i not in left and not a.startswith("--gpus=")]
 
 
 @main.command()
@@ -123,6 +157,7 @@ def train(
     as_json: bool,
     samples: Path | None,
     track: str | None,
+    gpus: int,
     dry_run: bool,
     **flags: Any,
 ) -> None:
@@ -136,17 +171,17 @@ def train(
             raise UserError("--dry-run plans a whole run; give either it or --samples")
         _dry_run(config, as_json)
         return
-    from minem import train as whole
-    from minem.progress import Progress
-    from minem.tracking import load_tracker
+    with _ranks(config, gpus) as (ranks, progress):
+        from minem import train as whole
+        from minem.tracking import load_tracker
 
-    tracker, progress = load_tracker(track), Progress()
-    if samples is not None:
-        result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker)
-        _print(result, as_json, lambda: click.echo(f"loss {result['loss']:.4f}, model in {result['model']}"))
-        return
-    result = whole.train(config, progress, sys.argv, overwrite, tracker)
-    _print(result, as_json, lambda: _train_table(result))
+        tracker = load_tracker(track if ranks.first else None)
+        if samples is not None:
+            result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, ranks)
+        else:
+            result = whole.train(config, progress, sys.argv, overwrite, tracker, ranks)
+        if ranks.first:
+            _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
 
 
 def _dry_run(config: Any, as_json: bool) -> None:
@@ -168,20 +203,28 @@ def _dry_run(config: Any, as_json: bool) -> None:
 @_sampler_options
 @click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
 def sample(
-    config_file: Path | None, overrides: tuple[str, ...], overwrite: bool, as_json: bool, iteration: int, **flags: Any
+    config_file: Path | None,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    as_json: bool,
+    iteration: int,
+    gpus: int,
+    **flags: Any,
 ) -> None:
     """Run the E-step of one iteration alone: write samples.jsonl and accepted.jsonl.
 
     `minem train` with the same flags goes on from there.
     """
     config = _config(config_file, overrides, flags)
-    from minem import train as whole
-    from minem.progress import Progress, percent
+    with _ranks(config, gpus) as (ranks, progress):
+        from minem import train as whole
+        from minem.progress import percent
 
-    result = whole.sample(config, iteration, Progress(), sys.argv, overwrite)
-    solved, questions = result["solved"], result["questions"]
-    text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
-    _print(result, as_json, lambda: click.echo(text))
+        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks)
+        solved, questions = result["solved"], result["questions"]
+        text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
+        if ranks.first:
+            _print(result, as_json, lambda: click.echo(text))
 
 
 @main.command()
@@ -472,6 +515,10 @@ def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
         click.echo(json.dumps(result, allow_nan=False))
     else:
         show()
+
+
+def _mstep_line(result: dict[str, Any]) -> None:
+    click.echo(f"loss {result['loss']:.4f}, model in {result['model']}")
 
 
 def _train_table(result: dict[str, Any]) -> None:

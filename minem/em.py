@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from types import ModuleType
@@ -25,15 +25,17 @@ from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory, give_back
 from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
 from minem.data.tasks import Question, load_task
+from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, UserError
 from minem.estep import Counts, EStep, blocks, encode_prompt
 from minem.evaluate import evaluate
+from minem.follower import Follower
 from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
 from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
 from minem.progress import Progress, percent
-from minem.run import RunDirectory, read_rows, write_rows
+from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, make_sampler
 from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save
@@ -47,14 +49,18 @@ class Experiment:
 
     Everything that can be wrong with the input is found before the directory is touched.
 
+    Among several processes (`ranks`) each has the whole model and draws its share of the questions; the first one
+    collects what the others drew, and it alone writes.
+
     weights: False leaves them on the disk, for a dry run: the model has its shape alone.
     """
 
     run: RunDirectory
 
-    def __init__(self, config: Config, progress: Progress, weights: bool = True):
+    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, weights: bool = True):
         self.config = config
         self.progress = progress
+        self.ranks = ranks
         self.task = load_task(config.task.name, config.task.limit, config.run.seed)
         self.device = pick_device(config.run.device)
         self.dtype = pick_dtype(config.model.dtype, self.device)
@@ -66,7 +72,7 @@ class Experiment:
             raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
         self.generator = self._generator(self.model)
-        self.mstep = MStep(self.model, config.mstep)
+        self.mstep = MStep(self.model, config.mstep, ranks)
         self.longest = self._check_lengths()
 
     @contextmanager
@@ -78,7 +84,13 @@ class Experiment:
         for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
             if ":" in name:  # the user's own code is part of the experiment, too
                 inputs[f"{key} {name}"] = hash_source(name)
-        with RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs) as self.run:
+        if self.ranks.first:
+            self.run = RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs)
+            self.run.on_finished = lambda stage, result: self.ranks.publish(f"stage/{stage}", result)
+            self.ranks.publish("run", str(self.run.path))
+        else:
+            self.run = Follower(Path(self.ranks.receive("run")), self.config, self.ranks)
+        with self.run:
             self._describe()
             self._restore()
             with tracked(self.run, tracker, self.progress):
@@ -137,9 +149,9 @@ class Experiment:
             drop_leaks=sampler.drop_leaks,
             lengths=self._lengths_before(iteration),
         )
-        # A run that goes on keeps its blocks, even where memory gives another number of slots now.
+        # A run that goes on keeps its blocks, even where memory or processes give another number of slots now.
         begun = self.run.finished(f"{stage}.1")
-        slots = self.run.result(f"{stage}.1")["slots"] if begun else self.generator.slots
+        slots = self.run.result(f"{stage}.1")["slots"] if begun else int(self.ranks.total([self.generator.slots])[0])
         parts = blocks(self.task.train, slots)
         stages = [f"{stage}.{number}" for number in range(1, len(parts) + 1)]
         # Tokens of blocks that were done before: they took none of the time that is measured now.
@@ -151,6 +163,8 @@ class Experiment:
             rate = (counts.tokens - known) / max(1e-9, line.elapsed)
         names = [f"{folder}/samples.{number}.jsonl" for number in range(1, len(parts) + 1)]
         with self.run.stage(stage) as record:
+            if not self.ranks.first:
+                return
             rows = [row for name in names for row in read_rows(self.run.path / name)]
             kept = [row for row in rows if row.pop("kept")]
             write_rows(record.path(f"{folder}/samples.jsonl"), rows)
@@ -187,7 +201,14 @@ class Experiment:
                 compared.append(draw)
 
         with self.run.stage(stage) as record:
-            rows, counts = step.run(questions, show, compare)
+            own = self._own(questions, [step.lengths.get(question.id, 1.0) for question in questions])
+            rows, counts = step.run(own, show, compare)
+            rows, shares = self._collect(stage, rows, vars(counts))
+            if not self.ranks.first:
+                return counts
+            order = {question.id: place for place, question in enumerate(questions)}
+            rows.sort(key=lambda row: order[row["id"]])
+            counts = sum(map(Counts.from_dict, shares), Counts(questions=0))
             agreed = {}
             if compared:
                 found = agreement(self.model, compared, self.config.mstep.pack_tokens)
@@ -195,7 +216,29 @@ class Experiment:
                 agreed = {"logprob_difference": found.difference, "policy_kl": found.kl}
             write_rows(record.path(stage.replace("estep", "samples") + ".jsonl"), rows)
             record.result.update(counts=vars(counts), slots=slots, agreement=agreed)
+            show(counts)
         return counts
+
+    def _own(self, questions: Sequence[Question], costs: Sequence[float]) -> list[Question]:
+        """This process's share of the questions."""
+        return [questions[place] for place in self.ranks.share(costs)]
+
+    def _collect(self, stage: str, rows: list[dict[str, Any]], extra: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+        """Bring the rows of all processes to the first one, with one JSON value of each; the others get their own.
+
+        Rows go by way of the run's folder, which all processes share, under names that do not outlive it.
+        """
+        extras = [extra]
+        shares = {r: self.run.path / f"{PARTIAL}{stage.replace('/', '.')}.{r}.jsonl" for r in range(1, self.ranks.size)}
+        if not self.ranks.first:
+            write_rows(shares[self.ranks.rank], rows)
+            self.ranks.publish(f"share/{stage}/{self.ranks.rank}", extra)
+            return rows, extras
+        for rank, share in shares.items():
+            extras.append(self.ranks.receive(f"share/{stage}/{rank}"))
+            rows = [*rows, *read_rows(share)]
+            share.unlink()
+        return rows, extras
 
     def _lengths_before(self, iteration: int) -> dict[str, float]:
         """The mean tokens of each question's draws in the iteration before; none are known before the first."""
@@ -214,6 +257,8 @@ class Experiment:
         questions = diagnostics.choose(self.task.train, config.eval.diagnostics, config.run.seed)
         total = len(questions) * (config.eval.hinted_draws + 1)
         with self.run.stage(stage) as record, self._line(iteration, "diagnostics", total) as line:
+            if not self.ranks.first:  # a few draws: not worth sharing
+                return
             draws = diagnostics.draw(
                 questions,
                 self.generator,
@@ -270,14 +315,16 @@ class Experiment:
 
                 summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
                 give_back(self.device)
+                if self._state_is_needed(iteration):
+                    self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
+                if not self.ranks.first:
+                    return
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
-                if self._masters_are_needed(iteration):
-                    self.mstep.save_masters(record.path(f"{folder}/masters.safetensors"))
                 record.result.update(summary)
         # Outside the stage, so that a run that died between the two still cleans up.
-        self.run.discard(f"iter-{iteration - 1:02d}/masters.safetensors")
+        self.run.discard(f"iter-{iteration - 1:02d}/state")
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
 
@@ -295,16 +342,23 @@ class Experiment:
             def show(finished: int, right: int, answered: int) -> None:
                 line.update(finished, accuracy=percent(right / max(1, answered)))
 
-            rows, summary = evaluate(
+            measure = partial(
+                evaluate,
                 self.generator,
-                questions,
-                self.verdict,
+                verdict=self.verdict,
                 max_new_tokens=self.config.eval.max_new_tokens,
                 samples=self.config.eval.samples,
                 seed=self.config.run.seed,
-                known=known,
                 on_progress=show,
             )
+            if self.ranks.size > 1:
+                answers: list[dict[str, Any]] = []
+                known = list(known)
+                measure(self._own(questions, [1.0] * len(questions)), known=known, on_row=answers.append)
+                known = [*known, *self._collect(stage, answers, None)[0]]
+                if not self.ranks.first:
+                    return
+            rows, summary = measure(questions, known=known)
             line.update(accuracy=percent(summary["accuracy"], (summary["low"], summary["high"])))
             write_rows(record.path(f"{folder}/eval.{split}.jsonl"), rows)
             record.result.update(summary)
@@ -388,6 +442,8 @@ class Experiment:
         self.progress.note(
             f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
         )
+        if self.ranks.size > 1:
+            self.progress.note(f"ranks   {self.ranks.size} processes; the M-step's weights: {self.mstep.strategy}")
         self.progress.note(f"run     {self.run.path}")
         if self._altered():
             self.progress.note(
@@ -406,13 +462,13 @@ class Experiment:
         folder = self.run.path / done[-1].partition("/")[0]
         read_weights(self.model, folder / "model")
         self.mstep.reset()
-        if (folder / "masters.safetensors").exists():
-            self.mstep.load_masters(folder / "masters.safetensors")
+        if (folder / "state").exists():
+            self.mstep.load(folder / "state")
 
-    def _masters_are_needed(self, iteration: int) -> bool:
-        """Whether a later M-step goes on from float32 masters that the saved model does not hold."""
+    def _state_is_needed(self, iteration: int) -> bool:
+        """Whether a later M-step goes on from more than the saved model holds: float32 masters, AdamW's moments."""
         continues = self.config.run.init == "previous" and iteration < self.config.run.iterations
-        return continues and self.mstep.separate_masters
+        return continues and self.mstep.state_needed
 
     def _check_lengths(self) -> tuple[int, int]:
         """Refuse prompts that leave no room for an answer now, rather than after hours.

@@ -220,7 +220,7 @@ def _passing_bytes(config: ModelConfig, size: int, device: str) -> int:
     """Bytes of each token while it passes through a block and nothing is kept: the larger of attention and MLP."""
     channels = config.head_dim
     turned = (config.num_attention_heads + config.num_key_value_heads) * channels
-    attention = _merged(config) + 2 * turned + 2 * config.num_attention_heads * channels
+    attention = _merged(config) + turned + 2 * config.num_attention_heads * channels
     mlp = (4 if device == "cpu" else 3) * config.intermediate_size
     return (3 * config.hidden_size + max(attention, mlp)) * size
 
@@ -244,7 +244,8 @@ def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
     statistics = 2 + heads  # of the norms, and of the softmax, in float32
     if eager:
         numbers += 2 * width + inner  # normed rows before their weight, silu(gate)
-        numbers += config.qk_norm * 2 * turned  # queries and keys before their norm, and normed before its weight
+        numbers += heads * channels  # the results of sequences of different lengths, before they are joined
+        numbers += config.qk_norm * turned  # normed queries and keys before their weight
     if config.qk_norm:
         statistics += heads + config.num_key_value_heads
     return numbers * size + statistics * 4

@@ -13,14 +13,17 @@ Shape suffixes: N packed tokens, D width, H query heads, K key/value heads, C ch
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from inspect import signature
+from itertools import accumulate, groupby
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minem.errors import UserError
 from minem.kernels import linear_cross_entropy, rms_norm, rotary, swiglu
@@ -268,47 +271,64 @@ def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.i
     return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
 
 
+@lru_cache(maxsize=1)
+def varlen_attention() -> Callable[..., Tensor] | None:
+    """PyTorch's flash attention over packed sequences, made causal; None where this PyTorch was built without it.
+
+    Called with q [N, H, C], k and v [N, K, C], the sequences' starts and the longest of them, twice each.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # here, for it brings in the compiler
+    except ImportError:
+        return None
+    if not torch.backends.cuda.is_flash_attention_available():
+        return None
+    # The kernel takes fewer key/value heads than query heads. torch 2.11 passes them on; later ones ask for leave.
+    told = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, window_size=(-1, 0), **told)
+
+
+def takes_varlen(q: Tensor) -> bool:
+    """Whether the flash kernel computes in this dtype, for heads of this size, on this device."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and varlen_attention() is not None
+    )
+
+
 class PackedAttention:
     """Causal attention inside each of several packed sequences; none can see another. An `Attend`.
 
-    Sequences are gathered into rectangles, one for each power of two of their length, so that padding at most doubles
-    the arithmetic however uneven they are. Padding stands to the right of a causal row, where no real token sees it:
-    the result is exact. Sequences of one length need no gather at all.
+    On a GPU in half precision the flash kernel takes them as they are. Elsewhere each sequence is a rectangle of its
+    own, together with its neighbours of the same length: no padding, no gathers, and the same arithmetic for a sequence
+    whatever it is packed with.
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str):
-        self.lengths = list(lengths)
-        self.uniform = len(set(self.lengths)) == 1
-        if self.uniform:
-            return
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)
-        groups: dict[int, list[int]] = {}
-        for sequence, length in enumerate(self.lengths):
-            groups.setdefault((length - 1).bit_length(), []).append(sequence)
-        gathers, kept, order = [], [], []
-        for members in groups.values():
-            ends = torch.tensor([self.lengths[i] for i in members])[:, None]
-            step = torch.arange(int(ends.max()))[None, :]
-            index = starts[members][:, None] + torch.minimum(step, ends - 1)  # padding repeats the last token
-            gathers.append(index)
-            kept.append((step < ends).flatten().nonzero().squeeze(1))
-            order.append(index[step < ends])
-        self.gathers = [upload(index, device) for index in gathers]
-        self.kept = [upload(index, device) for index in kept]
-        self.restore = upload(torch.cat(order).argsort(), device)
+        self.lengths, self.device = list(lengths), device
+        self.rectangles = [(len(list(run)), length) for length, run in groupby(self.lengths)]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [sequences + 1]: where each begins, and the end of the last; made for the first layer, used by all."""
+        return upload(list(accumulate(self.lengths, initial=0)), self.device, torch.int32)
 
     def cache_write(self, layer: int) -> None:
         """Training caches nothing."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.uniform:
-            shape = (len(self.lengths), self.lengths[0])
-            return self._rectangle(*(x.unflatten(0, shape) for x in (q, k, v))).flatten(0, 1)
-        parts = [
-            self._rectangle(q[index], k[index], v[index]).flatten(0, 1)[kept]
-            for index, kept in zip(self.gathers, self.kept, strict=True)
-        ]
-        return torch.cat(parts)[self.restore]
+        if takes_varlen(q):
+            attention, longest = varlen_attention(), max(self.lengths)
+            assert attention is not None
+            return attention(q, k, v, self.starts, self.starts, longest, longest)
+        sizes = [count * length for count, length in self.rectangles]
+        parts = zip(self.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
+        done = [self._rectangle(*(x.unflatten(0, shape) for x in part)).flatten(0, 1) for shape, *part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     @staticmethod
     def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -406,11 +426,16 @@ class Layer(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder-only language model. Its merged projections are the real parameters; see weights.py for the files."""
+    """A decoder-only language model. Its merged projections are the real parameters; see weights.py for the files.
+
+    `checkpointed`: the activations of the first so many layers are not kept for the backward pass but computed again in
+    it (Chen et al. 2016, arXiv 1604.06174): of each such layer two [N, D] tensors stay, for a forward pass more of time.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.checkpointed = 0
         self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -433,8 +458,14 @@ class Model(nn.Module):
         cos = (angle.cos() * rope.attention_factor).to(self.dtype)
         sin = (angle.sin() * rope.attention_factor).to(self.dtype)
         x, residual = self.embed(input_ids), None
-        for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, attend)
+        recomputed = self.checkpointed if torch.is_grad_enabled() else 0
+        for number, layer in enumerate(self.layers):
+            if number < recomputed:
+                # Nothing in a layer is random, so there is no random state to keep.
+                keep = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+                x, residual = keep(x, residual, cos, sin, attend)
+            else:
+                x, residual = layer(x, residual, cos, sin, attend)
         return self.norm(x, residual)[0]
 
     def forward(

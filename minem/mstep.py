@@ -12,23 +12,35 @@ instead would weigh long rationales down, and the sum would no longer be the gra
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from minem.cache import free_memory
+from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, UserError, one_of, require
+from minem.memory import activation_bytes, loss_bytes
 from minem.model import Model
-from minem.packing import Example, Step, best_fit_decreasing, pack, plan
+from minem.packing import Example, MicroBatch, Step, best_fit_decreasing, pack, plan
+from minem.sharding import assign, complete, gather, local, scatter, sharded_copy
+from minem.tokenizer import read_json
 
 SCHEDULES = ("cosine", "linear", "constant")
+SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight, by its names in torch
+STATE_FILE_BYTES = 2 * 2**30  # of one file of a checkpoint: what the first process holds of it at once
+STATE_JSON_LIMIT = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,9 @@ class MStepConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 1.0  # largest gradient norm; 0 turns clipping off
+    checkpointing: Literal["auto", "off", "full"] = "auto"  # recompute activations: as few blocks as memory demands
+    optimizer_state: Literal["reset", "keep"] = "reset"  # AdamW's moments at the start of a later iteration
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several GPUs: replicated, split, or as memory has it
 
     def __post_init__(self) -> None:
         require(
@@ -110,53 +125,142 @@ class MStep:
     At learning rates of 1e-6 an update is far below the spacing of bfloat16 numbers and would be lost, so AdamW works
     on float32 masters and the working weights are their rounded copy. A float32 model is its own master.
     Frozen parameters (requires_grad False) are left alone.
+
+    Among several processes the masters are those of a second model, which is replicated or split (`minem.sharding`),
+    and `model` gets their values when an M-step is done.
     """
 
-    def __init__(self, model: Model, config: MStepConfig) -> None:
+    def __init__(self, model: Model, config: MStepConfig, ranks: Ranks = ALONE) -> None:
         self.model = model
         self.config = config
-        self.working = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.ranks = ranks
+        self.strategy = "alone"
+        self.strategy = self._strategy()
+        self.optimizer: torch.optim.AdamW | None = None
+        self.history: list[tuple[Totals, float]] = []  # of the M-step that is under way: its steps so far
+        self.trained = model if ranks.size == 1 else sharded_copy(model, ranks, self.strategy == "ddp")
+        self.working = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
         self.masters: dict[str, torch.Tensor] = {}
         self.reset()
 
+    def _strategy(self) -> str:
+        """How several processes share the masters: each has all of them where that fits, else each its part."""
+        if self.ranks.size == 1:
+            return "alone"
+        if self.config.parallel != "auto":
+            return self.config.parallel
+        share = self.ranks.size if self.model.device.type == "cpu" else 1  # whose memory they have in common
+        blocks = self.model.config.num_hidden_layers
+        tight = self.memory_needed(blocks) > SAFE_SHARE * free_memory(self.model.device) / share
+        return "fsdp" if self.ranks.any(tight) else "ddp"
+
     def reset(self) -> None:
         """Take the model's present weights as the masters; call it whenever someone else has written the weights."""
+        self.optimizer, self.history = None, []
+        if self.trained is not self.model:
+            scatter(self.model, self.trained)
         self.masters = {
             name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
             for name, p in self.working.items()
         }
 
-    def memory_needed(self) -> int:
-        """Bytes that a step takes beside weights and masters, about: gradients, AdamW's state, and activations.
+    def memory_needed(self, checkpointed: int = 0) -> int:
+        """Bytes that a full micro-batch takes beside weights and masters: gradients, AdamW's state, activations, loss.
 
-        A layer keeps some 16 rows of the model's width and 6 of its MLP's for each token of a micro-batch.
+        checkpointed: blocks whose activations are computed again instead of kept.
         """
-        config, weights = self.model.config, sum(p.numel() for p in self.working.values())
-        rows = 16 * config.hidden_size + 6 * config.intermediate_size
-        activations = self.config.pack_tokens * config.num_hidden_layers * rows * self.model.dtype.itemsize
-        return weights * 3 * torch.float32.itemsize + activations
+        config, tokens, kind = self.model.config, self.config.pack_tokens, self.model.device.type
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        state = trained * 3 * torch.float32.itemsize // (self.ranks.size if self.strategy == "fsdp" else 1)
+        kept = activation_bytes(config, tokens, tokens, checkpointed, self.model.dtype, kind)
+        return state + kept + loss_bytes(config, tokens, self.model.dtype, kind)
+
+    def _checkpointed(self) -> int:
+        """Of how many blocks the activations are computed again in the backward pass; with "auto", as few as fit."""
+        blocks = self.model.config.num_hidden_layers
+        if self.config.checkpointing != "auto":
+            return blocks if self.config.checkpointing == "full" else 0
+        room = int(SAFE_SHARE * free_memory(self.model.device))
+        return next((n for n in range(blocks) if self.memory_needed(n) <= room), blocks)
+
+    # ----------------------------------------------------------------------------------------------- on the disk
 
     @property
-    def separate_masters(self) -> bool:
-        """Whether the masters hold more than the working weights do, and so must be saved for a run to be continued."""
-        return any(master is not self.working[name] for name, master in self.masters.items())
+    def state_needed(self) -> bool:
+        """Whether the next M-step goes on from more than the model's weights, which `save` then has to keep."""
+        narrow = any(p.dtype.itemsize < 4 for p in self.model.parameters() if p.requires_grad)
+        return narrow or self.config.optimizer_state == "keep"
 
-    def save_masters(self, path: Path | str) -> None:
-        """Write the float32 masters to one safetensors file, under the names of the model's parameters."""
-        save_file({name: master.detach().contiguous() for name, master in self.masters.items()}, path)
+    def save(self, folder: Path) -> None:
+        """Write the masters, AdamW's state where there is one, and how far an M-step that is under way has come.
+
+        All processes must call it; the first one writes. What is written does not depend on how many they are.
+        """
+        parts = [("master", master, master) for master in self.masters.values()]
+        names = list(self.masters)
+        if self.optimizer is not None:
+            parts += [(k, m, self.optimizer.state[m][k]) for k in MOMENTS for m in self.masters.values()]
+        shard: dict[str, torch.Tensor] = {}
+        files = 0
+        for at, (kind, _, tensor) in enumerate(parts):
+            whole = complete(tensor.detach())
+            if not self.ranks.first:
+                continue
+            shard[f"{kind}.{names[at % len(names)]}"] = whole.cpu().contiguous()
+            if at + 1 == len(parts) or sum(t.nbytes for t in shard.values()) >= STATE_FILE_BYTES:
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(shard, folder / f"state-{files:05d}.safetensors")
+                shard, files = {}, files + 1
+        if self.ranks.first:
+            history = [[*astuple(totals), norm] for totals, norm in self.history]
+            text = json.dumps({"updates": self._updates(), "history": history})
+            (folder / "state.json").write_text(text, encoding="utf-8")
 
     @torch.no_grad()
-    def load_masters(self, path: Path | str) -> None:
-        """Read what `save_masters` wrote and round it into the working weights. UserError if it does not fit."""
-        stored = load_file(path)
-        wanted = {name: master.shape for name, master in self.masters.items()}
-        found = {name: tensor.shape for name, tensor in stored.items()}
-        if wanted != found:
-            odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-            raise UserError(f"{path}: master weights of another model; these names or shapes differ: {_some(odd)}")
-        for name, master in self.masters.items():
-            master.copy_(stored[name])
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, on any number of processes. UserError if it is of another model."""
+        found: dict[str, Path] = {}
+        for path in sorted(folder.glob("state-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        state = read_json(folder / "state.json", STATE_JSON_LIMIT)
+        kinds = ("master", *(MOMENTS if state["updates"] else ()))
+        wanted = {f"{kind}.{name}" for kind in kinds for name in self.masters}
+        if odd := sorted(wanted ^ found.keys()):
+            raise UserError(f"{folder}: master weights of another model; these names differ: {_some(odd)}")
+        if state["updates"]:
+            self.optimizer = self._optimizer()
+        for path in sorted(set(found.values())):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    kind, _, name = key.partition(".")
+                    self._assign(kind, self.masters[name], file.get_tensor(key), key, folder, state["updates"])
+        self.history = [(Totals(*numbers[:-1]), numbers[-1]) for numbers in state["history"]]
         self._publish()
+        if not self.history:
+            self._hand_over()
+
+    def _assign(
+        self, kind: str, master: torch.Tensor, value: torch.Tensor, key: str, folder: Path, updates: int
+    ) -> None:
+        if value.shape != master.shape:
+            raise UserError(f"{folder}: {key} has the shape {tuple(value.shape)}, not {tuple(master.shape)}")
+        if kind == "master":
+            assign(master, value)
+            return
+        assert self.optimizer is not None
+        moments = self.optimizer.state[master]
+        moments.setdefault("step", torch.tensor(float(updates), device=master.device))
+        moments[kind] = torch.empty_like(master, requires_grad=False)
+        assign(moments[kind], value)
+
+    def _updates(self) -> int:
+        """How many updates AdamW's state has seen."""
+        if self.optimizer is None or not self.optimizer.state:
+            return 0
+        return int(next(iter(self.optimizer.state.values()))["step"])
+
+    # --------------------------------------------------------------------------------------------------- training
 
     def run(
         self,
@@ -165,11 +269,12 @@ class MStep:
         iteration: int,
         on_step: Callable[[dict[str, Any]], None] | None = None,
     ) -> dict[str, Any]:
-        """Train on the examples for the configured epochs, with a fresh AdamW state.
+        """Train on the examples for the configured epochs; after `load`, from where that M-step was.
 
         Args:
             on_step: called after every update with its metrics: loss and entropy per supervised token (nats; the loss
                 weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included).
+                It may call `save`.
 
         Returns:
             loss, entropy, tokens_per_second over the whole M-step, the mean grad_norm, the loss of the first and the
@@ -188,47 +293,60 @@ class MStep:
             epochs=config.epochs,
             seed=seed,
             iteration=iteration,
+            ranks=self.ranks.size,
         )
         divisor = loss_divisor(examples, len(steps) // config.epochs)
-        optimizer = self._optimizer()
-        history: list[tuple[Totals, float]] = []
+        self.trained.checkpointed = self._checkpointed()
+        if self.optimizer is None:
+            self.optimizer = self._optimizer()
+        before = sum((totals.tokens for totals, _ in self.history), 0)
         began = time.perf_counter()
         with self._gradients_to_masters():
-            for number, step in enumerate(steps):
-                started = time.perf_counter()
+            for number in range(len(self.history), len(steps)):
+                step, started = steps[number], time.perf_counter()
                 rate = learning_rate(config, number, len(steps))
                 totals = self.accumulate(examples, step, divisor)
                 norm = self._guarded_norm(examples, step, totals)
-                self._update(optimizer, norm, rate)
-                history.append((totals, float(norm)))
+                self._update(self.optimizer, norm, rate)
+                self.history.append((totals, float(complete(norm))))
                 if on_step is not None:
                     row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
-                    row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": float(norm)}
+                    row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": self.history[-1][1]}
                     on_step(row | _metrics(totals, time.perf_counter() - started))
         self._check_weights()
+        self._hand_over()
         seconds = time.perf_counter() - began
+        history, self.history = self.history, []
+        if config.optimizer_state == "reset":
+            self.optimizer = None
+        totals = sum((totals for totals, _ in history), Totals())
         return {
             "examples": len(examples),
             "steps": len(steps),
             "micro_batches": sum(len(step.micro_batches) for step in steps),
+            "checkpointed": self.trained.checkpointed,
             "seconds": seconds,
             "loss_first": history[0][0].loss / history[0][0].weight,
             "loss_last": history[-1][0].loss / history[-1][0].weight,
             "grad_norm": sum(norm for _, norm in history) / len(history),
-            **_metrics(sum((totals for totals, _ in history), Totals()), seconds),
+            **_metrics(totals, seconds),
+            "tokens_per_second": (totals.tokens - before) / seconds,  # of those that this process has seen
         }
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
         """Add the gradient of loss / divisor, over the micro-batches of a step, to `.grad`; no weight changes.
 
-        Inside `run` that is the masters' `.grad`, otherwise the working weights'.
+        Inside `run` that is the masters' `.grad`, otherwise the working weights'. Returns the sums of all processes.
         """
         device = next(iter(self.working.values())).device
         losses, entropies, tokens, supervised, weight = [], [], 0, 0, 0.0
-        for micro_batch in step.micro_batches:
+        own = step.share(self.ranks.rank, self.ranks.size)
+        for number, micro_batch in enumerate(own):
             members = [examples[i] for i in micro_batch]
-            packed = pack(members).to(device)
-            loss, _, entropy = self.model(
+            packed = (pack(members) if members else _stand_in(examples)).to(device)
+            if isinstance(self.trained, FSDPModule):  # replicas need each other's gradients once only
+                self.trained.set_requires_all_reduce(number + 1 == len(own))
+            loss, _, entropy = self.trained(
                 packed.input_ids,
                 lengths=packed.lengths,
                 rows=packed.rows,
@@ -236,18 +354,21 @@ class MStep:
                 token_weights=packed.token_weights,
             )
             (loss / divisor).backward()
+            if not members:
+                continue
             # Kept as tensors: reading a number here would make the host wait for the device at every micro-batch.
             losses.append(loss.detach().double())
             entropies.append(entropy.double().sum())
             tokens += sum(packed.lengths)
             supervised += len(packed.targets)
             weight += sum(example.weight * len(example.token_ids) for example in members)
-        return Totals(float(sum(losses)), float(sum(entropies)), tokens, supervised, weight)
+        sums = self.ranks.total([float(sum(losses)), float(sum(entropies)), tokens, supervised, weight])
+        return Totals(sums[0], sums[1], int(sums[2]), int(sums[3]), sums[4])
 
     def _check_weights(self) -> None:
         """The last update has no loss after it that would show what it did."""
-        odd = [name for name, master in self.masters.items() if not master.isfinite().all()]
-        if odd:
+        odd = [name for name, master in self.masters.items() if not local(master).isfinite().all()]
+        if self.ranks.any(bool(odd)):
             raise GuardError(f"weights are not finite after the last update ({_some(odd)}); lower mstep.lr")
 
     def _check(self, examples: Sequence[Example]) -> None:
@@ -315,18 +436,18 @@ class MStep:
     def _guarded_norm(self, examples: Sequence[Example], step: Step, totals: Totals) -> torch.Tensor:
         """The norm of the step's gradient; a GuardError that names the examples if it or the loss is not finite."""
         norm = self._norm()
-        if math.isfinite(totals.loss) and math.isfinite(norm):
+        if math.isfinite(totals.loss) and math.isfinite(complete(norm)):
             return norm
         culprits = [i for i in step.examples if not self._finite_alone(examples, i)] or step.examples
         raise GuardError(
-            f"loss {totals.loss:g} and gradient norm {float(norm):g} are not both finite, so the weights were not "
-            f"updated; examples at fault: {_some([examples[i].id for i in culprits])}"
+            f"loss {totals.loss:g} and gradient norm {float(complete(norm)):g} are not both finite, so the weights "
+            f"were not updated; examples at fault: {_some([examples[i].id for i in culprits])}"
         )
 
     def _finite_alone(self, examples: Sequence[Example], index: int) -> bool:
         self._clear_gradients()
-        totals = self.accumulate(examples, Step(0, ((index,),)), 1.0)
-        return math.isfinite(totals.loss) and math.isfinite(self._norm())
+        totals = self.accumulate(examples, Step(0, ((index,),) * self.ranks.size), 1.0)
+        return math.isfinite(totals.loss) and math.isfinite(complete(self._norm()))
 
     def _update(self, optimizer: torch.optim.AdamW, norm: torch.Tensor, rate: float) -> None:
         if self.config.clip > 0:
@@ -343,6 +464,17 @@ class MStep:
         for name, master in self.masters.items():
             if master is not self.working[name]:
                 self.working[name].copy_(master)
+
+    def _hand_over(self) -> None:
+        """Give the generator's model the weights that several processes have trained."""
+        if self.trained is not self.model:
+            gather(self.trained, self.model)
+
+
+def _stand_in(examples: Sequence[Example]) -> MicroBatch:
+    """For a process that a step has no micro-batch for: it must do as the others do, but adds nothing."""
+    packed = pack([min(examples, key=len)])
+    return replace(packed, token_weights=torch.zeros_like(packed.token_weights))
 
 
 @torch.no_grad()

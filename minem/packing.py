@@ -5,7 +5,8 @@
     tensors = pack([examples[i] for i in steps[0].micro_batches[0]])
 
 The order matters: the seeded shuffle decides which examples share a step, and only then is each step cut into
-micro-batches. So the capacity of a micro-batch (memory) can never change what is learnt (the trajectory).
+micro-batches. So neither the capacity of a micro-batch (memory) nor the number of ranks that share the work can change
+what is learnt (the trajectory).
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ class Step:
     def examples(self) -> list[int]:
         return sorted(index for micro_batch in self.micro_batches for index in micro_batch)
 
+    def share(self, rank: int, ranks: int) -> tuple[tuple[int, ...], ...]:
+        """The micro-batches of one rank: equally many for each, planned for so many ranks; the empty tuple has no work.
+
+        The ranks' k-th micro-batches are about equally large, for ranks that train in lockstep wait for the largest.
+        """
+        assert len(self.micro_batches) % ranks == 0, f"{len(self.micro_batches)} micro-batches for {ranks} ranks"
+        return self.micro_batches[rank::ranks]
+
 
 def shuffle(n: int, seed: int, iteration: int, epoch: int) -> list[int]:
     """A permutation of range(n): sorted by a hash, hence the same on every machine and for every library version."""
@@ -86,8 +95,38 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return bins
 
 
+def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
+    """As `best_fit_decreasing`, but a multiple of `ranks` bins, which are as equally full as can be.
+
+    The smallest capacity that needs no more bins is searched for (MULTIFIT: Coffman, Garey, Johnson 1978). What bins
+    are still missing are halves of the fullest ones; only where no bin has two items left to part, they are empty.
+    Bins come in rounds of one for each rank, the fullest round first.
+    """
+
+    def load(one: list[int]) -> int:
+        return sum(lengths[i] for i in one)
+
+    count = math.ceil(len(best_fit_decreasing(lengths, capacity)) / ranks) * ranks
+    low, high = 1, capacity
+    while low < high:
+        middle = (low + high) // 2
+        if len(best_fit_decreasing(lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    bins = best_fit_decreasing(lengths, high)
+    while len(bins) < count:
+        fullest = max(bins, key=lambda one: (len(one) > 1, load(one)))
+        bins.append(fullest[1::2])  # of items that get ever shorter, every second one is about half
+        del fullest[1::2]
+    bins.sort(key=load, reverse=True)
+    rounds = [bins[i : i + ranks] for i in range(0, count, ranks)]
+    # Every second round backwards, so that no rank gets the largest of each.
+    return [one for number, together in enumerate(rounds) for one in together[:: -1 if number % 2 else 1]]
+
+
 def plan(
-    lengths: Sequence[int], *, batch_size: int, pack_tokens: int, epochs: int, seed: int, iteration: int
+    lengths: Sequence[int], *, batch_size: int, pack_tokens: int, epochs: int, seed: int, iteration: int, ranks: int = 1
 ) -> list[Step]:
     """The optimizer steps of one M-step, in order; a pure function of its arguments.
 
@@ -96,6 +135,7 @@ def plan(
         batch_size: the most examples in one optimizer step. The steps of an epoch are equal to within one example,
             so that no epoch ends with a step of a few stragglers.
         pack_tokens: capacity of a micro-batch in tokens. Sequences are never split.
+        ranks: processes that share each step (`Step.share`), with equally many micro-batches for each.
     """
     steps_per_epoch = math.ceil(len(lengths) / batch_size)
     steps = []
@@ -104,7 +144,8 @@ def plan(
         for k in range(steps_per_epoch):
             first, last = (len(order) * j // steps_per_epoch for j in (k, k + 1))
             members = order[first:last]
-            bins = best_fit_decreasing([lengths[i] for i in members], pack_tokens)
+            sizes = [lengths[i] for i in members]
+            bins = best_fit_decreasing(sizes, pack_tokens) if ranks == 1 else even_bins(sizes, pack_tokens, ranks)
             steps.append(Step(epoch, tuple(tuple(members[position] for position in one) for one in bins)))
     return steps
 

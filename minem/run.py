@@ -124,6 +124,7 @@ class RunDirectory:
         self._lock = lock
         self._results: dict[str, dict[str, Any]] = {}
         self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # sees what log_metrics writes
+        self.on_finished: Callable[[str, dict[str, Any]], None] | None = None  # sees each stage's result
 
     @classmethod
     def open(
@@ -215,6 +216,8 @@ class RunDirectory:
             _flush(journal)
         _flush_folders(self.path, self.path)
         self._results[stage.name] = json.loads(line)["result"]  # exactly what a continued run reads
+        if self.on_finished is not None:
+            self.on_finished(stage.name, self._results[stage.name])
 
     def log_metrics(self, stage: str, **values: Any) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is continued."""

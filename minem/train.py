@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from minem.distributed import ALONE, Ranks
 from minem.em import Experiment
 from minem.errors import GuardError, UserError
 from minem.progress import Progress
@@ -33,12 +34,14 @@ def train(
     command: Sequence[str] = (),
     overwrite: bool = False,
     tracker: ModuleType | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
-    experiment = Experiment(config, progress)
+    experiment = Experiment(config, progress, ranks)
     with experiment.open(command, overwrite, tracker) as run:
         experiment.train()
-        conclude(run)
+        if ranks.first:
+            conclude(run)
         return summarise(run)
 
 
@@ -57,12 +60,17 @@ def conclude(run: RunDirectory) -> None:
 
 
 def sample(
-    config: Config, iteration: int, progress: Progress, command: Sequence[str] = (), overwrite: bool = False
+    config: Config,
+    iteration: int,
+    progress: Progress,
+    command: Sequence[str] = (),
+    overwrite: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
     if overwrite and iteration > 1:
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
-    experiment = Experiment(config, progress)
+    experiment = Experiment(config, progress, ranks)
     with experiment.open(command, overwrite) as run:
         before = f"iter-{iteration - 1:02d}"
         stage = f"iter-{iteration:02d}/estep"
@@ -84,6 +92,7 @@ def train_on_samples(
     command: Sequence[str] = (),
     overwrite: bool = False,
     tracker: ModuleType | None = None,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
 
@@ -99,7 +108,7 @@ def train_on_samples(
     def keep(row: Mapping[str, Any]) -> bool:
         return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
 
-    experiment = Experiment(config, progress)
+    experiment = Experiment(config, progress, ranks)
     examples = experiment.examples(samples, keep)
     if not examples:
         raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')

@@ -262,7 +262,7 @@ def test_tiny_updates_are_not_lost_in_bfloat16(folders):
         mstep = MStep(one, config)
         mstep.run(examples, seed=0, iteration=1)
         moved[dtype] = torch.cat([(m.detach() - start[name].float()).flatten() for name, m in mstep.masters.items()])
-        assert mstep.separate_masters == (dtype == torch.bfloat16)
+        assert mstep.state_needed == (dtype == torch.bfloat16)
     full, half = moved[torch.float32], moved[torch.bfloat16]
     assert half.norm() == pytest.approx(float(full.norm()), rel=0.02)
     assert torch.cosine_similarity(full, half, dim=0) > 0.98
@@ -299,9 +299,9 @@ def test_a_continued_process_has_the_same_masters(folders, tmp_path):
     config = MStepConfig(lr=1e-6, batch_size=4)
     staying = MStep(load_model(folders["qwen3"], dtype=torch.bfloat16), config)
     staying.run(examples, seed=0, iteration=1)
-    staying.save_masters(tmp_path / "masters.safetensors")
+    staying.save(tmp_path / "state")
     continued = MStep(load_model(folders["qwen3"], dtype=torch.bfloat16), config)
-    continued.load_masters(tmp_path / "masters.safetensors")
+    continued.load(tmp_path / "state")
     for mstep in (staying, continued):
         mstep.run(examples, seed=0, iteration=2)
     for name, master in staying.masters.items():
@@ -311,9 +311,9 @@ def test_a_continued_process_has_the_same_masters(folders, tmp_path):
 
 
 def test_masters_of_another_model_are_refused(folders, tmp_path):
-    MStep(load_model(folders["qwen3"]), MStepConfig()).save_masters(tmp_path / "m.safetensors")
+    MStep(load_model(folders["qwen3"]), MStepConfig()).save(tmp_path / "state")
     with pytest.raises(UserError, match=r"master weights of another model.*layers\.0\.attention"):
-        MStep(load_model(folders["llama"]), MStepConfig()).load_masters(tmp_path / "m.safetensors")
+        MStep(load_model(folders["llama"]), MStepConfig()).load(tmp_path / "state")
 
 
 def test_reset_follows_weights_written_by_others(folders):

@@ -1,12 +1,14 @@
 """The plan of an M-step: complete, within capacity, deterministic, and shuffled before it is packed."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minem.errors import UserError
-from minem.packing import Example, best_fit_decreasing, pack, plan, shuffle
+from minem.packing import Example, best_fit_decreasing, even_bins, pack, plan, shuffle
 
 plans = st.fixed_dictionaries(
     {
@@ -38,12 +40,53 @@ def test_every_example_once_per_epoch_in_even_steps_within_capacity(arguments):
     assert steps == plan(**arguments)
 
 
-@settings(max_examples=50, deadline=None)
-@given(plans, st.integers(1, 100))
-def test_capacity_changes_no_optimizer_step(arguments, pack_tokens):
+@settings(max_examples=100, deadline=None)
+@given(plans, st.integers(1, 100), st.integers(1, 9))
+def test_neither_capacity_nor_ranks_change_an_optimizer_step(arguments, pack_tokens, ranks):
     steps = plan(**arguments)
-    others = plan(**{**arguments, "pack_tokens": pack_tokens})
+    others = plan(**{**arguments, "pack_tokens": pack_tokens}, ranks=ranks)
     assert [step.examples for step in steps] == [step.examples for step in others]
+
+
+@settings(max_examples=200, deadline=None)
+@given(plans, st.integers(2, 9))
+def test_ranks_share_a_step_in_equally_many_micro_batches_within_capacity(arguments, ranks):
+    lengths, capacity = arguments["lengths"], arguments["pack_tokens"]
+    steps = plan(**arguments, ranks=ranks)
+    assert steps == plan(**arguments, ranks=ranks)
+    for step, alone in zip(steps, plan(**arguments), strict=True):
+        shares = [step.share(rank, ranks) for rank in range(ranks)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(i for share in shares for micro_batch in share for i in micro_batch) == alone.examples
+        assert len(step.micro_batches) == -(-len(alone.micro_batches) // ranks) * ranks  # no more rounds than needed
+        loads = [sum(lengths[i] for i in one) for one in step.micro_batches]
+        for micro_batch, load in zip(step.micro_batches, loads, strict=True):
+            assert len(micro_batch) <= 1 or load <= capacity
+        if () in step.micro_batches:  # only where nothing is left to part
+            assert all(len(one) <= 1 for one in step.micro_batches)
+        rounds = [loads[i : i + ranks] for i in range(0, len(loads), ranks)]
+        assert all(min(larger) >= max(smaller) for larger, smaller in pairwise(rounds))
+    assert plan(**arguments, ranks=1) == plan(**arguments)
+
+
+def test_the_ranks_work_is_even():
+    """Lengths like those of rationales: in lockstep, two to eight ranks wait for little."""
+    lengths = torch.empty(512).log_normal_(5.5, 0.6, generator=torch.Generator().manual_seed(0)).int().tolist()
+    for ranks in (2, 3, 8):
+        (step,) = plan(lengths, batch_size=512, pack_tokens=8192, epochs=1, seed=0, iteration=1, ranks=ranks)
+        loads = torch.tensor([[sum(lengths[i] for i in one) for one in step.share(r, ranks)] for r in range(ranks)])
+        assert loads.max(0).values.sum() * ranks <= 1.02 * loads.sum()
+
+
+def test_even_bins_by_hand():
+    # One bin would do. For two ranks bins of 5 are enough, for three bins of 3 (the 4 is longer and has its own).
+    assert even_bins([4, 2, 2, 1], 10, 2) == [[0, 3], [1, 2]]
+    assert even_bins([4, 2, 2, 1], 10, 3) == [[0], [1, 3], [2]]
+    # Six 3s fill six bins of 3 or three of 6, never four: of the three one is parted.
+    assert even_bins([3] * 6, 7, 4) == [[2, 3], [4, 5], [0], [1]]
+    assert even_bins([5, 3], 10, 4) == [[0], [1], [], []]
+    # Three bins of 8 tokens for two ranks: four of 6 do as well, and the second round goes backwards.
+    assert even_bins([4, 4, 4, 4, 2, 2, 2, 2], 8, 2) == [[0, 4], [1, 5], [3, 7], [2, 6]]
 
 
 @settings(max_examples=100, deadline=None)

@@ -1,0 +1,46 @@
+"""A run as those processes see it that do not write it: what the first one has finished, and nothing of their own.
+
+    minem train --gpus 2            # process 2 follows process 1
+
+All processes walk through the same stages in the same order. In each, a `Follower` does its share of the work, hands it
+in where the first process collects it, and then waits until that one has written the stage down.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minem.distributed import Ranks
+from minem.run import RunDirectory, Stage, read_journal
+
+if TYPE_CHECKING:
+    from minem.config import Config
+
+
+class Follower(RunDirectory):
+    """The run directory of the first process, to be read only."""
+
+    def __init__(self, path: Path, config: Config, ranks: Ranks) -> None:
+        self.path = path
+        self.config = config
+        self.on_metrics = None
+        self._ranks = ranks
+        self._results = read_journal(path)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Do this process's part of a stage, then wait for the first one to finish it."""
+        yield Stage(name, self.path)
+        self._results[name] = self._ranks.receive(f"stage/{name}")
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def log_metrics(self, stage: str, **values: Any) -> None:
+        """The first process does."""
+
+    def discard(self, name: str) -> None:
+        """The first process does."""
