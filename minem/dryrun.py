@@ -22,6 +22,7 @@ from minem import memory
 from minem.cache import fitting_slots, free_memory
 from minem.em import Experiment
 from minem.estep import encode_prompt
+from minem.mstep import SAFE_SHARE
 from minem.packing import plan
 from minem.progress import Progress
 from minem.run import default_path
@@ -40,17 +41,18 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
     Raises what the run itself would for a config or an input that is wrong.
     """
     experiment = Experiment(config, progress, weights=False)
-    model = experiment.model.config
-    work, counts = _work(experiment)
-    dtype, device = experiment.dtype, experiment.device
+    model, dtype, device = experiment.model.config, experiment.dtype, experiment.device
     taken, free = process_bytes(device), free_memory(device)
+    counts, micro_batch = _iteration(experiment)
+    work = _work(experiment, micro_batch, free)
     estep = memory.e_step(model, dtype, device.type, work)
     mstep = memory.m_step(model, dtype, device.type, work)
     if sum(mstep.values()) > free:  # the run then gives the cache back before each M-step
         mstep["KV cache"] = 0
-    disk = _disk(experiment, counts)
+    disk = _disk(experiment, work, counts)
     counted = memory.parameters(model)
-    result = {
+    advice = _memory_advice(experiment, work, sum(estep.values()), sum(mstep.values()), free) + _disk_advice(disk)
+    return {
         "run": str(config.run.out or default_path(config)),
         "model": config.model.id,
         "device": str(device),
@@ -58,7 +60,7 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
         "parameters": {**vars(counted), "total": counted.total, "trained": work.adapters or counted.total},
         "work": vars(work),
         "memory": {
-            "process": taken,
+            "taken": taken,
             "e_step": estep,
             "m_step": mstep,
             "e_step_peak": taken + sum(estep.values()),
@@ -67,9 +69,9 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
         },
         "iteration": counts,
         "disk": disk,
+        "fits": not advice,
+        "advice": advice,
     }
-    advice = _memory_advice(experiment, work, sum(estep.values()), sum(mstep.values()), free) + _disk_advice(disk)
-    return result | {"fits": not advice, "advice": advice}
 
 
 def process_bytes(device: torch.device) -> int:
@@ -82,12 +84,11 @@ def process_bytes(device: torch.device) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def _work(experiment: Experiment) -> tuple[memory.Work, dict[str, int]]:
-    """What the run asks of memory, and how much there is to do in one iteration."""
-    config, model, task = experiment.config, experiment.model.config, experiment.task
+def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
+    """How much there is to do in one iteration, at most; and the largest micro-batch of it, as fields of `Work`."""
+    config, task = experiment.config, experiment.task
     sampler, mstep = config.sampler, config.mstep
-    budget = sampler.budget or default_budget(sampler.name)
-    draws = len(task.train) * budget
+    draws = len(task.train) * (sampler.budget or default_budget(sampler.name))
     kept = draws if sampler.draws == "all" else len(task.train)
     prompts = [len(encode_prompt(experiment.tokenizer, question)) for question in task.train]
     lengths = [n + sampler.max_new_tokens - 1 for n in prompts] * (kept // len(prompts))
@@ -100,22 +101,7 @@ def _work(experiment: Experiment) -> tuple[memory.Work, dict[str, int]]:
         iteration=1,
     )
     tokens = max(*lengths, min(mstep.pack_tokens, sum(sorted(lengths)[-mstep.batch_size :])))
-    two_models = sampler.proposal == "base" and sampler.name != "rsm"
-    work = memory.Work(
-        slots=experiment.generator.slots,
-        prompt=experiment.longest[0],
-        new=experiment.longest[1],
-        tokens=tokens,
-        supervised=math.ceil(tokens * sampler.max_new_tokens * len(lengths) / sum(lengths)),
-        micro_batches=max(len(step.micro_batches) for step in steps),
-        two_models=two_models,
-    )
-    held = memory.e_step(model, experiment.dtype, experiment.device.type, work)
-    room = free_memory(experiment.device) - sum(n for part, n in held.items() if part not in ("KV cache", "generator"))
-    work = replace(
-        work, slots=fitting_slots(model, experiment.dtype, work.slots, work.prompt - 1, work.new, max(0, room))
-    )
-    return work, {
+    counts = {
         "questions": len(task.train),
         "draws": draws,
         "tokens_drawn": draws * sampler.max_new_tokens,
@@ -123,11 +109,48 @@ def _work(experiment: Experiment) -> tuple[memory.Work, dict[str, int]]:
         "optimizer_steps": len(steps),
         "micro_batches": sum(len(step.micro_batches) for step in steps),
         "tokens_trained": sum(lengths) * mstep.epochs,
-        "evaluated": len(task.validation) * (1 + config.eval.samples),
+        "answers_to_evaluate": len(task.validation) * (1 + config.eval.samples),
+    }
+    return counts, {
+        "tokens": tokens,
+        "supervised": min(tokens, math.ceil(tokens * sampler.max_new_tokens * len(lengths) / sum(lengths))),
+        "micro_batches": max(len(step.micro_batches) for step in steps),
     }
 
 
-def _disk(experiment: Experiment, counts: Mapping[str, int]) -> dict[str, int]:
+def _work(experiment: Experiment, micro_batch: Mapping[str, int], free: int) -> memory.Work:
+    """What the run asks of memory, with as many slots and as few recomputed blocks as `free` bytes allow."""
+    sampler, mstep = experiment.config.sampler, experiment.config.mstep
+    model, dtype, device = experiment.model.config, experiment.dtype, experiment.device.type
+    prompt, new = experiment.longest
+    work = memory.Work(
+        slots=experiment.generator.slots,
+        prompt=prompt,
+        new=new,
+        two_models=sampler.proposal == "base" and sampler.name != "rsm",
+        moments_kept=mstep.optimizer_state == "keep",
+        **micro_batch,
+    )
+    held = memory.e_step(model, dtype, device, work)
+    room = free - sum(size for part, size in held.items() if part not in ("KV cache", "generator"))
+    work = replace(work, slots=fitting_slots(model, dtype, work.slots, prompt - 1, new, max(0, room)))
+    if mstep.checkpointing == "full":
+        return replace(work, checkpointed=model.num_hidden_layers)
+    if mstep.checkpointing == "off" or sum(memory.m_step(model, dtype, device, work).values()) <= SAFE_SHARE * free:
+        return work
+    tried = (replace(work, checkpointed=n) for n in range(model.num_hidden_layers + 1))
+    return next(
+        (one for one in tried if _fits(experiment, one, free)), replace(work, checkpointed=model.num_hidden_layers)
+    )
+
+
+def _fits(experiment: Experiment, work: memory.Work, free: int) -> bool:
+    """Whether the M-step has room once the cache has been given back."""
+    parts = memory.m_step(experiment.model.config, experiment.dtype, experiment.device.type, work)
+    return sum(parts.values()) - parts["KV cache"] <= SAFE_SHARE * free
+
+
+def _disk(experiment: Experiment, work: memory.Work, counts: Mapping[str, int]) -> dict[str, int]:
     """Bytes that the finished run, or its largest moment before, takes on the disk; `free` of them are there."""
     run, model = experiment.config.run, experiment.model.config
     folder = experiment.base_folder
@@ -135,15 +158,17 @@ def _disk(experiment: Experiment, counts: Mapping[str, int]) -> dict[str, int]:
     weights = memory.parameters(model).total * experiment.dtype.itemsize + others
     # The old folder goes when the new one is there.
     models = run.iterations if run.keep == "all" else min(2, run.iterations)
-    masters = 0
-    if experiment.dtype.itemsize < 4 and run.init == "previous":
-        masters = 4 * memory.parameters(model).total * min(2, run.iterations - 1)
+    trained = work.adapters or memory.parameters(model).total
+    # What the next M-step goes on from, old and new at once; and while an M-step is under way, all of its own state.
+    narrow = experiment.dtype.itemsize < 4
+    kept = (4 * trained if narrow else 0) + (8 * trained if work.moments_kept else 0)
+    state = kept * (run.init == "previous" and run.iterations > 1) + 12 * trained
     new = experiment.config.sampler.max_new_tokens
     # A block's rows stay until all blocks are done; what is accepted is written twice.
     rows = (2 * counts["draws"] + counts["accepted"] + run.iterations) * (ROW_BYTES + TOKEN_BYTES * new)
     path = Path(run.out or default_path(experiment.config)).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    parts = {"models": models * weights, "masters": masters, "samples": rows * run.iterations}
+    parts = {"models": models * weights, "checkpoints": state, "samples": rows * run.iterations}
     return parts | {"total": sum(parts.values()), "free": shutil.disk_usage(there).free}
 
 
@@ -155,25 +180,27 @@ def _memory_advice(experiment: Experiment, work: memory.Work, estep: int, mstep:
             f"the E-step needs {size(estep)} and {size(free)} are free: lower run.slots (now {work.slots}) or "
             "sampler.max_new_tokens, or take a smaller model"
         )
-    if mstep > free:
-        advice.append(f"the M-step needs {size(mstep)} and {size(free)} are free: {_remedy(experiment, work, free)}")
+    if mstep > SAFE_SHARE * free:
+        advice.append(
+            f"the M-step needs {size(mstep)}, and of {size(free)} that are free {SAFE_SHARE:.0%} can be planned with: "
+            f"{_remedy(experiment, work, free)}"
+        )
     return advice
 
 
 def _remedy(experiment: Experiment, work: memory.Work, free: int) -> str:
     """The first change that makes the M-step fit, the mildest one first."""
-    model, dtype, device = experiment.model.config, experiment.dtype, experiment.device.type
+    layers = experiment.model.config.num_hidden_layers
+    recomputed = replace(work, checkpointed=layers)
+    if work.checkpointed < layers and _fits(experiment, recomputed, free):
+        return 'set mstep.checkpointing="auto"'
     longest = work.prompt + work.new
-    packs = [n for n in (4096, 2048, 1024) if longest <= n < work.tokens]
-
-    def fits(changed: memory.Work) -> bool:
-        parts = memory.m_step(model, dtype, device, changed)
-        return sum(parts.values()) - parts["KV cache"] <= free
-
-    for tokens in (*packs, longest):
-        changed = replace(work, tokens=tokens, supervised=work.supervised * tokens // work.tokens)
-        if tokens < work.tokens and fits(changed):
-            return f"set mstep.pack_tokens={tokens} (micro-batches of now {work.tokens} tokens)"
+    for tokens in (*(n for n in (8192, 4096, 2048, 1024) if longest <= n < work.tokens), longest):
+        changed = replace(recomputed, tokens=tokens, supervised=math.ceil(work.supervised * tokens / work.tokens))
+        if tokens < work.tokens and _fits(experiment, changed, free):
+            return f"set mstep.pack_tokens={tokens} (now up to {work.tokens} tokens a micro-batch)" + (
+                ' and mstep.checkpointing="auto"' if work.checkpointed < layers else ""
+            )
     return "take a smaller model, or a device with more memory"
 
 
@@ -202,9 +229,9 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
         [part, *(size(memory_[step][part]) if part in memory_[step] else "" for step in ("e_step", "m_step"))]
         for part in parts
     ]
-    rows.append(["taken already", size(memory_["process"]), size(memory_["process"])])
+    rows.append(["taken already", size(memory_["taken"]), size(memory_["taken"])])
     rows.append(["at most", size(memory_["e_step_peak"]), size(memory_["m_step_peak"])])
-    rows.append(["free or taken already", *[size(memory_["free"] + memory_["process"])] * 2])
+    rows.append(["free or taken already", *[size(memory_["free"] + memory_["taken"])] * 2])
     where = f"memory on {result['device']}, {result['dtype']}"
     work = [[name.replace("_", " "), f"{count:,}"] for name, count in counts.items()]
     kinds = [[f"parameters, {kind}", f"{count:,}"] for kind, count in parameters.items()]

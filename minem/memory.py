@@ -159,6 +159,7 @@ class Work:
     checkpointed: int = 0  # blocks
     adapters: int = 0  # parameters of LoRA; 0: all of the model's are trained
     two_models: bool = False  # hinted draws come from a copy of the base model, which has a cache of its own
+    moments_kept: bool = False  # AdamW's, from one M-step to the next
 
 
 def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
@@ -168,19 +169,23 @@ def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
     """
     scoring = work.tokens * _passing_bytes(config, dtype.itemsize, device)
     scoring += _chunk_bytes(config, work.supervised, dtype, device)
-    parts = _resident(config, dtype, work)
-    return parts | {"generator": max(_drawing_bytes(config, dtype, device, work), scoring)}
+    parts = _resident(config, dtype, work) | {"generator": max(_drawing_bytes(config, dtype, device, work), scoring)}
+    return parts | ({"AdamW moments": 8 * _trained(config, work)} if work.moments_kept else {})
 
 
 def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
     """Bytes that the device holds at most while training, by part; the cache is among them, as long as there is room.
 
     With a single micro-batch in each step, the gradients grow while the activations go: then the part of the gradients
-    is only what they exceed the others by.
+    is only what they exceed the others by. The loss's workspace is gone when the backward pass reaches the blocks.
     """
-    trained = work.adapters or parameters(config).total
+    trained = _trained(config, work)
     activations = activation_bytes(config, work.tokens, work.supervised, work.checkpointed, dtype, device)
     loss = loss_bytes(config, work.supervised, dtype, device, trained=not work.adapters)
+    head = 0 if work.adapters else config.vocab_size * config.hidden_size * dtype.itemsize
+    # The backward pass of one MLP: the gradients of its output, its product, and gate and up.
+    channels = 2 * config.hidden_size + (5 if device == "cpu" else 3) * config.intermediate_size
+    loss = max(loss, head + work.tokens * channels * dtype.itemsize)
     gradients = 4 * trained
     if work.micro_batches == 1:
         gradients = max(0, gradients - activations - loss)
@@ -188,8 +193,12 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
         "gradients": gradients,
         "AdamW moments": 8 * trained,
         "activations": activations,
-        "loss": loss,
+        "loss or backward": loss,
     }
+
+
+def _trained(config: ModelConfig, work: Work) -> int:
+    return work.adapters or parameters(config).total
 
 
 def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, int]:
@@ -201,7 +210,7 @@ def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, 
     if work.adapters:
         parts["adapters"] = work.adapters * dtype.itemsize
     if dtype.itemsize < 4:
-        parts["float32 masters"] = 4 * (work.adapters or parameters(config).total)
+        parts["float32 masters"] = 4 * _trained(config, work)
     cache = cache_bytes(config, dtype, work.slots, work.prompt - 1, work.new)
     return parts | {"KV cache": cache * (2 if work.two_models else 1)}
 
