@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from minem import memory
-from minem.cache import fitting_slots, free_memory
+from minem.cache import free_memory
 from minem.em import Experiment
 from minem.estep import encode_prompt
-from minem.mstep import SAFE_SHARE
 from minem.packing import plan
 from minem.progress import Progress
 from minem.run import default_path
@@ -131,23 +130,7 @@ def _work(experiment: Experiment, micro_batch: Mapping[str, int], free: int) -> 
         moments_kept=mstep.optimizer_state == "keep",
         **micro_batch,
     )
-    held = memory.e_step(model, dtype, device, work)
-    room = free - sum(size for part, size in held.items() if part not in ("KV cache", "generator"))
-    work = replace(work, slots=fitting_slots(model, dtype, work.slots, prompt - 1, new, max(0, room)))
-    if mstep.checkpointing == "full":
-        return replace(work, checkpointed=model.num_hidden_layers)
-    if mstep.checkpointing == "off" or sum(memory.m_step(model, dtype, device, work).values()) <= SAFE_SHARE * free:
-        return work
-    tried = (replace(work, checkpointed=n) for n in range(model.num_hidden_layers + 1))
-    return next(
-        (one for one in tried if _fits(experiment, one, free)), replace(work, checkpointed=model.num_hidden_layers)
-    )
-
-
-def _fits(experiment: Experiment, work: memory.Work, free: int) -> bool:
-    """Whether the M-step has room once the cache has been given back."""
-    parts = memory.m_step(experiment.model.config, experiment.dtype, experiment.device.type, work)
-    return sum(parts.values()) - parts["KV cache"] <= SAFE_SHARE * free
+    return memory.fitted(model, dtype, device, work, free, mstep.checkpointing)
 
 
 def _disk(experiment: Experiment, work: memory.Work, counts: Mapping[str, int]) -> dict[str, int]:
@@ -176,28 +159,40 @@ def _memory_advice(experiment: Experiment, work: memory.Work, estep: int, mstep:
     """What to change where a step does not fit: nothing, where both do."""
     advice = []
     if estep > free:
-        advice.append(
-            f"the E-step needs {size(estep)} and {size(free)} are free: lower run.slots (now {work.slots}) or "
-            "sampler.max_new_tokens, or take a smaller model"
+        halves = (work.slots >> n for n in range(1, work.slots.bit_length()))
+        slots = next((n for n in halves if _e_step_bytes(experiment, replace(work, slots=n)) <= free), None)
+        what = (
+            f"set run.slots={slots} (now {work.slots})"
+            if slots
+            else "lower sampler.max_new_tokens and mstep.pack_tokens"
         )
-    if mstep > SAFE_SHARE * free:
-        advice.append(
-            f"the M-step needs {size(mstep)}, and of {size(free)} that are free {SAFE_SHARE:.0%} can be planned with: "
-            f"{_remedy(experiment, work, free)}"
-        )
+        advice.append(f"the E-step needs {size(estep)} and {size(free)} are free: {what}, or take a smaller model")
+    if mstep > memory.SAFE_SHARE * free:
+        share = f"{memory.SAFE_SHARE:.0%} of the {size(free)} that are free"
+        remedy = _remedy(experiment, work, free)
+        advice.append(f"the M-step needs {size(mstep)}, more than {share}: {remedy}")
     return advice
+
+
+def _e_step_bytes(experiment: Experiment, work: memory.Work) -> int:
+    return sum(memory.e_step(experiment.model.config, experiment.dtype, experiment.device.type, work).values())
 
 
 def _remedy(experiment: Experiment, work: memory.Work, free: int) -> str:
     """The first change that makes the M-step fit, the mildest one first."""
-    layers = experiment.model.config.num_hidden_layers
+    model, dtype, device = experiment.model.config, experiment.dtype, experiment.device.type
+    layers = model.num_hidden_layers
+
+    def fits(changed: memory.Work) -> bool:
+        return memory.trains(model, dtype, device, changed, free)
+
     recomputed = replace(work, checkpointed=layers)
-    if work.checkpointed < layers and _fits(experiment, recomputed, free):
+    if work.checkpointed < layers and fits(recomputed):
         return 'set mstep.checkpointing="auto"'
     longest = work.prompt + work.new
     for tokens in (*(n for n in (8192, 4096, 2048, 1024) if longest <= n < work.tokens), longest):
         changed = replace(recomputed, tokens=tokens, supervised=math.ceil(work.supervised * tokens / work.tokens))
-        if tokens < work.tokens and _fits(experiment, changed, free):
+        if tokens < work.tokens and fits(changed):
             return f"set mstep.pack_tokens={tokens} (now up to {work.tokens} tokens a micro-batch)" + (
                 ' and mstep.checkpointing="auto"' if work.checkpointed < layers else ""
             )

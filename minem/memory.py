@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from minem.cache import MIN_ROWS, cache_bytes
+from minem.cache import MIN_ROWS, cache_bytes, fitting_slots
 from minem.engine import PREFILL_TOKENS
 from minem.kernels.cross_entropy import CHUNK_BYTES
 from minem.model import ModelConfig
+
+SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
 
 # Dense bfloat16 peak by the words of torch's device name, FLOP/s, from NVIDIA's data sheets (which print twice as much
 # where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
@@ -195,6 +197,30 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
         "activations": activations,
         "loss or backward": loss,
     }
+
+
+def fitted(
+    config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int, checkpointing: str = "auto"
+) -> Work:
+    """The work as a run will do it with `free` bytes: as many slots and, under "auto", as few recomputed blocks as fit.
+
+    The cache is given back for an M-step that does not fit beside it, before anything is recomputed. What does not fit
+    whatever is done comes back with one slot, or with all blocks recomputed.
+    """
+    beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
+    slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))
+    blocks = config.num_hidden_layers
+    fewest = {"off": 0, "full": blocks}.get(checkpointing)
+    if fewest is None:
+        works = (replace(work, slots=slots, checkpointed=n) for n in range(blocks))
+        fewest = next((one.checkpointed for one in works if trains(config, dtype, device, one, free)), blocks)
+    return replace(work, slots=slots, checkpointed=fewest)
+
+
+def trains(config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int) -> bool:
+    """Whether the M-step fits into `free` bytes once the cache has been given back."""
+    parts = m_step(config, dtype, device, work)
+    return sum(parts.values()) - parts["KV cache"] <= SAFE_SHARE * free
 
 
 def _trained(config: ModelConfig, work: Work) -> int:

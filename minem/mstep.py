@@ -30,14 +30,13 @@ from torch.distributed.fsdp import FSDPModule
 from minem.cache import free_memory
 from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, UserError, one_of, require
-from minem.memory import activation_bytes, loss_bytes
+from minem.memory import SAFE_SHARE, activation_bytes, loss_bytes
 from minem.model import Model
 from minem.packing import Example, MicroBatch, Step, best_fit_decreasing, pack, plan
 from minem.sharding import assign, complete, gather, local, scatter, sharded_copy
 from minem.tokenizer import read_json
 
 SCHEDULES = ("cosine", "linear", "constant")
-SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight, by its names in torch
 STATE_FILE_BYTES = 2 * 2**30  # of one file of a checkpoint: what the first process holds of it at once
 STATE_JSON_LIMIT = 64 * 2**20

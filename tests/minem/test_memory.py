@@ -47,6 +47,23 @@ def test_parameters_under_every_option(options):
     assert parameters(config).total == sum(p.numel() for p in model.parameters())
 
 
+def test_parameters_of_published_models():
+    """The totals that the hub shows for these checkpoints."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    try:
+        from memory import model_config
+    finally:
+        sys.path.pop(0)
+    for name, total in {
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen2.5-7B": 7_615_616_512,
+        "Llama-3.2-1B": 1_235_814_400,
+        "Llama-3.1-8B": 8_030_261_248,
+        "Qwen3-0.6B": 596_049_920,
+    }.items():
+        assert parameters(model_config(name)).total == total
+
+
 def test_flops_are_those_of_the_matrix_products():
     """Two operations for each weight and token forwards and four backwards, as PyTorch's own counter finds them."""
     from torch.utils.flop_counter import FlopCounterMode
