@@ -116,7 +116,7 @@ measured. Working weights in bf16; float32 masters and AdamW for what is trained
 {NEW:,} new ones; {CONTEXT / 1e9:g} GB left to CUDA itself, and of the rest {SAFE_SHARE:.0%} to the M-step.
 
 Cells: slots, blocks whose activations are recomputed / all blocks: GB at the peak of the E-step, of the M-step (with
-the cache where there is room for both). "no" where one of the two does not fit, with what they would take at least.
+the cache where there is room for both). "no" where one of the two does not fit, and what they would take.
 """
     yield f"| model | parameters | trained | pack | {' | '.join(f'{size} GB' for size in GPUS)} |"
     yield "|---" * (4 + len(GPUS)) + "|"
