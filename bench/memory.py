@@ -40,7 +40,6 @@ MODELS = {
 GPUS = (24, 80, 141)  # GB
 CONTEXT = 1e9  # bytes that are allowed for CUDA itself and its libraries
 PROMPT, NEW, SLOTS, RANK = 256, 1024, 256, 16
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 WIDTH, VOCABULARY, CHUNK_ROWS = 256, 151_936, 512
 
@@ -123,7 +122,7 @@ the cache where there is room for both). "no" where one of the two does not fit,
     for name in MODELS:
         config = model_config(name)
         for trained, rank in (("all", 0), (f"LoRA {RANK}", RANK)):
-            adapters = adapter_parameters(config, rank, TARGETS)
+            adapters = adapter_parameters(config, rank)
             for pack in (8192, 16_384):
                 cells = " | ".join(cell(config, size, pack, adapters) for size in GPUS)
                 count = parameters(config).total

@@ -169,6 +169,8 @@ def train(
     if dry_run:
         if samples is not None:
             raise UserError("--dry-run plans a whole run; give either it or --samples")
+        if gpus > 1:
+            raise UserError("--dry-run plans the work of one process; leave --gpus out")
         _dry_run(config, as_json)
         return
     with _ranks(config, gpus) as (ranks, progress):

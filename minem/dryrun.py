@@ -127,6 +127,9 @@ def _work(experiment: Experiment, micro_batch: Mapping[str, int], free: int) -> 
         prompt=prompt,
         new=new,
         two_models=sampler.proposal == "base" and sampler.name != "rsm",
+        adapters=memory.adapter_parameters(
+            model, getattr(mstep, "lora_rank", 0), getattr(mstep, "lora_targets", "all")
+        ),
         moments_kept=mstep.optimizer_state == "keep",
         **micro_batch,
     )

@@ -410,6 +410,7 @@ class Experiment:
 
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
+        give_back(self.device)
         needed, free = self.mstep.memory_needed(), free_memory(self.device)
         if needed > free and (held := self.generator.release()):
             self.progress.note(

@@ -17,10 +17,10 @@ import torch
 from click.testing import CliRunner
 
 from minem.cli import main
-from minem.memory import activation_bytes, flops, parameters, peak_flops
+from minem.memory import activation_bytes, adapter_parameters, flops, parameters, peak_flops
 from minem.model import Model, ModelConfig
 from minem.weights import TOY
-from tests.minem.folders import BASE, SHAPES
+from tests.minem.folders import BASE, SHAPES, make_model
 
 
 def shape(kind: str, **fields) -> ModelConfig:
@@ -62,6 +62,16 @@ def test_parameters_of_published_models():
         "Qwen3-0.6B": 596_049_920,
     }.items():
         assert parameters(model_config(name)).total == total
+
+
+@pytest.mark.parametrize("targets", ["all", "q_proj, v_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["llama-head-dim", "qwen2", "qwen3"])
+def test_adapters_are_those_that_peft_makes(kind, targets):
+    peft = pytest.importorskip("peft")
+    names = "all-linear" if targets == "all" else [name.strip() for name in targets.split(",")]
+    made = peft.get_peft_model(make_model(kind), peft.LoraConfig(r=3, target_modules=names))
+    counted = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert adapter_parameters(shape(kind), 3, targets) == counted
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -165,6 +175,7 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(tmp_path):
         (["--set", "sampler.max_new_tokens=600"], "lower sampler.max_new_tokens"),
         (["--task", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--samples", "rows.jsonl"], "give either"),
+        (["--gpus", "2"], "leave --gpus out"),
     ):
         done = CliRunner().invoke(main, ["train", "--dry-run", *flags])
         assert done.exit_code == 2
