@@ -46,7 +46,7 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
     work = _work(experiment, micro_batch, free)
     estep = memory.e_step(model, dtype, device.type, work)
     mstep = memory.m_step(model, dtype, device.type, work)
-    if sum(mstep.values()) > free:  # the run then gives the cache back before each M-step
+    if sum(mstep.values()) > memory.SAFE_SHARE * free:  # the run then gives the cache back before each M-step
         mstep["KV cache"] = 0
     disk = _disk(experiment, work, counts)
     counted = memory.parameters(model)
@@ -219,14 +219,17 @@ def size(number: int) -> str:
     return f"{number} B"
 
 
+def _shown(number: int | None) -> str:
+    return "" if number is None else size(number)
+
+
 def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
     """The result as tables (columns, rows) for people."""
     memory_, counts, disk, parameters = (result[key] for key in ("memory", "iteration", "disk", "parameters"))
     parts = [*memory_["e_step"], *(part for part in memory_["m_step"] if part not in memory_["e_step"])]
-    rows = [
-        [part, *(size(memory_[step][part]) if part in memory_[step] else "" for step in ("e_step", "m_step"))]
-        for part in parts
-    ]
+    rows = [[part, *(_shown(memory_[step].get(part)) for step in ("e_step", "m_step"))] for part in parts]
+    if result["work"]["micro_batches"] == 1:  # they grow while the activations go
+        next(row for row in rows if row[0] == "gradients")[0] = "gradients beyond activations"
     rows.append(["taken already", size(memory_["taken"]), size(memory_["taken"])])
     rows.append(["at most", size(memory_["e_step_peak"]), size(memory_["m_step_peak"])])
     rows.append(["free or taken already", *[size(memory_["free"] + memory_["taken"])] * 2])

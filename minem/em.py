@@ -31,6 +31,7 @@ from minem.estep import Counts, EStep, blocks, encode_prompt
 from minem.evaluate import evaluate
 from minem.follower import Follower
 from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
+from minem.memory import SAFE_SHARE
 from minem.model import Model
 from minem.mstep import MStep
 from minem.packing import Example
@@ -412,7 +413,7 @@ class Experiment:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
         give_back(self.device)
         needed, free = self.mstep.memory_needed(), free_memory(self.device)
-        if needed > free and (held := self.generator.release()):
+        if needed > SAFE_SHARE * free and (held := self.generator.release()):
             self.progress.note(
                 f"note    the M-step needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the cache "
                 f"({held / 1e9:.1f} GB) and its graphs were released, and are made anew by the next draws"

@@ -24,7 +24,7 @@ SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave ga
 # On the CPU the gaps are part of the plan: what glibc's heap holds between tensors that stay and tensors that come and
 # go, as a share of what training allocates. Runs of 59 M parameters had 14 to 22 %; mapping every tensor by itself
 # (MALLOC_MMAP_THRESHOLD_=131072) left none, and took a third longer.
-HEAP_GAPS = 0.15
+HEAP_GAPS = 0.1
 
 # Dense bfloat16 peak by the words of torch's device name, FLOP/s, from NVIDIA's data sheets (which print twice as much
 # where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
