@@ -20,7 +20,7 @@ import click
 import torch
 from record import facts
 
-from minem.memory import SAFE_SHARE, Work, adapter_parameters, e_step, fitted, m_step, parameters
+from minem.memory import SAFE_SHARE, Work, e_step, fitted, lora_parameters, m_step, parameters
 from minem.model import ModelConfig
 
 # Qwen's and Llama's: layers, width, query heads, key heads, channels of a head, MLP's width, vocabulary, tied head.
@@ -122,7 +122,7 @@ the cache where there is room for both). "no" where one of the two does not fit,
     for name in MODELS:
         config = model_config(name)
         for trained, rank in (("all", 0), (f"LoRA {RANK}", RANK)):
-            adapters = adapter_parameters(config, rank)
+            adapters = lora_parameters(config, rank)
             for pack in (8192, 16_384):
                 cells = " | ".join(cell(config, size, pack, adapters) for size in GPUS)
                 count = parameters(config).total

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one until a process counts as lost
+GRACE = 30.0  # seconds that `launch` gives the others to end by themselves after one has failed
 PATIENCE = timedelta(days=2)  # of a collective: a death is noticed by silence, not by a timeout
 
 
@@ -173,7 +174,7 @@ class _Watch:
             number += 1
             try:
                 with self.lock:
-                    self.store.set(f"beat/{self.rank}", str(number))
+                    self.store.set(f"beat/{self.rank}", f"{socket.gethostname()} {os.getpid()} {number}")
                     beats = {other: self._read(f"beat/{other}") for other in self.others}
                     failures = {other: self._read(f"failed/{other}") for other in self.others}
             except Exception:  # the store is gone, and with it the process that served it
@@ -184,13 +185,26 @@ class _Watch:
                 name = f"process {other + 1} of {self.size}"
                 if failures[other]:
                     self._follow(name, json.loads(failures[other]))
-                if beats[other] != seen[other][0]:
+                if self._is_dead(beats[other]):
+                    self._stop(name, "has ended before its time")
+                elif beats[other] != seen[other][0]:
                     seen[other] = (beats[other], time.monotonic())
                 elif beats[other] != b"finished" and time.monotonic() - seen[other][1] > self.silence:
                     self._stop(name, f"has given no sign of life for {self.silence:.0f} s")
             if os.getppid() != self.parent:
                 self._stop("the process that started this one", "is gone")
             time.sleep(BEAT)
+
+    def _is_dead(self, beat: bytes) -> bool:
+        """Known at once of a process on this machine; of others only their silence tells."""
+        host, _, rest = beat.decode().rpartition(" ")[0].partition(" ")
+        if host != socket.gethostname():
+            return False
+        try:
+            os.kill(int(rest), 0)
+        except ProcessLookupError:
+            return True
+        return False
 
     def _read(self, key: str) -> bytes:
         return self.store.get(key) if self.store.check([key]) else b""
@@ -232,9 +246,11 @@ class _Watch:
             self.store.set(f"failed/{self.rank}", json.dumps({"code": code, "text": text}))
             if self.rank == 0:
                 self._wait_for_the_others()
-            elif code != 1:
-                time.sleep(3 * BEAT)
-                os._exit(code)  # the first process has told it
+                return
+            time.sleep(3 * BEAT)  # for the first process to see it
+            self.store.set(f"beat/{self.rank}", "finished")
+        if self.rank and code != 1:
+            os._exit(code)  # the first process has told it
 
     def _wait_for_the_others(self, most: float = 20.0) -> None:
         if self.rank:
@@ -258,6 +274,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared["TORCH_CPP_LOG_LEVEL"] = os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is told once
     # On the CPU the processes share the cores; more threads than cores wait for each other at every product.
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     processes = []
@@ -284,7 +301,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> list[int]:
     deadline = float("inf")
     while any(process.poll() is None for process in processes):
         if deadline == float("inf") and any(process.poll() for process in processes):
-            deadline = time.monotonic() + SILENCE + 15
+            deadline = time.monotonic() + GRACE
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()

@@ -127,9 +127,7 @@ def _work(experiment: Experiment, micro_batch: Mapping[str, int], free: int) -> 
         prompt=prompt,
         new=new,
         two_models=sampler.proposal == "base" and sampler.name != "rsm",
-        adapters=memory.adapter_parameters(
-            model, getattr(mstep, "lora_rank", 0), getattr(mstep, "lora_targets", "all")
-        ),
+        adapters=memory.lora_parameters(model, mstep.lora_rank, mstep.lora_targets),
         moments_kept=mstep.optimizer_state == "keep",
         **micro_batch,
     )
@@ -141,7 +139,7 @@ def _disk(experiment: Experiment, work: memory.Work, counts: Mapping[str, int]) 
     run, model = experiment.config.run, experiment.model.config
     folder = experiment.base_folder
     others = sum(f.stat().st_size for f in folder.iterdir() if f.is_file() and f.suffix not in (".safetensors", ".bin"))
-    weights = memory.parameters(model).total * experiment.dtype.itemsize + others
+    weights = memory.parameters(model).total * experiment.dtype.itemsize + others + 4 * work.adapters
     # The old folder goes when the new one is there.
     models = run.iterations if run.keep == "all" else min(2, run.iterations)
     trained = work.adapters or memory.parameters(model).total

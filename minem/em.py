@@ -73,7 +73,7 @@ class Experiment:
             raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
         self.generator = self._generator(self.model)
-        self.mstep = MStep(self.model, config.mstep, ranks)
+        self.mstep = MStep(self.model, config.mstep, ranks, config.run.seed, self.base_folder)
         self.longest = self._check_lengths()
 
     @contextmanager
@@ -318,8 +318,11 @@ class Experiment:
                 give_back(self.device)
                 if self._state_is_needed(iteration):
                     self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
+                adapter = self.mstep.complete_masters() if self.mstep.lora is not None else {}
                 if not self.ranks.first:
                     return
+                if self.mstep.lora is not None:
+                    self.mstep.lora.save(record.path(f"{folder}/adapter"), adapter, self.config.model.id)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
@@ -328,6 +331,7 @@ class Experiment:
         self.run.discard(f"iter-{iteration - 1:02d}/state")
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
+            self.run.discard(f"iter-{iteration - 1:02d}/adapter")
 
     def evaluate(
         self, iteration: int, split: str, questions: Sequence[Question], known: Iterable[Mapping[str, Any]] = ()
@@ -446,12 +450,18 @@ class Experiment:
         )
         if self.ranks.size > 1:
             self.progress.note(f"ranks   {self.ranks.size} processes; the M-step's weights: {self.mstep.strategy}")
+        if self.mstep.lora is not None:
+            trained = sum(p.numel() for p in self.mstep.working.values()) / 1e6
+            self.progress.note(
+                f"lora    rank {self.mstep.lora.rank}, alpha {self.mstep.lora.alpha:g}, {trained:,.2f} M parameters "
+                f"trained beside {', '.join(self.mstep.lora.targets)}"
+            )
         self.progress.note(f"run     {self.run.path}")
         if self._altered():
             self.progress.note(
                 f"note    {', '.join(self._altered())}: the draws follow this altered policy, not the model's posterior"
             )
-        if config.mstep.lr > 1e-4 and parameters > 10:
+        if config.mstep.lr > 1e-4 and parameters > 10 and self.mstep.lora is None:
             self.progress.note(
                 f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual"
             )
@@ -462,15 +472,16 @@ class Experiment:
         if not done:
             return
         folder = self.run.path / done[-1].partition("/")[0]
-        read_weights(self.model, folder / "model")
-        self.mstep.reset()
+        if self.mstep.lora is None:  # else the adapters are merged into the base weights, which are in place
+            read_weights(self.model, folder / "model")
+            self.mstep.reset()
         if (folder / "state").exists():
             self.mstep.load(folder / "state")
 
     def _state_is_needed(self, iteration: int) -> bool:
         """Whether a later M-step goes on from more than the saved model holds: float32 masters, AdamW's moments."""
         continues = self.config.run.init == "previous" and iteration < self.config.run.iterations
-        return continues and self.mstep.state_needed
+        return (continues or self.mstep.lora is not None) and self.mstep.state_needed
 
     def _check_lengths(self) -> tuple[int, int]:
         """Refuse prompts that leave no room for an answer now, rather than after hours.

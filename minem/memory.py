@@ -70,7 +70,7 @@ def parameters(config: ModelConfig) -> Parameters:
     )
 
 
-def adapter_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
+def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
     """Parameters of LoRA's terms: for each target, A [rank, in] and B [out, rank].
 
     targets: linear layers of the blocks under Hugging Face's names, with commas; or "all".

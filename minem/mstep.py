@@ -16,7 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from minem.cache import free_memory
 from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, UserError, one_of, require
+from minem.lora import TARGETS, LoRA, adapter_parameters, read_targets
 from minem.memory import SAFE_SHARE, activation_bytes, loss_bytes
 from minem.model import Model
 from minem.packing import Example, MicroBatch, Step, best_fit_decreasing, pack, plan
@@ -59,8 +60,12 @@ class MStepConfig:
     checkpointing: Literal["auto", "off", "full"] = "auto"  # recompute activations: as few blocks as memory demands
     optimizer_state: Literal["reset", "keep"] = "reset"  # AdamW's moments at the start of a later iteration
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # over several GPUs: replicated, split, or as memory has it
+    lora_rank: int = 0  # of the low-rank terms that are trained instead of the weights; 0: full fine-tuning
+    lora_alpha: float = 16.0  # the terms are scaled by lora_alpha / lora_rank
+    lora_targets: str = "all"  # linear layers of the blocks: "all", or Hugging Face's names with commas
 
     def __post_init__(self) -> None:
+        strange = [name for name in read_targets(self.lora_targets) if name not in TARGETS]
         require(
             "mstep",
             self,
@@ -74,6 +79,9 @@ class MStepConfig:
             beta1=(0 <= self.beta1 < 1, "at least 0 and less than 1"),
             beta2=(0 <= self.beta2 < 1, "at least 0 and less than 1"),
             clip=(self.clip >= 0, "0 (off) or more"),
+            lora_rank=(self.lora_rank >= 0, "0 (full fine-tuning) or more"),
+            lora_alpha=(self.lora_alpha > 0 and math.isfinite(self.lora_alpha), "a finite number above 0"),
+            lora_targets=(not strange, one_of("".join(strange[:1]), ("all", *TARGETS), "or several with commas")),
         )
 
 
@@ -125,27 +133,50 @@ class MStep:
     on float32 masters and the working weights are their rounded copy. A float32 model is its own master.
     Frozen parameters (requires_grad False) are left alone.
 
+    With `lora_rank`, masters and working copies are those of the adapters, which `run` merges into the model's weights.
+
     Among several processes the masters are those of a second model, which is replicated or split (`minem.sharding`),
     and `model` gets their values when an M-step is done.
+
+    Args:
+        seed: of new adapters. base: the folder of the weights that the model holds now. Both matter to LoRA only.
     """
 
-    def __init__(self, model: Model, config: MStepConfig, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, model: Model, config: MStepConfig, ranks: Ranks = ALONE, seed: int = 0, base: Path | None = None
+    ) -> None:
         self.model = model
         self.config = config
         self.ranks = ranks
-        self.strategy = "alone"
-        self.strategy = self._strategy()
+        self.lora: LoRA | None = None
+        if config.lora_rank:
+            if base is None:
+                raise ValueError("LoRA merges into the base weights, so it needs the folder that they can be read from")
+            self.lora = LoRA(model, config.lora_rank, config.lora_alpha, config.lora_targets, seed, base)
+        self.strategy = "alone" if ranks.size == 1 else self._strategy()
+        self.trained, self.working = model, self._trainable()
+        if ranks.size > 1:
+            with self._adapters():
+                self.trained = sharded_copy(model, ranks, self.strategy == "ddp")
+            named = self.trained.named_parameters() if self.lora is None else adapter_parameters(self.trained).items()
+            self.working = {name: p for name, p in named if p.requires_grad}
         self.optimizer: torch.optim.AdamW | None = None
         self.history: list[tuple[Totals, float]] = []  # of the M-step that is under way: its steps so far
-        self.trained = model if ranks.size == 1 else sharded_copy(model, ranks, self.strategy == "ddp")
-        self.working = {name: p for name, p in self.trained.named_parameters() if p.requires_grad}
         self.masters: dict[str, torch.Tensor] = {}
         self.reset()
 
+    def _trainable(self) -> dict[str, torch.Tensor]:
+        """What of the model is trained, by the names of its parameters, or of the adapters' in PEFT."""
+        if self.lora is not None:
+            return dict(self.lora.named_parameters())
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _adapters(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.lora is None else self.lora.attached()
+
     def _strategy(self) -> str:
         """How several processes share the masters: each has all of them where that fits, else each its part."""
-        if self.ranks.size == 1:
-            return "alone"
+        self.strategy = "ddp"
         if self.config.parallel != "auto":
             return self.config.parallel
         share = self.ranks.size if self.model.device.type == "cpu" else 1  # whose memory they have in common
@@ -154,10 +185,16 @@ class MStep:
         return "fsdp" if self.ranks.any(tight) else "ddp"
 
     def reset(self) -> None:
-        """Take the model's present weights as the masters; call it whenever someone else has written the weights."""
+        """Take the model's present weights as the masters; call it whenever someone else has written the weights.
+
+        With LoRA these must be the base model's, and the adapters are new ones.
+        """
         self.optimizer, self.history = None, []
+        if self.lora is not None:
+            self.lora.reset()
         if self.trained is not self.model:
-            scatter(self.model, self.trained)
+            with self._adapters():
+                scatter(self.model, self.trained)
         self.masters = {
             name: p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
             for name, p in self.working.items()
@@ -169,10 +206,10 @@ class MStep:
         checkpointed: blocks whose activations are computed again instead of kept.
         """
         config, tokens, kind = self.model.config, self.config.pack_tokens, self.model.device.type
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self._trainable().values())
         state = trained * 3 * torch.float32.itemsize // (self.ranks.size if self.strategy == "fsdp" else 1)
         kept = activation_bytes(config, tokens, tokens, checkpointed, self.model.dtype, kind)
-        return state + kept + loss_bytes(config, tokens, self.model.dtype, kind)
+        return state + kept + loss_bytes(config, tokens, self.model.dtype, kind, trained=self.lora is None)
 
     def _checkpointed(self) -> int:
         """Of how many blocks the activations are computed again in the backward pass; with "auto", as few as fit."""
@@ -187,8 +224,8 @@ class MStep:
     @property
     def state_needed(self) -> bool:
         """Whether the next M-step goes on from more than the model's weights, which `save` then has to keep."""
-        narrow = any(p.dtype.itemsize < 4 for p in self.model.parameters() if p.requires_grad)
-        return narrow or self.config.optimizer_state == "keep"
+        narrow = any(p.dtype.itemsize < 4 for p in self._trainable().values())
+        return narrow or self.lora is not None or self.config.optimizer_state == "keep"
 
     def save(self, folder: Path) -> None:
         """Write the masters, AdamW's state where there is one, and how far an M-step that is under way has come.
@@ -300,7 +337,8 @@ class MStep:
             self.optimizer = self._optimizer()
         before = sum((totals.tokens for totals, _ in self.history), 0)
         began = time.perf_counter()
-        with self._gradients_to_masters():
+        # The model itself has adapters while it trains; the other processes' one has them for good.
+        with self._adapters() if self.trained is self.model else nullcontext(), self._gradients_to_masters():
             for number in range(len(self.history), len(steps)):
                 step, started = steps[number], time.perf_counter()
                 rate = learning_rate(config, number, len(steps))
@@ -465,9 +503,15 @@ class MStep:
                 self.working[name].copy_(master)
 
     def _hand_over(self) -> None:
-        """Give the generator's model the weights that several processes have trained."""
-        if self.trained is not self.model:
+        """Give the generator's model what was trained: the adapters merged, the weights of several processes."""
+        if self.lora is not None:
+            self.lora.merge(self.complete_masters())
+        elif self.trained is not self.model:
             gather(self.trained, self.model)
+
+    def complete_masters(self) -> dict[str, torch.Tensor]:
+        """The float32 masters, whole; a collective among several processes."""
+        return {name: complete(master.detach()) for name, master in self.masters.items()}
 
 
 def _stand_in(examples: Sequence[Example]) -> MicroBatch:

@@ -33,6 +33,20 @@ SHARD_BYTES = 5 * 2**30
 FILE_DTYPES = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 64 * 2**20  # bytes of a shard index, which names every tensor
+# Our modules (those of a block without its name) and theirs, of which several may be merged into one, in this order.
+PARTS: dict[str, tuple[str, ...]] = {
+    "embed": ("model.embed_tokens",),
+    "attention_norm": ("input_layernorm",),
+    "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "attention.o": ("self_attn.o_proj",),
+    "mlp_norm": ("post_attention_layernorm",),
+    "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down": ("mlp.down_proj",),
+    "norm": ("model.norm",),
+    "head": ("lm_head",),
+}
 
 
 @dataclass(frozen=True)
@@ -160,32 +174,14 @@ def checkpoint_views(model: Model) -> dict[str, Tensor]:
     config = model.config
     parameters = {name: p.detach() for name, p in model.named_parameters()}  # a tied head appears once, as embed
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    merged = {
-        "attention.qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv)),
-        "mlp.gate_up": (("mlp.gate_proj", "mlp.up_proj"), (config.intermediate_size,) * 2),
-    }
-    renamed = {
-        "embed": "model.embed_tokens",
-        "norm": "model.norm",
-        "head": "lm_head",
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "attention.o": "self_attn.o_proj",
-        "attention.q_norm": "self_attn.q_norm",
-        "attention.k_norm": "self_attn.k_norm",
-        "mlp.down": "mlp.down_proj",
-    }
+    sizes = {"attention.qkv": (q, kv, kv), "mlp.gate_up": (config.intermediate_size,) * 2}
     views: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         layer = re.match(r"layers\.\d+\.", name)
         prefix = f"model.{layer[0]}" if layer else ""
         module, kind = name[len(layer[0]) if layer else 0 :].rsplit(".", 1)
-        if module in merged:
-            parts, sizes = merged[module]
-            for part, view in zip(parts, parameter.split(sizes), strict=True):
-                views[f"{prefix}{part}.{kind}"] = view
-        else:
-            views[f"{prefix}{renamed[module]}.{kind}"] = parameter
+        for part, view in zip(PARTS[module], parameter.split(sizes.get(module, (len(parameter),))), strict=True):
+            views[f"{prefix}{part}.{kind}"] = view
     return views
 
 
@@ -200,6 +196,8 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if str(folder_or_hub_id) == "toy":
         return TOY
     path = Path(folder_or_hub_id).expanduser()
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise UserError(f"{path} is a LoRA adapter, not a model; a run has both merged in the folder model beside it")
     if path.is_dir():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)):

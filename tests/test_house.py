@@ -139,7 +139,7 @@ FLOORS = [
     {"errors", "kernels"},
     {"hub", "statistics", "progress", "charts", "distributed", "model", "sharding", "weights", "tokenizer"},
     {"cache", "engine", "memory", "generate", "data"},
-    {"samplers", "estep", "packing", "mstep", "agreement", "choices"},
+    {"samplers", "estep", "packing", "lora", "mstep", "agreement", "choices"},
     {"run"},
     {"evaluate", "plot", "tracking", "comparison"},
     {"em", "dryrun", "follower", "train", "diagnostics", "reader", "figures", "show", "report"},

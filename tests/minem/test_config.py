@@ -25,7 +25,7 @@ from minem.data.prompts import HINTS
 from minem.data.tasks import TASKS
 from minem.errors import UserError
 from minem.model import Model, ModelConfig
-from minem.mstep import SCHEDULES
+from minem.mstep import SCHEDULES, MStep
 
 KEYS = [f"{section}.{name}" for section, kind in SECTIONS.items() for name in typing.get_type_hints(kind)]
 
@@ -61,6 +61,9 @@ SHAPES = {
     "Qwen/Qwen2.5-3B-Instruct": QWEN | dict(zip(SIZES, (36, 2048, 16, 2, 11008), strict=True)),
     "meta-llama/Llama-3.2-1B-Instruct": LLAMA | dict(zip(SIZES, (16, 2048, 32, 8, 8192), strict=True)),
     "meta-llama/Llama-3.2-3B-Instruct": LLAMA | dict(zip(SIZES, (28, 3072, 24, 8, 8192), strict=True)),
+    "meta-llama/Llama-3.1-8B-Instruct": LLAMA
+    | {"tie_word_embeddings": False}
+    | dict(zip(SIZES, (32, 4096, 32, 8, 14336), strict=True)),
 }
 
 
@@ -100,7 +103,15 @@ def test_the_memory_that_a_shipped_config_names_is_that_of_its_model(path: Path)
     slots = config.run.slots
     assert slots is not None
     assert f"Download ({2 * parameters / 1e9:.1f} GB)" in text
-    assert f"computed and not measured: {18 * parameters / 1e9:.1f} GB, 18 bytes for each of" in text
+    if config.mstep.lora_rank:
+        mstep = MStep(model, config.mstep, base=Path())
+        trained = sum(p.numel() for p in mstep.working.values())
+        total = (2 * parameters + 18 * trained) / 1e9
+        assert f"computed and not measured: {total:.1f} GB, 2 bytes for each of" in text
+        assert f"18 for each of {trained / 1e6:.1f} million in the adapters" in text
+        assert f"Full fine-tuning: 18 bytes, {18 * parameters / 1e9:.1f} GB" in text
+    else:
+        assert f"computed and not measured: {18 * parameters / 1e9:.1f} GB, 18 bytes for each of" in text
     assert f"{parameters / 1e9:.2f} billion parameters" in text
     assert f"{slots * 1024 * position / 1e9:.1f} GB of KV cache for {slots} slots of 1,024 tokens" in text
     assert config.sampler.max_new_tokens == config.eval.max_new_tokens == 512
@@ -195,6 +206,7 @@ MISTAKES = {
     "verdict": ('[task]\nverdict = "my_check"', 'task.verdict is "my_check"; it must be written as module:function'),
     "device": ('[run]\ndevice = "gpu"', 'run.device is "gpu"; it must be one of auto, cpu, cuda'),
     "schedule": ('[mstep]\nschedule = "cos"', "mstep.schedule"),
+    "LoRA target": ('[mstep]\nlora_targets = "q_proj, v_prj"', "or several with commas (did you mean v_proj?)"),
     "not TOML": ("[run\nseed = 3", "is not valid TOML"),
     "twice": ("[run]\nseed = 3\nseed = 4", "is not valid TOML"),
     "deep": ("[run]\nseed = " + "[" * 100_000, "is not valid TOML"),
@@ -273,6 +285,8 @@ ALLOWED: dict[str, st.SearchStrategy[Any]] = {
     "mstep.warmup": floats(0, 1),
     "mstep.beta1": floats(0, 1, exclude_max=True),
     "mstep.beta2": floats(0, 1, exclude_max=True),
+    "mstep.lora_alpha": floats(0, 1e300, exclude_min=True),
+    "mstep.lora_targets": st.sampled_from(["all", "q_proj", "up_proj, q_proj"]),
     "run.seed": st.integers(0, 2**63 - 1),
     "run.slots": st.none() | st.integers(1, 65_536),
 }

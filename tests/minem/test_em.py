@@ -214,8 +214,9 @@ def test_base_as_start_and_as_proposal(dtype, tmp_path):
             "--set",
             "model.dtype=bfloat16",
         ],
+        ["--set", "model.dtype=bfloat16", "--set", "mstep.lora_rank=4", "--set", "mstep.lr=1e-2"],
     ],
-    ids=["float32", "bfloat16", "bfloat16-base"],
+    ids=["float32", "bfloat16", "bfloat16-base", "bfloat16-lora"],
 )
 def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_path, monkeypatch):
     ok(train(tmp_path / "whole", *more))

@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 
 from minem.cli import main
-from minem.memory import activation_bytes, adapter_parameters, flops, parameters, peak_flops
+from minem.memory import activation_bytes, flops, lora_parameters, parameters, peak_flops
 from minem.model import Model, ModelConfig
 from minem.weights import TOY
 from tests.minem.folders import BASE, SHAPES, make_model
@@ -71,7 +71,7 @@ def test_adapters_are_those_that_peft_makes(kind, targets):
     names = "all-linear" if targets == "all" else [name.strip() for name in targets.split(",")]
     made = peft.get_peft_model(make_model(kind), peft.LoraConfig(r=3, target_modules=names))
     counted = sum(p.numel() for p in made.parameters() if p.requires_grad)
-    assert adapter_parameters(shape(kind), 3, targets) == counted
+    assert lora_parameters(shape(kind), 3, targets) == counted
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -165,6 +165,14 @@ def test_a_dry_run_counts_the_work_of_an_iteration():
     assert (every["accepted"], every["optimizer_steps"]) == (30, 2 * 8)
 
 
+def test_a_dry_run_knows_what_lora_trains():
+    full, lora = dry_run(), dry_run("--set", "mstep.lora_rank=4", "--set", "mstep.lora_targets=q_proj,v_proj")
+    assert full["parameters"]["trained"] == full["parameters"]["total"] == lora["parameters"]["total"]
+    assert lora["parameters"]["trained"] == 4 * 4 * 2 * (128 + 128)  # rank, layers, targets, in + out
+    for part in ("AdamW moments", "loss or backward"):
+        assert lora["memory"]["m_step"][part] < full["memory"]["m_step"][part]
+
+
 def test_a_dry_run_refuses_what_a_run_would_refuse(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(TOY, folder)
@@ -254,7 +262,13 @@ def anonymous_peak(command: list[str], log: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 @pytest.mark.parametrize(
-    "more", [["mstep.checkpointing=off"], ["mstep.checkpointing=full", "mstep.optimizer_state=keep"]], ids=" ".join
+    "more",
+    [
+        ["mstep.checkpointing=off"],
+        ["mstep.checkpointing=full", "mstep.optimizer_state=keep"],
+        ["mstep.checkpointing=off", "mstep.lora_rank=16"],
+    ],
+    ids=" ".join,
 )
 def test_the_plan_is_what_a_run_of_59_million_parameters_takes(tmp_path, more):
     """Within 15 % of the peak of anonymous memory. The random model accepts nothing, so every draw is kept."""
