@@ -87,9 +87,11 @@ def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     """How much there is to do in one iteration, at most; and the largest micro-batch of it, as fields of `Work`."""
     config, task = experiment.config, experiment.task
     sampler, mstep = config.sampler, config.mstep
-    draws = len(task.train) * (sampler.budget or default_budget(sampler.name))
-    kept = draws if sampler.draws == "all" else len(task.train)
-    prompts = [len(encode_prompt(experiment.tokenizer, question)) for question in task.train]
+    prompts = sorted(len(encode_prompt(experiment.tokenizer, question)) for question in task.train)
+    # Of a part of the questions in each iteration, those with the longest prompts come at some time.
+    prompts = prompts[-(getattr(config.run, "questions_per_iteration", None) or len(prompts)) :]
+    draws = len(prompts) * (sampler.budget or default_budget(sampler.name))
+    kept = draws if sampler.draws == "all" else len(prompts)
     lengths = [n + sampler.max_new_tokens - 1 for n in prompts] * (kept // len(prompts))
     steps = plan(
         lengths,
@@ -101,7 +103,7 @@ def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     )
     tokens = max(*lengths, min(mstep.pack_tokens, sum(sorted(lengths)[-mstep.batch_size :])))
     counts = {
-        "questions": len(task.train),
+        "questions": len(prompts),
         "draws": draws,
         "tokens_drawn": draws * sampler.max_new_tokens,
         "accepted": kept,

@@ -15,9 +15,20 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from minem.cli import main
-from minem.memory import activation_bytes, flops, lora_parameters, parameters, peak_flops
+from minem.memory import (
+    Work,
+    activation_bytes,
+    fitted,
+    flops,
+    lora_parameters,
+    parameters,
+    peak_flops,
+    trains,
+)
 from minem.model import Model, ModelConfig
 from minem.weights import TOY
 from tests.minem.folders import BASE, SHAPES, make_model
@@ -135,6 +146,21 @@ def test_activations_are_those_that_autograd_keeps(kind, lengths):
     assert planned == pytest.approx(saved, rel=0.06)
 
 
+@given(st.lists(st.integers(0, 200_000_000_000), min_size=2, max_size=2), st.booleans(), st.booleans())
+def test_more_memory_never_means_less_slots_or_more_recomputation(free, lora, keeps):
+    config = shape("qwen3", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, head_dim=128)
+    adapters = lora_parameters(config, 16) if lora else 0
+    work = Work(256, 256, 1024, 8192, 6553, micro_batches=2, adapters=adapters, moments_kept=keeps)
+    less, more = (fitted(config, torch.bfloat16, "cuda", work, size) for size in sorted(free))
+    assert less.slots <= more.slots
+    assert less.checkpointed >= more.checkpointed
+    for planned, size in zip((less, more), sorted(free), strict=True):
+        if 0 < planned.checkpointed < 28:  # as few as fit, and no fewer would
+            assert trains(config, torch.bfloat16, "cuda", planned, size)
+            fewer = dataclasses.replace(planned, checkpointed=planned.checkpointed - 1)
+            assert not trains(config, torch.bfloat16, "cuda", fewer, size)
+
+
 # ------------------------------------------------------------------------------------------------------- the dry run
 
 
@@ -145,7 +171,11 @@ def dry_run(*flags: str) -> dict:
 
 
 def test_a_dry_run_makes_nothing(tmp_path, monkeypatch):
+    def read(source, target):
+        raise AssertionError("a dry run reads no weights")
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minem.weights._copy_rows", read)
     result = dry_run("--out", "runs/x")
     assert list(tmp_path.iterdir()) == []
     assert result["parameters"]["total"] == 790_400
