@@ -194,6 +194,8 @@ def random_model(shape: Shape, device: str, dtype: torch.dtype) -> Model:
     with torch.device("meta"):
         model = Model(ModelConfig.from_dict(config_of(shape))).to(dtype)
     model = model.to_empty(device=device).eval()
+    if model.config.tie_word_embeddings:  # to_empty gave both a memory of their own
+        model.head.weight = model.embed.weight
     for name, parameter in model.named_parameters():
         parameter.fill_(1) if name.endswith("norm.weight") else parameter.normal_(0, 0.02)
     return model

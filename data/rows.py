@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from minem.errors import UserError
+from minem.untrusted import MEBIBYTE, parse
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LINE_LIMIT = 4 * MEBIBYTE  # bytes of one row of a .jsonl file
+ROW_LIMIT = 10_000_000  # rows of a file
+TABLE_LIMIT = 16 << 30  # bytes of a parquet file when unpacked, as it says itself
+BATCH = 512  # rows of a parquet file that are unpacked at once
+_BLANK = object()
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -81,29 +88,53 @@ def read_questions(path: Path, on_bad_row: Callable[[str], None] | None = None) 
 
 def _rows(path: Path) -> Iterable[tuple[int, Any]]:
     """(row number from 1, row); a line that is no JSON comes as the UserError that says so."""
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
-        yield from enumerate(table.to_pylist(), start=1)
-        return
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path} is neither .jsonl nor .parquet")
+    for number, row in enumerate(_table(path) if path.suffix == ".parquet" else _lines(path), start=1):
+        if number > ROW_LIMIT:
+            raise UserError(f"{path.name} has more than {ROW_LIMIT:,} rows; that is the limit")
+        if row is not _BLANK:
+            yield number, row
+
+
+def _table(path: Path) -> Iterator[Any]:
+    """The rows of a parquet file, unpacked a few at a time: a small file may say that it holds very many."""
+    import pyarrow.parquet
+
     try:
-        lines = path.open("rb")
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = (file.metadata.row_group(i) for i in range(file.metadata.num_row_groups))
+            size = sum(group.total_byte_size for group in groups)
+            if file.metadata.num_rows > ROW_LIMIT or size > TABLE_LIMIT:
+                raise ValueError(f"it says that it has {file.metadata.num_rows:,} rows in {size:,} bytes")
+            for batch in file.iter_batches(BATCH, use_threads=False):
+                yield from batch.to_pylist()
+    except UserError:
+        raise
+    except Exception as error:  # of a library that reads a stranger's bytes: it has many kinds
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{path} is not a readable parquet file: {reason}") from None
+
+
+def _lines(path: Path) -> Iterator[Any]:
+    """The values of a .jsonl file, _BLANK for a line that is."""
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(LINE_LIMIT + 1):
+                number += 1
+                where = f"{path.name}, row {number}"
+                if len(line) > LINE_LIMIT:
+                    raise UserError(f"{where}: longer than {LINE_LIMIT} bytes")
+                if not line.strip():
+                    yield _BLANK
+                    continue
+                try:
+                    yield parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except ValueError as error:  # bad UTF-8 is one, too
+                    yield UserError(f"{where}: not one JSON object in UTF-8 ({error})")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    with lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (ValueError, RecursionError) as error:  # bad UTF-8 is a ValueError, too
-                    yield number, UserError(f"{path.name}, row {number}: not one JSON object in UTF-8 ({error})")
 
 
 def _question(row: Any, where: str) -> Question:
@@ -183,6 +214,8 @@ def _multiple_choice(row: dict[str, Any], where: str) -> tuple[list[str], list[s
 def _free_form(answer: Any, where: str) -> str:
     """The answer alone: what follows the last `####`, where GSM8K's rationale ends; without that mark, all of it."""
     readable = isinstance(answer, str | int | float) and not isinstance(answer, bool)
+    if isinstance(answer, float) and not math.isfinite(answer):
+        readable = False
     gold = str(answer).rpartition("####")[2].strip() if readable else ""
     if not gold or len(gold.splitlines()) > 1:
         raise UserError(

@@ -13,6 +13,7 @@ Sun", the article in "A plant", "18-20". The last statement counts, even when it
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -82,6 +83,16 @@ def strict(text: str, question: Question) -> str | None:
     """
     rest = _asked_for(text.translate(_PLAIN))
     return None if rest is None else _read(rest, question)
+
+
+def answer_line(text: str) -> int | None:
+    """The character at which the line begins that `strict` reads, of whatever it states; None where there is none."""
+    found = list(_STRICT_LINE.finditer(text.translate(_PLAIN)))
+    if not found:
+        return None
+    start = found[-1].start()
+    # Translating drops some characters and makes three of others; those at the line's own beginning are the line's.
+    return bisect_left(range(len(text)), start, key=lambda i: len(text[:i].translate(_PLAIN)))
 
 
 def number(text: str, question: Question) -> str | None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import resource
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,17 @@ def give_back(device: torch.device) -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
         if trim is not None:
             trim(0)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes held, under a name that says of what: by tensors on a GPU, or resident in this process.
+
+    A GPU's peak is that since `torch.cuda.reset_peak_memory_stats`, a process's is that since it began.
+    """
+    if device.type == "cuda":
+        return {"peak_gpu_memory": torch.cuda.max_memory_allocated(device)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_process_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
 class KVCache:

@@ -6,20 +6,23 @@ python -c "from minem.choices import *; device = pick_device('auto'); print(devi
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minem.data import verdict
+from minem.data.prompts import messages
 from minem.data.tasks import Question
 from minem.errors import UserError
 from minem.estep import Verdict
 from minem.model import Model
 from minem.samplers import import_object
+from minem.tokenizer import FILES, Tokenizer
 
 SMALL_MODEL = 10_000_000  # parameters
 
@@ -51,10 +54,27 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """SHA-256 of the tokenizer's files with the ids that end a text, and of the chat template."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.eos_ids)).encode())
+    for path in (tokenizer.folder / name for name in FILES):
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"-")
+    template = (tokenizer.chat_template or "").encode("utf-8", "surrogatepass")
+    return {"tokenizer": digest.hexdigest(), "chat template": hashlib.sha256(template).hexdigest()}
+
+
 def hash_source(name: str) -> str:
     """SHA-256 of the file that the module of "module:name" was imported from; "" where it has none."""
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def hash_prompts(questions: Sequence[Question], hint: str) -> str:
+    """SHA-256 of the words that questions are put in, plain and with the hint, before any chat template."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([messages(question), messages(question, hint)]).encode())
+    return digest.hexdigest()
 
 
 def limit_threads(model: Model) -> None:

@@ -14,16 +14,21 @@ import io
 import json
 import math
 import os
+import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 
 import minem
 from minem.errors import GuardError, MinemError, UserError
+from minem.text import clean, sentence
 
 
 class _Group(click.Group):
@@ -37,19 +42,64 @@ class _Group(click.Group):
             advice = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self.list_commands(ctx))}"
             raise click.UsageError(f"there is no command {args[0]!r}; {advice}") from error
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:  # the help
+            return super().parse_args(ctx, args)
         try:
-            return super().invoke(ctx)
-        except MinemError as error:
-            from minem.progress import clean
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _refuse(ctx, error)
 
-            click.echo(f"minem: {clean(str(error))}", err=True)
+    def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            with _stoppable():
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            _refuse(ctx, error)
+        except MinemError as error:
+            click.echo(f"minem: {error}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
             advice = "; give the same command again to go on from there" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While open, SIGTERM and SIGUSR1 stop a command as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # who alone may say so
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refuse(ctx: click.Context, error: click.UsageError) -> NoReturn:
+    """click's complaint about a flag or a value in one sentence, with the nearest valid name where there is one."""
+    ctx = error.ctx or ctx
+    said, found, names = error.format_message().rstrip("."), "", []
+    if isinstance(error, click.NoSuchOption):
+        said, found = f"there is no flag {error.option_name}", error.option_name
+        names = [name for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
+    elif isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
+        value = re.search(r": '(.*)' is not one of", said, re.DOTALL)
+        found, names = value[1] if value else "", list(map(str, error.param.type.choices))
+    near = difflib.get_close_matches(found, names, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"see {ctx.command_path} --help"
+    click.echo(f"minem: {sentence(f'{said}; {advice}')}", err=True)
+    ctx.exit(2)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -103,24 +153,27 @@ _track_option = click.option(
 )
 
 
-def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> Any:
-    from minem.config import FLAGS, load_config
+def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+    """The config, and where its values were written."""
+    from minem.config import FLAGS, load_config, origins
 
     given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
-    return load_config(config_file, overrides, given)
+    return load_config(config_file, overrides, given), origins(config_file, overrides, given)
 
 
 @contextmanager
-def _ranks(config: Any, gpus: int) -> Iterator[tuple[Any, Any]]:
-    """This process among those of the run, and its progress lines; for --gpus, this one only starts the others."""
+def _running(config: Any, gpus: int) -> Iterator[tuple[Any, Any, Any]]:
+    """(ranks, stop, progress) of a run in this process; for --gpus, this one only starts the others."""
     from minem.distributed import joined, launch
     from minem.progress import Progress
+    from minem.stopping import Stop
 
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
         _check_gpus(gpus, config.run.device)
         raise click.exceptions.Exit(launch(gpus, _without_gpus(sys.argv[1:])))
-    with joined(config.run.device) as ranks:
-        yield ranks, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
+    stop = Stop()
+    with stop.listening(), joined(config.run.device) as ranks:
+        yield ranks, stop, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
 
 
 def _check_gpus(gpus: int, device: str) -> None:
@@ -165,7 +218,7 @@ def train(
 
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     if dry_run:
         if samples is not None:
             raise UserError("--dry-run plans a whole run; give either it or --samples")
@@ -173,15 +226,19 @@ def train(
             raise UserError("--dry-run plans the work of one process; leave --gpus out")
         _dry_run(config, as_json)
         return
-    with _ranks(config, gpus) as (ranks, progress):
+    with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
         from minem.tracking import load_tracker
 
         tracker = load_tracker(track if ranks.first else None)
         if samples is not None:
-            result = whole.train_on_samples(config, samples, progress, sys.argv, overwrite, tracker, ranks)
+            result = whole.train_on_samples(
+                config, samples, progress, sys.argv, overwrite, tracker, ranks=ranks, stop=stop, origins=origins
+            )
         else:
-            result = whole.train(config, progress, sys.argv, overwrite, tracker, ranks)
+            result = whole.train(
+                config, progress, sys.argv, overwrite, tracker, ranks=ranks, stop=stop, origins=origins
+            )
         if ranks.first:
             _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
 
@@ -217,16 +274,16 @@ def sample(
 
     `minem train` with the same flags goes on from there.
     """
-    config = _config(config_file, overrides, flags)
-    with _ranks(config, gpus) as (ranks, progress):
+    config, origins = _config(config_file, overrides, flags)
+    with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
         from minem.progress import percent
 
-        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks)
+        result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks=ranks, stop=stop, origins=origins)
         solved, questions = result["solved"], result["questions"]
         text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
         if ranks.first:
-            _print(result, as_json, lambda: click.echo(text))
+            _print(result, as_json, lambda: _say(text))
 
 
 @main.command()
@@ -265,14 +322,14 @@ def compare(
     for key, flag in {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}.items():
         if any(override.partition("=")[0].strip() == key for override in overrides):
             raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
-    config = _config(config_file, overrides, flags)
+    config, origins = _config(config_file, overrides, flags)
     from minem import compare as comparison
     from minem.progress import Progress
     from minem.tracking import load_tracker
 
     tracker = load_tracker(track)
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
-    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker)
+    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins)
     _print(result, as_json, lambda: _compare_tables(result))
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
@@ -284,9 +341,9 @@ def _compare_tables(result: dict[str, Any]) -> None:
 
     for one in result["tables"]:
         table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
-        click.echo(f"{one['note']}\n")
+        _say(f"{one['note']}\n")
     if result["runs"]:
-        click.echo(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
+        _say(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 @main.command("eval")
@@ -397,7 +454,7 @@ def _eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
         subjects = summary["subjects"].items()
         rows = [[name, str(s["n"]), percent(s["accuracy"], (s["low"], s["high"]))] for name, s in subjects]
         table(["subject", "n", "accuracy, greedy"], rows, file=sys.stdout)
-    click.echo(f"answers: {named['answers']}")
+    _say(f"answers: {named['answers']}")
 
 
 @main.command()
@@ -423,9 +480,12 @@ def generate(
         raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
     from minem.generate import SamplingParams
-    from minem.progress import clean
 
-    params = SamplingParams(**sampling)
+    try:
+        params = SamplingParams(**sampling)
+    except UserError as error:  # says "top_p = ..."
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
     generator = _generator(model, device)
     asked: list[Any] = texts
     if chat:
@@ -442,9 +502,9 @@ def generate(
     def show() -> None:
         for text, completions in zip(texts, answers, strict=True):
             if len(texts) > 1:
-                click.echo(f"> {clean(str(text))}")
+                _say(f"> {clean(text)}")
             for completion in completions:
-                click.echo(clean(completion.text, keep_lines=True))
+                _say(completion.text)
 
     _print({"model": model, "results": result}, as_json, show)
 
@@ -469,8 +529,8 @@ def show(run: Path, iteration: int | None, status: str | None, question: str | N
 
     def text() -> None:
         for line in shown.lines(rows):
-            click.echo(line)
-        click.echo(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
+            _say(line)
+        _say(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
 
     _print({"run": str(run), "matched": matched, "samples": rows}, as_json, text)
 
@@ -486,7 +546,25 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     from minem.report import write_report
 
     write_report(runs, out)
-    click.echo(out)
+    _say(str(out))
+
+
+@main.command()
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object on one line.")
+def doctor(device: str, as_json: bool) -> None:
+    """Say what this machine has, what each part will run on, and what to do about the rest.
+
+    A self-test of some seconds compares generator, loss and sampling with references; exit code 4 where one fails.
+    """
+    from minem import doctor as doctors
+    from minem.progress import clean
+
+    found = doctors.examine(device)
+    _print(found, as_json, lambda: click.echo("\n".join(map(clean, doctors.lines(found)))))
+    if not found["passed"]:
+        failed = ", ".join(check["name"] for check in found["checks"] if not check["passed"])
+        raise GuardError(f"self-tests failed: {failed}")
 
 
 def _read_prompts(path: Path | None) -> list[str]:
@@ -509,7 +587,12 @@ def _generator(name: str, device: str) -> Any:
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))
     limit_threads(model)
-    return minem.Generator(model, tokenizer, on_note=lambda note: click.echo(f"note    {note}", err=True))
+    return minem.Generator(model, tokenizer, on_note=lambda note: _say(f"note    {note}", err=True))
+
+
+def _say(text: str, err: bool = False) -> None:
+    """Print what may be quoted from files and models."""
+    click.echo(clean(text, keep_lines=True), err=err)
 
 
 def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -520,7 +603,7 @@ def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
 
 
 def _mstep_line(result: dict[str, Any]) -> None:
-    click.echo(f"loss {result['loss']:.4f}, model in {result['model']}")
+    _say(f"loss {result['loss']:.4f}, model in {result['model']}")
 
 
 def _train_table(result: dict[str, Any]) -> None:
@@ -556,9 +639,9 @@ def _train_table(result: dict[str, Any]) -> None:
     table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows], file=sys.stdout)
     test = result["test"]
     base, last = test["base"], test["last"]
-    click.echo(
+    _say(
         f"test ({base['n']} questions, greedy): {percent(base['accuracy'], (base['low'], base['high']))} -> "
         f"{percent(last['accuracy'], (last['low'], last['high']))}; {test['wrong_to_right']} became right, "
         f"{test['right_to_wrong']} became wrong, McNemar p = {test['mcnemar_p']:.2g}"
     )
-    click.echo(f"model: {result['model']}   report: {result['run']}/report.html")
+    _say(f"model: {result['model']}   report: {result['run']}/report.html")

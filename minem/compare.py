@@ -106,6 +106,7 @@ def compare(
     command: Sequence[str] = (),
     overwrite: bool = False,
     tracker: ModuleType | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run or continue the comparison in `config.run.out`; everything else of the config is common to all runs.
 
@@ -120,7 +121,8 @@ def compare(
     for task in plan.tasks:  # all that can be wrong with tasks and lengths is said before the folder is made
         _check(runs, task, progress)
     with hold_folder(out, "plan.json", "comparison", _settings(config, plan), _clear if overwrite else None):
-        comparison = _Comparison(runs, plan.match, progress, list(command), tracker)
+        own = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
+        comparison = _Comparison(runs, plan.match, progress, list(command), tracker, {**(origins or {}), **own})
         comparison.run()
         result = {**read_comparison(list(runs), plan.match), "stopped": comparison.stopped}
         _write(out, result)
@@ -137,12 +139,14 @@ class _Comparison:
         progress: Progress,
         command: list[str],
         tracker: ModuleType | None,
+        origins: Mapping[str, str],
     ) -> None:
         self.runs = runs
         self.match = match
         self.progress = progress
         self.command = command
         self.tracker = tracker
+        self.origins = origins
         self.stopped: dict[str, str] = {}  # by a guard: name and why
 
     def run(self) -> None:
@@ -177,7 +181,7 @@ class _Comparison:
         inputs = {} if self.match == "none" else {"match": f"{self.match} of {', '.join(c.sampler for c in group)}"}
         experiment = Experiment(self.runs[cell], self.progress)
         try:
-            with experiment.open(self.command, False, self.tracker, **inputs) as run:
+            with experiment.open(self.command, False, self.tracker, self.origins, **inputs) as run:
                 self._share_base(cell, experiment)
                 experiment.train(self._selection(cell, group, experiment))
                 conclude(run)
@@ -195,7 +199,8 @@ class _Comparison:
 
         def select(iteration: int) -> Sequence[Example] | None:
             folder = f"iter-{iteration:02d}"
-            if self.match == "none" or experiment.run.finished(f"{folder}/mstep"):
+            done = experiment.run.finished(f"{folder}/mstep") and iteration not in experiment.behind
+            if self.match == "none" or done:
                 return None
             if not all(f"{folder}/estep" in read_journal(other.folder) for other in group):
                 raise _Waiting

@@ -23,6 +23,7 @@ from typing import Any, Literal
 from minem.generate import stream_seed
 from minem.run import read_facts, read_journal, read_rows
 from minem.statistics import holm, mcnemar, paired_t, standard_deviation
+from minem.text import clean
 
 Match = Literal["none", "kept", "cost"]
 STEPS = re.compile(r"/(estep|mstep)(\.\d+)?$")  # stages whose time counts; a long E-step is done in numbered blocks
@@ -384,6 +385,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     parts = []
     for table in comparison["tables"]:
         lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-        body = "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
-        parts.append(f"### {table['title']}\n\n{table['note']}\n\n{body}\n")
-    return "\n".join(parts)
+        cells = [[clean(str(cell)).replace("|", "\\|") for cell in line] for line in lines]
+        body = "\n".join("| " + " | ".join(line) + " |" for line in cells)
+        parts.append(f"### {clean(table['title'])}\n\n{clean(table['note'])}\n\n{body}\n")
+    return "\n".join(parts).replace("<", "&lt;")

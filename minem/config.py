@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import sys
 import tomllib
 import types
 import typing
@@ -21,16 +22,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minem.data.tasks import TaskConfig
-from minem.errors import UserError, one_of, shown
+from minem.errors import UserError, is_reference, one_of, shown
 from minem.evaluate import EvalConfig
 from minem.mstep import MStepConfig
 from minem.run import RunConfig, difference, to_toml
 from minem.samplers import SamplerConfig
+from minem.untrusted import read_toml
 from minem.weights import WeightsConfig
 
-__all__ = ["FLAGS", "Config", "difference", "load_config", "to_toml"]
+__all__ = ["FLAGS", "Config", "difference", "load_config", "origins", "to_toml"]
 
-SIZE_LIMIT = 1 << 20  # bytes of a config file
 # The flags that are short for a key. They win over the file; saying a key twice on one command line is an error.
 FLAGS = {
     "model.id": "--model",
@@ -44,6 +45,9 @@ FLAGS = {
     "run.out": "--out",
     "run.device": "--device",
 }
+
+
+CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code, module:name
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,19 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     run: RunConfig = field(default_factory=RunConfig)
 
+    def __post_init__(self) -> None:
+        """What no section can know alone."""
+        if self.mstep.weights != "equal" and self.sampler.draws != "all":
+            raise UserError(
+                f'mstep.weights = "{self.mstep.weights}" weighs the accepted draws of a question against each other, '
+                f'so it needs sampler.draws = "all", not "{self.sampler.draws}", which keeps one at most'
+            )
+        if not self.mstep.answer_tokens and self.sampler.filter == "none":
+            raise UserError(
+                'mstep.answer_tokens = false leaves out the answer line, which draws kept by sampler.filter = "none" '
+                'may lack; it needs sampler.filter = "correct"'
+            )
+
 
 SECTIONS: dict[str, type] = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config)}
 
@@ -74,11 +91,7 @@ def load_config(
 
     Raises UserError for a file that cannot be read, unknown sections and keys, and values of a wrong type or range.
     """
-    given = _command_line(overrides, {key: value for key, value in (flags or {}).items() if value is not None})
-    if path is None and given.get("model.id", ("toy",))[0] == "toy":
-        path = Path(__file__).parent / "configs" / "toy.toml"
-    values = {} if path is None else {key: (value, str(path)) for key, value in _read_toml(Path(path))}
-    values |= given
+    values = _compose(path, overrides, flags or {})
     sections = {}
     for section, kind in SECTIONS.items():
         own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(section + ".")}
@@ -91,16 +104,31 @@ def load_config(
     return Config(**sections)
 
 
+def origins(
+    path: str | Path | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Where each value of the same `load_config` was written: {"sampler.budget": "--budget", "mstep.lr": "my.toml"}.
+
+    Keys that are not in it have their default.
+    """
+    return {key: origin for key, (_, origin) in _compose(path, overrides, flags or {}).items()}
+
+
+def _compose(path: str | Path | None, overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """{"section.key": (value, where it was written)} of the file and the command line."""
+    given = _command_line(overrides, {key: value for key, value in flags.items() if value is not None})
+    if path is None and given.get("model.id", ("toy",))[0] == "toy":
+        path = Path(__file__).parent / "configs" / "toy.toml"
+    values = {} if path is None else {key: (value, str(path)) for key, value in _read_toml(Path(path))}
+    return values | given
+
+
 def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:
     """("section.key", value) for everything in the file."""
     try:
-        if path.stat().st_size > SIZE_LIMIT:
-            raise UserError(f"{path} has {path.stat().st_size} bytes; a config has at most {SIZE_LIMIT}")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
-        raise UserError(f"config {path} is not valid TOML: {' '.join(str(error).split())[:300]}") from error
+        content = read_toml(path)
+    except UserError as error:
+        raise UserError(f"config {error}") from error
     for section, values in content.items():
         if section not in SECTIONS:
             wanted = one_of(section, [f"[{name}]" for name in SECTIONS])
@@ -131,6 +159,23 @@ def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[st
         is_text = str in _types(_hints(SECTIONS[key.partition(".")[0]])[key.partition(".")[2]])
         given[key] = (text if is_text and not isinstance(value, str) else value, "--set")
     return given
+
+
+def _check_code(key: str, name: str, origin: str) -> None:
+    """A file may come from anybody, and with `shutil:rmtree` for an answer check it would delete what a model names.
+
+    So it may name minem's own code and that in the folder where the user stands; other code is for the command line.
+    """
+    module = name.partition(":")[0]
+    top = module.partition(".")[0]
+    place = Path.cwd().joinpath(*module.split("."))
+    here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+    if top != "minem" and (top in sys.stdlib_module_names or not here):
+        flag = f"{FLAGS[key]} {name}"
+        raise UserError(
+            f"{origin}: {key} is {shown(name)}, which is no code of this folder; a config may not run code from "
+            f"elsewhere: if you trust it, give {flag} on the command line"
+        )
 
 
 def _check_key(key: str, origin: str) -> None:
@@ -173,6 +218,10 @@ def _typed(key: str, value: Any, origin: str) -> Any:
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         wanted = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}[hint]
         raise UserError(f"{origin}: {key} is {shown(value)}; it must be {wanted}")
-    if hint is str and (not value or any("\ud800" <= c <= "\udfff" for c in value)):
-        raise UserError(f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode and not empty")
+    if hint is str and (not value or any("\ud800" <= c <= "\udfff" or c == "\0" for c in value)):
+        raise UserError(
+            f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode and not empty, without NUL"
+        )
+    if key in CODE and is_reference(value) and origin not in ("--set", FLAGS[key]):
+        _check_code(key, value, origin)
     return value

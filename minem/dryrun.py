@@ -20,6 +20,8 @@ import torch
 
 from minem import memory
 from minem.cache import free_memory
+from minem.checkpoints import KEPT
+from minem.disk import shown_bytes
 from minem.em import Experiment
 from minem.estep import encode_prompt
 from minem.packing import plan
@@ -89,7 +91,7 @@ def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     sampler, mstep = config.sampler, config.mstep
     prompts = sorted(len(encode_prompt(experiment.tokenizer, question)) for question in task.train)
     # Of a part of the questions in each iteration, those with the longest prompts come at some time.
-    prompts = prompts[-(getattr(config.run, "questions_per_iteration", None) or len(prompts)) :]
+    prompts = prompts[-(config.run.questions_per_iteration or len(prompts)) :]
     draws = len(prompts) * (sampler.budget or default_budget(sampler.name))
     kept = draws if sampler.draws == "all" else len(prompts)
     lengths = [n + sampler.max_new_tokens - 1 for n in prompts] * (kept // len(prompts))
@@ -145,10 +147,10 @@ def _disk(experiment: Experiment, work: memory.Work, counts: Mapping[str, int]) 
     # The old folder goes when the new one is there.
     models = run.iterations if run.keep == "all" else min(2, run.iterations)
     trained = work.adapters or memory.parameters(model).total
-    # What the next M-step goes on from, old and new at once; and while an M-step is under way, all of its own state.
+    # What the next M-step goes on from; and while one is under way, its checkpoints and the one that is being written.
     narrow = experiment.dtype.itemsize < 4
     kept = (4 * trained if narrow else 0) + (8 * trained if work.moments_kept else 0)
-    state = kept * (run.init == "previous" and run.iterations > 1) + 12 * trained
+    state = kept * (run.init == "previous" and run.iterations > 1) + 12 * trained * (KEPT + 1)
     new = experiment.config.sampler.max_new_tokens
     # A block's rows stay until all blocks are done; what is accepted is written twice.
     rows = (2 * counts["draws"] + counts["accepted"] + run.iterations) * (ROW_BYTES + TOKEN_BYTES * new)
@@ -169,11 +171,13 @@ def _memory_advice(experiment: Experiment, work: memory.Work, estep: int, mstep:
             if slots
             else "lower sampler.max_new_tokens and mstep.pack_tokens"
         )
-        advice.append(f"the E-step needs {size(estep)} and {size(free)} are free: {what}, or take a smaller model")
+        advice.append(
+            f"the E-step needs {shown_bytes(estep)} and {shown_bytes(free)} are free: {what}, or take a smaller model"
+        )
     if mstep > memory.SAFE_SHARE * free:
-        share = f"{memory.SAFE_SHARE:.0%} of the {size(free)} that are free"
+        share = f"{memory.SAFE_SHARE:.0%} of the {shown_bytes(free)} that are free"
         remedy = _remedy(experiment, work, free)
-        advice.append(f"the M-step needs {size(mstep)}, more than {share}: {remedy}")
+        advice.append(f"the M-step needs {shown_bytes(mstep)}, more than {share}: {remedy}")
     return advice
 
 
@@ -205,22 +209,13 @@ def _remedy(experiment: Experiment, work: memory.Work, free: int) -> str:
 def _disk_advice(disk: Mapping[str, int]) -> list[str]:
     if disk["total"] <= disk["free"]:
         return []
-    return [
-        f"the run writes up to {size(disk['total'])} and {size(disk['free'])} are free on the disk: make room, "
-        "choose another --out, or keep fewer models (run.keep, run.iterations)"
-    ]
-
-
-def size(number: int) -> str:
-    """Bytes, as a person reads them: 1234567 -> "1.2 MB"."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= unit:
-            return f"{number / unit:,.1f} {name}"
-    return f"{number} B"
+    total, free = shown_bytes(disk["total"]), shown_bytes(disk["free"])
+    advice = "make room, choose another --out, or keep fewer models (run.keep, run.iterations)"
+    return [f"the run writes up to {total} and {free} are free on the disk: {advice}"]
 
 
 def _shown(number: int | None) -> str:
-    return "" if number is None else size(number)
+    return "" if number is None else shown_bytes(number)
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
@@ -230,9 +225,9 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
     rows = [[part, *(_shown(memory_[step].get(part)) for step in ("e_step", "m_step"))] for part in parts]
     if result["work"]["micro_batches"] == 1:  # they grow while the activations go
         next(row for row in rows if row[0] == "gradients")[0] = "gradients beyond activations"
-    rows.append(["taken already", size(memory_["taken"]), size(memory_["taken"])])
-    rows.append(["at most", size(memory_["e_step_peak"]), size(memory_["m_step_peak"])])
-    rows.append(["free or taken already", *[size(memory_["free"] + memory_["taken"])] * 2])
+    rows.append(["taken already", shown_bytes(memory_["taken"]), shown_bytes(memory_["taken"])])
+    rows.append(["at most", shown_bytes(memory_["e_step_peak"]), shown_bytes(memory_["m_step_peak"])])
+    rows.append(["free or taken already", *[shown_bytes(memory_["free"] + memory_["taken"])] * 2])
     where = f"memory on {result['device']}, {result['dtype']}"
     work = [[name.replace("_", " "), f"{count:,}"] for name, count in counts.items()]
     kinds = [[f"parameters, {kind}", f"{count:,}"] for kind, count in parameters.items()]
@@ -240,5 +235,5 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
         ([result["model"], "number"], kinds),
         ([where, "E-step", "M-step"], rows),
         (["each iteration", "at most"], work),
-        ([f"disk, {result['run']}", "at most"], [[part, size(number)] for part, number in disk.items()]),
+        ([f"disk, {result['run']}", "at most"], [[part, shown_bytes(number)] for part, number in disk.items()]),
     ]

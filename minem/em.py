@@ -20,29 +20,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import minem
-from minem import diagnostics
+from minem import diagnostics, health, recovery
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory, give_back
-from minem.choices import fingerprint, hash_source, limit_threads, pick_device, pick_dtype, pick_verdict
+from minem.checkpoints import Checkpoints
+from minem.choices import (
+    fingerprint,
+    hash_prompts,
+    hash_source,
+    hash_tokenizer,
+    limit_threads,
+    pick_device,
+    pick_dtype,
+    pick_verdict,
+)
+from minem.data.prompts import ANSWER_LINE
 from minem.data.tasks import Question, load_task
+from minem.disk import write_whole
 from minem.distributed import ALONE, Ranks
-from minem.errors import GuardError, UserError
-from minem.estep import Counts, EStep, blocks, encode_prompt
+from minem.errors import GuardError, NotFinite, UserError
+from minem.estep import Counts, EStep, blocks, encode_prompt, minibatch
 from minem.evaluate import evaluate
 from minem.follower import Follower
 from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
 from minem.memory import SAFE_SHARE
 from minem.model import Model
 from minem.mstep import MStep
+from minem.objective import add_plain_logprobs, rationale_tokens, weigh
 from minem.packing import Example
 from minem.progress import Progress, percent
 from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
 from minem.samplers import Prompt, default_budget, make_sampler
+from minem.stopping import Stop
+from minem.text import visible
 from minem.tracking import tracked
-from minem.weights import load, load_model, read_weights, resolve, save
+from minem.weights import load, load_model, read_weights, resolve, save, saved_bytes, verify
 
 if TYPE_CHECKING:
     from minem.config import Config
+
+ROW_BYTES, TOKEN_BYTES = 500, 14  # of a row of JSON, about: 14 for each token's id and text
 
 
 class Experiment:
@@ -51,17 +68,27 @@ class Experiment:
     Everything that can be wrong with the input is found before the directory is touched.
 
     Among several processes (`ranks`) each has the whole model and draws its share of the questions; the first one
-    collects what the others drew, and it alone writes.
+    collects what the others drew, and it alone writes. `stop` is looked at all the time.
 
     weights: False leaves them on the disk, for a dry run: the model has its shape alone.
     """
 
     run: RunDirectory
+    left_out = 0  # rows of the last `examples` of which nothing is trained
+    behind: list[int]  # iterations whose M-step `catch_up` has to do again
 
-    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, weights: bool = True):
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        stop: Stop | None = None,
+        weights: bool = True,
+    ):
         self.config = config
         self.progress = progress
         self.ranks = ranks
+        self.stop = stop or Stop()  # nobody will ask
         self.task = load_task(config.task.name, config.task.limit, config.run.seed)
         self.device = pick_device(config.run.device)
         self.dtype = pick_dtype(config.model.dtype, self.device)
@@ -78,22 +105,40 @@ class Experiment:
 
     @contextmanager
     def open(
-        self, command: Sequence[str], overwrite: bool, tracker: ModuleType | None = None, **inputs: str
+        self,
+        command: Sequence[str],
+        overwrite: bool,
+        tracker: ModuleType | None = None,
+        origins: Mapping[str, str] | None = None,
+        **inputs: str,
     ) -> Iterator[RunDirectory]:
         """Make the run's directory or continue the run that is in it, with the weights that it has by now."""
-        inputs = {"task rows": self.task.rows_sha256, "base model": fingerprint(self.base_folder), **inputs}
+        questions = self.task.train + self.task.validation + self.task.test
+        inputs = {
+            "task rows": self.task.rows_sha256,
+            "base model": fingerprint(self.base_folder),
+            **hash_tokenizer(self.tokenizer),
+            "prompts": hash_prompts(questions, self.config.sampler.hint),
+            **inputs,
+        }
         for key, name in (("sampler", self.config.sampler.name), ("verdict", self.config.task.verdict or "")):
             if ":" in name:  # the user's own code is part of the experiment, too
                 inputs[f"{key} {name}"] = hash_source(name)
         if self.ranks.first:
-            self.run = RunDirectory.open(self.config, command=command, overwrite=overwrite, inputs=inputs)
+            self.run = RunDirectory.open(
+                self.config, command=command, overwrite=overwrite, inputs=inputs, origins=origins
+            )
             self.run.on_finished = lambda stage, result: self.ranks.publish(f"stage/{stage}", result)
-            self.ranks.publish("run", str(self.run.path))
+            if sentence := recovery.go_back(self.run):
+                self.progress.note(f"warning {sentence}")
+            whole, self.behind = recovery.whole_model(self.run)
+            self.ranks.publish("run", [str(self.run.path), whole, self.behind])
         else:
-            self.run = Follower(Path(self.ranks.receive("run")), self.config, self.ranks)
+            path, whole, self.behind = self.ranks.receive("run")
+            self.run = Follower(Path(path), self.config, self.ranks)
         with self.run:
             self._describe()
-            self._restore()
+            self._restore(whole)
             with tracked(self.run, tracker, self.progress):
                 yield self.run
 
@@ -105,6 +150,7 @@ class Experiment:
         select: called with the iteration before its M-step for the examples to train on; None stands for all accepted.
         """
         last = self.config.run.iterations
+        self.catch_up(select)
         self.reserve()
         self.evaluate(0, "validation", self.task.validation)
         self.evaluate(0, "test", self.task.test)
@@ -120,8 +166,13 @@ class Experiment:
         _ = self._hinted_generator  # a second model takes its memory first
         self.progress.note(f"cache   {self.generator.reserve(*self.longest)}")
 
+    def questions(self, iteration: int) -> list[Question]:
+        """The training questions that an iteration draws on."""
+        run = self.config.run
+        return minibatch(self.task.train, run.questions_per_iteration, run.seed, iteration)
+
     def e_step(self, iteration: int) -> None:
-        """Draw rationales for all training questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
+        """Draw rationales for its questions; samples.jsonl has every attempt, accepted.jsonl what is kept."""
         stage, folder = f"iter-{iteration:02d}/estep", f"iter-{iteration:02d}"
         if not self._skip(stage):
             self._draw_blocks(iteration, stage, folder)
@@ -153,17 +204,18 @@ class Experiment:
         # A run that goes on keeps its blocks, even where memory or processes give another number of slots now.
         begun = self.run.finished(f"{stage}.1")
         slots = self.run.result(f"{stage}.1")["slots"] if begun else int(self.ranks.total([self.generator.slots])[0])
-        parts = blocks(self.task.train, slots)
+        parts = blocks(self.questions(iteration), slots)
         stages = [f"{stage}.{number}" for number in range(1, len(parts) + 1)]
         # Tokens of blocks that were done before: they took none of the time that is measured now.
         known = sum(self.run.result(block)["counts"]["tokens"] for block in stages if self.run.finished(block))
         counts = Counts(questions=0)
-        with self._line(iteration, "E-step", len(self.task.train)) as line:
+        with self._line(iteration, "E-step", sum(map(len, parts))) as line:
             for block, questions in zip(stages, parts, strict=True):
                 counts += self._block(step, block, questions, counts, known, line, slots)
             rate = (counts.tokens - known) / max(1e-9, line.elapsed)
         names = [f"{folder}/samples.{number}.jsonl" for number in range(1, len(parts) + 1)]
-        with self.run.stage(stage) as record:
+        size = sum((self.run.path / name).stat().st_size for name in names) if self.ranks.first else 0
+        with self.run.stage(stage, writes=2 * size) as record:
             if not self.ranks.first:
                 return
             rows = [row for name in names for row in read_rows(self.run.path / name)]
@@ -172,7 +224,9 @@ class Experiment:
             write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
             record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
             record.result.update(self.run.result(f"{stage}.1")["agreement"])
+            record.result["warnings"] = health.of_draws(record.result)
             self.run.log_metrics(stage, **record.result, tokens_per_second=rate)
+        self._warn(stage)
 
     def _block(
         self, step: EStep, stage: str, questions: Sequence[Question], before: Counts, known: int, line: Any, slots: int
@@ -187,6 +241,7 @@ class Experiment:
         first = stage == "iter-01/estep.1"
 
         def show(counts: Counts) -> None:
+            self.stop.check(stage)
             total = before + counts
             line.update(
                 total.done,
@@ -201,9 +256,13 @@ class Experiment:
             if first and own and len(compared) < DRAWS:
                 compared.append(draw)
 
-        with self.run.stage(stage) as record:
+        with self.run.stage(stage, writes=self._row_bytes(questions, self.config.sampler.max_new_tokens)) as record:
             own = self._own(questions, [step.lengths.get(question.id, 1.0) for question in questions])
             rows, counts = step.run(own, show, compare)
+            mstep = self.config.mstep
+            if mstep.weights == "importance":
+                by_id = {question.id: question for question in own}
+                add_plain_logprobs(rows, by_id, self.model, self.tokenizer, mstep.pack_tokens)
             rows, shares = self._collect(stage, rows, vars(counts))
             if not self.ranks.first:
                 return counts
@@ -242,12 +301,17 @@ class Experiment:
         return rows, extras
 
     def _lengths_before(self, iteration: int) -> dict[str, float]:
-        """The mean tokens of each question's draws in the iteration before; none are known before the first."""
-        file = self.run.path / f"iter-{iteration - 1:02d}" / "samples.jsonl"
-        lengths: dict[str, list[int]] = {}
-        for row in read_rows(file) if file.exists() else ():
-            lengths.setdefault(row["id"], []).append(len(row["token_ids"]))
-        return {id: sum(tokens) / len(tokens) for id, tokens in lengths.items()}
+        """The mean tokens of each question's draws when it was last drawn on; none are known before the first time."""
+        size = self.config.run.questions_per_iteration
+        known: dict[str, float] = {}
+        back = 1 if size is None else 2 * -(-len(self.task.train) // size)  # two passes have seen it at least once
+        for earlier in range(max(1, iteration - back), iteration):
+            file = self.run.path / f"iter-{earlier:02d}" / "samples.jsonl"
+            lengths: dict[str, list[int]] = {}
+            for row in read_rows(file) if file.exists() else ():
+                lengths.setdefault(row["id"], []).append(len(row["token_ids"]))
+            known |= {id: sum(tokens) / len(tokens) for id, tokens in lengths.items()}
+        return known
 
     def diagnose(self, iteration: int) -> None:
         """What hinted draws on a few training questions say about the model that the E-step drew from."""
@@ -260,6 +324,11 @@ class Experiment:
         with self.run.stage(stage) as record, self._line(iteration, "diagnostics", total) as line:
             if not self.ranks.first:  # a few draws: not worth sharing
                 return
+
+            def show(done: int) -> None:
+                self.stop.check(stage)
+                line.update(done)
+
             draws = diagnostics.draw(
                 questions,
                 self.generator,
@@ -271,7 +340,7 @@ class Experiment:
                 pack_tokens=config.mstep.pack_tokens,
                 seed=config.run.seed,
                 iteration=iteration,
-                on_progress=line.update,
+                on_progress=show,
             )
             by_id = {question.id: question for question in self.task.train}
             summary = diagnostics.summarise(draws)
@@ -295,28 +364,29 @@ class Experiment:
         """Train on the kept rows of this iteration (or on `examples`) and write the model."""
         folder = f"iter-{iteration:02d}"
         stage = f"{folder}/mstep"
+        minutes = self.config.run.checkpoint_minutes
+        checkpoints = Checkpoints(self.run, self.mstep, stage, minutes, self.ranks, self.stop)
         if not self._skip(stage):
             if examples is None:
                 examples = self.examples(self.run.path / folder / "accepted.jsonl", lambda row: True)
             if not examples:
-                raise GuardError(
-                    f"iteration {iteration}: no rationale was accepted, so there is nothing to train on; "
-                    f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
-                )
-            if self.config.run.init == "base":
-                read_weights(self.model, self.base_folder)
-                self.mstep.reset()
-            self._make_room()
-            with self.run.stage(stage) as record, self._line(iteration, "M-step") as line:
+                raise GuardError(self._nothing_to_train_on(iteration))
+            self._prepare_training()
+            state = self._state_is_needed(iteration)
+            size = saved_bytes(self.model) + state * self.mstep.state_bytes
+            with self.run.stage(stage, writes=size) as record, self._line(iteration, "M-step") as line:
 
                 def show(row: dict[str, Any]) -> None:
                     line.total = row["steps"]
-                    line.update(row["step"], loss=row["loss"], tokens_per_s=row["tokens_per_second"])
+                    line.update(row["step"], **_facts(row))
                     self.run.log_metrics(stage, **row)
+                    checkpoints.after_step(row)
 
-                summary = self.mstep.run(examples, self.config.run.seed, iteration, show)
+                for row in checkpoints.resume():
+                    self.run.log_metrics(stage, **row)
+                summary = self._train(examples, iteration, show)
                 give_back(self.device)
-                if self._state_is_needed(iteration):
+                if state:
                     self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
                 adapter = self.mstep.complete_masters() if self.mstep.lora is not None else {}
                 if not self.ranks.first:
@@ -325,9 +395,13 @@ class Experiment:
                     self.mstep.lora.save(record.path(f"{folder}/adapter"), adapter, self.config.model.id)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
+                verify(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
-                record.result.update(summary)
+                record.result.update(summary, left_out=self.left_out)
+                record.result["warnings"] = self._health(iteration, self.mstep.losses, summary["entropy"])
+            self._warn(stage)
         # Outside the stage, so that a run that died between the two still cleans up.
+        checkpoints.clear()
         self.run.discard(f"iter-{iteration - 1:02d}/state")
         if self.config.run.keep == "last":
             self.run.discard(f"iter-{iteration - 1:02d}/model")
@@ -342,9 +416,11 @@ class Experiment:
         if self._skip(stage):
             return
         total = len(questions) * (1 + self.config.eval.samples)
-        with self.run.stage(stage) as record, self._line(iteration, split, total) as line:
+        size = self._row_bytes(questions, self.config.eval.max_new_tokens)
+        with self.run.stage(stage, writes=size) as record, self._line(iteration, split, total) as line:
 
             def show(finished: int, right: int, answered: int) -> None:
+                self.stop.check(stage)
                 line.update(finished, accuracy=percent(right / max(1, answered)))
 
             measure = partial(
@@ -374,12 +450,15 @@ class Experiment:
     def examples(self, file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> list[Example]:
         """What is trained of the rows that `keep` keeps: the *plain* prompt of the question with the ids as drawn.
 
+        Rows of which nothing is trained are left out (and weighed all the same): where `mstep.answer_tokens` is off,
+        those that answer at once.
+
         Raises:
             UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or
-                more of them than the model has positions.
+                more of them than the model has positions; or it lacks what the objective needs.
         """
-        questions = {question.id: question for question in self.task.train}
-        examples = []
+        questions, mstep = {question.id: question for question in self.task.train}, self.config.mstep
+        rows, names, kept = [], [], []
         for number, row in enumerate(read_rows(file), start=1):
             if not keep(row):
                 continue
@@ -395,7 +474,27 @@ class Experiment:
                 raise UserError(
                     f"{where}: {len(ids)} token ids and their prompt exceed {self.generator.max_length} positions"
                 )
-            examples.append(Example(question.id, prompt, ids))
+            supervised = None if mstep.answer_tokens else rationale_tokens(self.tokenizer, ids)
+            if supervised is None and not mstep.answer_tokens:
+                raise UserError(
+                    f'{where}: the text has no line that starts with "{ANSWER_LINE}", so mstep.answer_tokens = false '
+                    "cannot tell its rationale from its answer; such rows need mstep.answer_tokens = true"
+                )
+            rows.append(row)
+            names.append(where)
+            kept.append((question.id, prompt, ids, supervised))
+        weights = weigh(rows, mstep.weights, names)
+        examples = [
+            Example(id_, prompt, ids, weight, supervised)
+            for (id_, prompt, ids, supervised), weight in zip(kept, weights, strict=True)
+            if supervised != 0
+        ]
+        self.left_out = len(rows) - len(examples)
+        if self.left_out:
+            self.progress.note(
+                f"note    {self.left_out} of {len(rows)} accepted rationales answer at once: with mstep.answer_tokens "
+                "= false nothing of them is trained"
+            )
         return examples
 
     @cached_property
@@ -413,6 +512,13 @@ class Experiment:
         slots = self.config.run.slots or DEFAULT_SLOTS[self.device.type]
         return Generator(model, self.tokenizer, slots=slots, on_note=note)
 
+    def _prepare_training(self) -> None:
+        """The weights that an M-step starts from, and memory for it."""
+        if self.config.run.init == "base":
+            read_weights(self.model, self.base_folder)
+            self.mstep.reset()
+        self._make_room()
+
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
         give_back(self.device)
@@ -427,7 +533,7 @@ class Experiment:
         """What the folder holds, for whoever finds it on its own."""
         sampler = self.config.sampler
         front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(self.config.model.id)}\ntags: [minem]\n---\n"
-        return (
+        return visible(
             f"{front}\n# {self.run.path.name}, iteration {iteration}\n\n"
             f"`{self.config.model.id}` after {iteration} iteration(s) of expectation maximization on "
             f"`{self.config.task.name}` with the sampler `{sampler.name}` (budget {sampler.budget}), "
@@ -456,6 +562,14 @@ class Experiment:
                 f"lora    rank {self.mstep.lora.rank}, alpha {self.mstep.lora.alpha:g}, {trained:,.2f} M parameters "
                 f"trained beside {', '.join(self.mstep.lora.targets)}"
             )
+        size = config.run.questions_per_iteration
+        if size is not None and size > len(task.train):
+            self.progress.note(
+                f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} training questions: "
+                "each iteration draws on all of them"
+            )
+        elif size is not None:
+            self.progress.note(f"E-step  {size} of {len(task.train)} training questions in each iteration")
         self.progress.note(f"run     {self.run.path}")
         if self._altered():
             self.progress.note(
@@ -466,17 +580,75 @@ class Experiment:
                 f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual"
             )
 
-    def _restore(self) -> None:
-        """Take the weights of the last finished M-step."""
-        done = [s for s in self.run.stages if s.endswith("/mstep")]
-        if not done:
-            return
-        folder = self.run.path / done[-1].partition("/")[0]
-        if self.mstep.lora is None:  # else the adapters are merged into the base weights, which are in place
-            read_weights(self.model, folder / "model")
-            self.mstep.reset()
-        if (folder / "state").exists():
-            self.mstep.load(folder / "state")
+    def _restore(self, iteration: int) -> None:
+        """Take the weights that an iteration ended with; 0 is the base model, whose weights are there already."""
+        if iteration:
+            folder = self.run.path / f"iter-{iteration:02d}"
+            if self.mstep.lora is None:  # else the adapters are merged into the base weights, which are in place
+                read_weights(self.model, folder / "model")
+                self.mstep.reset()
+            if (folder / "state").exists():
+                self.mstep.load(folder / "state")
+
+    def catch_up(self, select: Callable[[int], Sequence[Example] | None] = lambda iteration: None) -> None:
+        """Train again what is not on the disk any more, from the last whole model on: the same examples, no new draws.
+
+        select: as for `train`.
+        """
+        while self.behind:
+            iteration = self.behind[0]
+            folder = self.run.path / f"iter-{iteration:02d}"
+            self.progress.note(f"note    {folder.name}/model is missing or damaged: trained again, in memory")
+            examples = select(iteration)
+            if examples is None:
+                examples = self.examples(folder / "accepted.jsonl", lambda row: True)
+            self._prepare_training()
+            self._train(examples, iteration, lambda row: self.stop.check("training again"))
+            del self.behind[0]
+
+    def _train(
+        self, examples: Sequence[Example], iteration: int, on_step: Callable[[dict[str, Any]], None]
+    ) -> dict[str, Any]:
+        """The M-step itself; what was not finite in it is left in the run's log."""
+        try:
+            return self.mstep.run(examples, self.config.run.seed, iteration, on_step)
+        except NotFinite as error:
+            if not self.ranks.first:
+                raise
+            dump = self.run.path / "log" / f"not-finite.iter-{iteration:02d}.json"
+            dump.parent.mkdir(exist_ok=True)
+            write_whole(dump, (json.dumps(error.dump) + "\n").encode())
+            raise GuardError(f"iteration {iteration}: {error}; their tokens are in {dump}") from error
+
+    def _row_bytes(self, questions: Sequence[Question], max_new_tokens: int) -> int:
+        """About what a row of the longest kind for each question takes on the disk."""
+        return len(questions) * (ROW_BYTES + TOKEN_BYTES * max_new_tokens)
+
+    def _health(self, iteration: int, losses: Sequence[float], entropy: float | None) -> list[str]:
+        before = [self.run.result(f"iter-{i:02d}/mstep")["entropy"] for i in range(1, iteration)]
+        drawn = f"iter-{iteration:02d}/estep"
+        solved = None
+        if self.run.finished(drawn):  # it is not where the M-step is done alone
+            solved = self.run.result(drawn)["solved"] / self.run.result(drawn)["questions"]
+        return health.of_training(losses, [*before, entropy], solved)
+
+    def _warn(self, stage: str) -> None:
+        for sentence in self.run.result(stage)["warnings"]:
+            self.progress.note(f"warning {sentence}")
+
+    def _nothing_to_train_on(self, iteration: int) -> str:
+        folder = f"iter-{iteration:02d}"
+        drawn = f"{folder}/estep"
+        if self.left_out:
+            return (
+                f"iteration {iteration}: every accepted rationale answers at once, so that without the answer there is "
+                "nothing to train on; set mstep.answer_tokens = true"
+            )
+        advice = f"{health.advice(self.run.result(drawn))}; " if self.run.finished(drawn) else ""
+        return (
+            f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {advice}"
+            f"see {self.run.path / folder / 'samples.jsonl'} for what the model wrote"
+        )
 
     def _state_is_needed(self, iteration: int) -> bool:
         """Whether a later M-step goes on from more than the saved model holds: float32 masters, AdamW's moments."""
@@ -538,3 +710,13 @@ class Experiment:
 
         questions = {question.id: question for question in self.task.train}
         return sum(valid_steps(row["text"], questions[row["id"]]) for row in rows) / len(rows)
+
+
+def _facts(row: Mapping[str, Any]) -> dict[str, str | float]:
+    """What the line of an M-step shows of a step's metrics."""
+    facts = {"loss": row["loss"], "grad_norm": row["grad_norm"], "lr": row["lr"]}
+    facts |= {"tokens_per_s": row["tokens_per_second"]}
+    if row["mfu"] is not None:
+        facts["MFU"] = percent(row["mfu"])
+    peak = next(value for key, value in row.items() if key.startswith("peak_"))
+    return facts | {"peak_memory": f"{peak / 1e9:.2f} GB"}

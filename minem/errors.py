@@ -12,11 +12,19 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from minem.text import sentence
+
 
 class MinemError(Exception):
-    """Base of the errors whose message is meant for a person."""
+    """Base of the errors whose message is meant for a person.
+
+    Much of it is often quoted from files and models: it becomes one line that is safe to show (`minem.text.sentence`).
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(sentence(message))
 
 
 class UserError(MinemError):
@@ -33,6 +41,17 @@ class GuardError(MinemError):
     """A guard stopped the run: non-finite numbers, or nothing accepted and so nothing to train on. Exit code 4."""
 
     exit_code = 4
+
+
+class NotFinite(GuardError):
+    """A loss or gradient is not finite.
+
+    dump: what led to it, as JSON values: the step, its numbers, and the examples at fault with their token ids.
+    """
+
+    def __init__(self, message: str, dump: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.dump = dump
 
 
 def require(section: str, values: Any, **rules: tuple[bool, str]) -> None:

@@ -52,6 +52,26 @@ def encode_prompt(tokenizer: Tokenizer, question: Question, hint: str | None = N
         raise UserError(f"question {question.id!r}: {error}") from error
 
 
+def minibatch(questions: Sequence[Question], size: int | None, seed: int, iteration: int) -> list[Question]:
+    """The questions that an iteration (counted from 1) draws on: the next `size` of a shuffle, in the given order.
+
+    Every pass through the questions is shuffled anew and over before any comes again; an iteration that begins in one
+    pass and ends in the next takes from the latter none that it has already. All where size is None, or no fewer.
+    """
+    if size is None or size >= len(questions):
+        return list(questions)
+    stream: list[int] = []  # positions in `questions`, pass after pass
+    while len(stream) < iteration * size:
+        begun = set(stream[len(stream) // size * size :])
+        pass_ = len(stream) // len(questions)
+        keys = [stream_seed(seed, "minibatch", pass_, question.id) for question in questions]
+        order = sorted(range(len(questions)), key=keys.__getitem__)
+        first = [i for i in order if i not in begun][: size - len(begun)]
+        taken = set(first)
+        stream += first + [i for i in order if i not in taken]
+    return [questions[i] for i in sorted(stream[(iteration - 1) * size : iteration * size])]
+
+
 def blocks(questions: Sequence[Question], slots: int) -> list[Sequence[Question]]:
     """The questions in blocks as alike in size as can be, BLOCK_ROUNDS for each slot or more; few make one block."""
     count = max(1, len(questions) // (BLOCK_ROUNDS * slots))

@@ -253,6 +253,17 @@ def acceptance_by_stage(run: Run) -> dict[str, Any] | None:
     return {"columns": ["prompt", *(f"iteration {i}" for i in found)], "rows": rows}
 
 
+def warnings(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
+    """What the E- and M-steps of the runs warned of (minem.health)."""
+    return [
+        f"{name}, iteration {i}: {sentence}"
+        for name, run in zip(names, runs, strict=True)
+        for i in run.iterations
+        for stage in ("estep", "mstep")
+        for sentence in run.results.get(f"iter-{i:02d}/{stage}", {}).get("warnings", ())
+    ]
+
+
 def falls(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
     """Sentences on hinted acceptance that fell."""
     sentences = []

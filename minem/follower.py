@@ -28,13 +28,13 @@ class Follower(RunDirectory):
         self.config = config
         self.on_metrics = None
         self._ranks = ranks
-        self._results = read_journal(path)
+        self._lines = {stage: {"result": result} for stage, result in read_journal(path).items()}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str, writes: int = 0) -> Iterator[Stage]:
         """Do this process's part of a stage, then wait for the first one to finish it."""
         yield Stage(name, self.path)
-        self._results[name] = self._ranks.receive(f"stage/{name}")
+        self._lines[name] = {"result": self._ranks.receive(f"stage/{name}")}
 
     def close(self) -> None:
         """Nothing is held."""

@@ -272,7 +272,7 @@ def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.i
 
 
 @lru_cache(maxsize=1)
-def varlen_attention() -> Callable[..., Tensor] | None:
+def varlen_attention() -> Callable[..., Any] | None:
     """PyTorch's flash attention over packed sequences, made causal; None where this PyTorch was built without it.
 
     Called with q [N, H, C], k and v [N, K, C], the sequences' starts and the longest of them, twice each.
@@ -284,7 +284,7 @@ def varlen_attention() -> Callable[..., Tensor] | None:
     if not torch.backends.cuda.is_flash_attention_available():
         return None
     # The kernel takes fewer key/value heads than query heads. torch 2.11 passes them on; later ones ask for leave.
-    told = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return partial(varlen_attn, window_size=(-1, 0), **told)
 
 
@@ -428,8 +428,8 @@ class Layer(nn.Module):
 class Model(nn.Module):
     """A decoder-only language model. Its merged projections are the real parameters; see weights.py for the files.
 
-    `checkpointed`: the activations of the first so many layers are not kept for the backward pass but computed again in
-    it (Chen et al. 2016, arXiv 1604.06174): of each such layer two [N, D] tensors stay, for a forward pass more of time.
+    `checkpointed`: the activations of the first so many layers are not kept for the backward pass but computed again
+    in it (Chen et al. 2016, arXiv 1604.06174): of each such layer two [N, D] tensors stay, for a third more time.
     """
 
     def __init__(self, config: ModelConfig):

@@ -27,11 +27,11 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from minem.cache import free_memory
+from minem.cache import free_memory, peak_memory
 from minem.distributed import ALONE, Ranks
-from minem.errors import GuardError, UserError, one_of, require
+from minem.errors import GuardError, NotFinite, UserError, one_of, require
 from minem.lora import TARGETS, LoRA, adapter_parameters, read_targets
-from minem.memory import SAFE_SHARE, activation_bytes, loss_bytes
+from minem.memory import SAFE_SHARE, activation_bytes, flops, loss_bytes, peak_flops
 from minem.model import Model
 from minem.packing import Example, MicroBatch, Step, best_fit_decreasing, pack, plan
 from minem.sharding import assign, complete, gather, local, scatter, sharded_copy
@@ -41,6 +41,7 @@ SCHEDULES = ("cosine", "linear", "constant")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight, by its names in torch
 STATE_FILE_BYTES = 2 * 2**30  # of one file of a checkpoint: what the first process holds of it at once
 STATE_JSON_LIMIT = 64 * 2**20
+Weights = Literal["equal", "question", "importance"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class MStepConfig:
     lora_rank: int = 0  # of the low-rank terms that are trained instead of the weights; 0: full fine-tuning
     lora_alpha: float = 16.0  # the terms are scaled by lora_alpha / lora_rank
     lora_targets: str = "all"  # linear layers of the blocks: "all", or Hugging Face's names with commas
+    weights: Weights = "equal"  # of kept draws; "question": their mean, "importance": by pi/q (minem.objective)
+    answer_tokens: bool = True  # false: the rationale alone is trained, not the answer line and what follows it
 
     def __post_init__(self) -> None:
         strange = [name for name in read_targets(self.lora_targets) if name not in TARGETS]
@@ -103,7 +106,7 @@ def loss_divisor(examples: Sequence[Example], steps_per_epoch: int) -> float:
 
     All epochs have the same tokens and the same number of steps, so one epoch gives the iteration's ratio.
     """
-    return sum(len(example.token_ids) for example in examples) / steps_per_epoch
+    return sum(len(example.targets) for example in examples) / steps_per_epoch
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ class MStep:
             named = self.trained.named_parameters() if self.lora is None else adapter_parameters(self.trained).items()
             self.working = {name: p for name, p in named if p.requires_grad}
         self.optimizer: torch.optim.AdamW | None = None
-        self.history: list[tuple[Totals, float]] = []  # of the M-step that is under way: its steps so far
+        self.history: list[tuple[Totals, float, float]] = []  # of the M-step under way: its steps' sums, norms, seconds
+        self.losses: list[float] = []  # of the steps of the last M-step that ended
         self.masters: dict[str, torch.Tensor] = {}
         self.reset()
 
@@ -227,6 +231,15 @@ class MStep:
         narrow = any(p.dtype.itemsize < 4 for p in self._trainable().values())
         return narrow or self.lora is not None or self.config.optimizer_state == "keep"
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that `save` writes between two M-steps, about."""
+        return self.master_bytes * (1 + len(MOMENTS) if self.config.optimizer_state == "keep" else 1)
+
+    @property
+    def master_bytes(self) -> int:
+        return sum(p.numel() for p in self._trainable().values()) * torch.float32.itemsize
+
     def save(self, folder: Path) -> None:
         """Write the masters, AdamW's state where there is one, and how far an M-step that is under way has come.
 
@@ -248,7 +261,7 @@ class MStep:
                 save_file(shard, folder / f"state-{files:05d}.safetensors")
                 shard, files = {}, files + 1
         if self.ranks.first:
-            history = [[*astuple(totals), norm] for totals, norm in self.history]
+            history = [[*astuple(totals), norm, seconds] for totals, norm, seconds in self.history]
             text = json.dumps({"updates": self._updates(), "history": history})
             (folder / "state.json").write_text(text, encoding="utf-8")
 
@@ -271,7 +284,7 @@ class MStep:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     kind, _, name = key.partition(".")
                     self._assign(kind, self.masters[name], file.get_tensor(key), key, folder, state["updates"])
-        self.history = [(Totals(*numbers[:-1]), numbers[-1]) for numbers in state["history"]]
+        self.history = [(Totals(*numbers[:-2]), *numbers[-2:]) for numbers in state["history"]]
         self._publish()
         if not self.history:
             self._hand_over()
@@ -309,12 +322,14 @@ class MStep:
 
         Args:
             on_step: called after every update with its metrics: loss and entropy per supervised token (nats; the loss
-                weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included).
+                weighted as the examples are), grad_norm before clipping, lr, tokens_per_second (prompts included), mfu
+                (model FLOP/s over the device's dense bfloat16 peak; None where that is not known) and, under a name
+                that says of what (`peak_memory`), the most bytes held so far. An entropy that is not finite is None.
                 It may call `save`.
 
         Returns:
-            loss, entropy, tokens_per_second over the whole M-step, the mean grad_norm, the loss of the first and the
-            last step, and counts: examples, steps, micro_batches, tokens, supervised_tokens, seconds.
+            the same over the whole M-step, grad_norm as the mean; the loss of the first and the last step, and counts:
+            examples, steps, micro_batches, tokens, supervised_tokens, seconds.
 
         Raises:
             GuardError: nothing to train on; or a loss or gradient is not finite (before the weights are touched).
@@ -335,8 +350,8 @@ class MStep:
         self.trained.checkpointed = self._checkpointed()
         if self.optimizer is None:
             self.optimizer = self._optimizer()
-        before = sum((totals.tokens for totals, _ in self.history), 0)
-        began = time.perf_counter()
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         # The model itself has adapters while it trains; the other processes' one has them for good.
         with self._adapters() if self.trained is self.model else nullcontext(), self._gradients_to_masters():
             for number in range(len(self.history), len(steps)):
@@ -345,29 +360,32 @@ class MStep:
                 totals = self.accumulate(examples, step, divisor)
                 norm = self._guarded_norm(examples, step, totals)
                 self._update(self.optimizer, norm, rate)
-                self.history.append((totals, float(complete(norm))))
+                if self.model.device.type == "cuda":
+                    torch.cuda.synchronize()  # or the update would count as a part of the next step
+                seconds = time.perf_counter() - started
+                self.history.append((totals, float(complete(norm)), seconds))
                 if on_step is not None:
                     row: dict[str, Any] = {"iteration": iteration, "epoch": step.epoch}
                     row |= {"step": number + 1, "steps": len(steps), "lr": rate, "grad_norm": self.history[-1][1]}
-                    on_step(row | _metrics(totals, time.perf_counter() - started))
+                    on_step(row | self._metrics(totals, seconds))
         self._check_weights()
         self._hand_over()
-        seconds = time.perf_counter() - began
         history, self.history = self.history, []
+        self.losses = [totals.loss / totals.weight for totals, _, _ in history]
         if config.optimizer_state == "reset":
             self.optimizer = None
-        totals = sum((totals for totals, _ in history), Totals())
+        totals = sum((totals for totals, _, _ in history), Totals())
+        seconds = sum(taken for _, _, taken in history)
         return {
             "examples": len(examples),
             "steps": len(steps),
             "micro_batches": sum(len(step.micro_batches) for step in steps),
             "checkpointed": self.trained.checkpointed,
             "seconds": seconds,
-            "loss_first": history[0][0].loss / history[0][0].weight,
-            "loss_last": history[-1][0].loss / history[-1][0].weight,
-            "grad_norm": sum(norm for _, norm in history) / len(history),
-            **_metrics(totals, seconds),
-            "tokens_per_second": (totals.tokens - before) / seconds,  # of those that this process has seen
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "grad_norm": sum(norm for _, norm, _ in history) / len(history),
+            **self._metrics(totals, seconds),
         }
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
@@ -398,7 +416,7 @@ class MStep:
             entropies.append(entropy.double().sum())
             tokens += sum(packed.lengths)
             supervised += len(packed.targets)
-            weight += sum(example.weight * len(example.token_ids) for example in members)
+            weight += sum(example.weight * len(example.targets) for example in members)
         sums = self.ranks.total([float(sum(losses)), float(sum(entropies)), tokens, supervised, weight])
         return Totals(sums[0], sums[1], int(sums[2]), int(sums[3]), sums[4])
 
@@ -476,9 +494,16 @@ class MStep:
         if math.isfinite(totals.loss) and math.isfinite(complete(norm)):
             return norm
         culprits = [i for i in step.examples if not self._finite_alone(examples, i)] or step.examples
-        raise GuardError(
-            f"loss {totals.loss:g} and gradient norm {float(complete(norm)):g} are not both finite, so the weights "
-            f"were not updated; examples at fault: {_some([examples[i].id for i in culprits])}"
+        numbers = {"loss": totals.loss, "gradient_norm": float(complete(norm))}
+        raise NotFinite(
+            f"loss {totals.loss:g} and gradient norm {numbers['gradient_norm']:g} are not both finite, so the weights "
+            f"were not updated; examples at fault: {_some([examples[i].id for i in culprits])}",
+            {
+                **{name: repr(value) for name, value in numbers.items()},
+                "step": len(self.history) + 1,
+                "all_of_step": len(culprits) == len(step.examples),
+                "examples": [vars(examples[i]) for i in culprits],
+            },
         )
 
     def _finite_alone(self, examples: Sequence[Example], index: int) -> bool:
@@ -509,6 +534,20 @@ class MStep:
         elif self.trained is not self.model:
             gather(self.trained, self.model)
 
+    def _metrics(self, totals: Totals, seconds: float) -> dict[str, Any]:
+        device = self.model.device
+        entropy, peak = totals.entropy / totals.supervised, peak_flops(device)
+        work = flops(self.model.config, totals.tokens, totals.supervised)
+        return {
+            "loss": totals.loss / totals.weight,
+            "entropy": entropy if math.isfinite(entropy) else None,
+            "tokens": totals.tokens,
+            "supervised_tokens": totals.supervised,
+            "tokens_per_second": totals.tokens / seconds,
+            "mfu": None if peak is None else work / seconds / (peak * self.ranks.size),
+            **peak_memory(device),
+        }
+
     def complete_masters(self) -> dict[str, torch.Tensor]:
         """The float32 masters, whole; a collective among several processes."""
         return {name: complete(master.detach()) for name, master in self.masters.items()}
@@ -522,7 +561,7 @@ def _stand_in(examples: Sequence[Example]) -> MicroBatch:
 
 @torch.no_grad()
 def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[tuple[list[float], list[float]]]:
-    """Log-probability and entropy (nats) of the policy at each sampled token: the forward pass of training, alone.
+    """Log-probability and entropy (nats) of the policy at each supervised token: the forward pass of training, alone.
 
     pack_tokens: most tokens of a pass (memory only).
     """
@@ -532,20 +571,10 @@ def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[t
         _, logprobs, entropies = model(
             packed.input_ids, lengths=packed.lengths, rows=packed.rows, targets=packed.targets
         )
-        sizes = [len(examples[i].token_ids) for i in members]
+        sizes = [len(examples[i].targets) for i in members]
         for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):
             scored[i] = own.tolist(), spread.tolist()
     return [scored[i] for i in range(len(examples))]
-
-
-def _metrics(totals: Totals, seconds: float) -> dict[str, Any]:
-    return {
-        "loss": totals.loss / totals.weight,
-        "entropy": totals.entropy / totals.supervised,
-        "tokens": totals.tokens,
-        "supervised_tokens": totals.supervised,
-        "tokens_per_second": totals.tokens / seconds,
-    }
 
 
 def _some(names: Sequence[str], most: int = 5) -> str:

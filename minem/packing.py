@@ -26,13 +26,15 @@ from minem.errors import UserError
 class Example:
     """One pair to learn: a plain prompt and the very token ids that were sampled for it, EOS included.
 
-    `weight` multiplies the log-probability of every sampled token. `id` is for messages only and may repeat.
+    `weight` multiplies the log-probability of every supervised token. `supervised`: only the first so many of token_ids
+    are trained; None: all. `id` is for messages only and may repeat.
     """
 
     id: str
     prompt_ids: list[int]
     token_ids: list[int]
     weight: float = 1.0
+    supervised: int | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -41,10 +43,20 @@ class Example:
             raise UserError(f"example {self.id!r}: token_ids is empty; it must hold the sampled tokens, EOS included")
         if not (math.isfinite(self.weight) and self.weight > 0):
             raise UserError(f"example {self.id!r}: weight is {self.weight}; it must be a positive finite number")
+        if self.supervised is not None and not 1 <= self.supervised <= len(self.token_ids):
+            raise UserError(
+                f"example {self.id!r}: supervised is {self.supervised}; it must be between 1 and the "
+                f"{len(self.token_ids)} of token_ids"
+            )
+
+    @property
+    def targets(self) -> list[int]:
+        """The sampled tokens that are supervised."""
+        return self.token_ids[: self.supervised]
 
     def __len__(self) -> int:
-        """Tokens that enter the model: the last sampled token is only ever a target, never an input."""
-        return len(self.prompt_ids) + len(self.token_ids) - 1
+        """Tokens that enter the model: the last target is never an input, and nothing after it is either."""
+        return len(self.prompt_ids) + len(self.targets) - 1
 
 
 @dataclass(frozen=True)
@@ -167,19 +179,19 @@ class MicroBatch:
 
 
 def pack(examples: Sequence[Example]) -> MicroBatch:
-    """Lay examples end to end. Prompts are not supervised: only positions that predict a sampled token are rows."""
+    """Lay examples end to end. Prompts are not supervised: only positions that predict a target are rows."""
     input_ids: list[int] = []
     rows: list[int] = []
     targets: list[int] = []
     weights: list[float] = []
     for example in examples:
-        # The last prompt token predicts the first sampled one, and so on up to the last sampled token (EOS).
-        start = len(input_ids) + len(example.prompt_ids) - 1
-        rows.extend(range(start, start + len(example.token_ids)))
+        # The last prompt token predicts the first sampled one, and so on up to the last target (EOS, if all are).
+        start, own = len(input_ids) + len(example.prompt_ids) - 1, example.targets
+        rows.extend(range(start, start + len(own)))
         input_ids.extend(example.prompt_ids)
-        input_ids.extend(example.token_ids[:-1])
-        targets.extend(example.token_ids)
-        weights.extend([example.weight] * len(example.token_ids))
+        input_ids.extend(own[:-1])
+        targets.extend(own)
+        weights.extend([example.weight] * len(own))
     return MicroBatch(
         torch.tensor(input_ids, dtype=torch.int64),
         [len(example) for example in examples],

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minem.run import RunDirectory
+from minem.text import clean
 
 
 def plot_accuracy(run: RunDirectory, path: Path) -> None:
@@ -45,7 +46,7 @@ def plot_accuracy(run: RunDirectory, path: Path) -> None:
         label="test, greedy",
     )
     sampler = run.config.sampler
-    axes.set_title(f"{run.config.task.name}: {sampler.name}, budget {sampler.budget}", parse_math=False)
+    axes.set_title(clean(f"{run.config.task.name}: {sampler.name}, budget {sampler.budget}"), parse_math=False)
     axes.set_xlabel("EM iteration (0: base model)")
     axes.set_ylabel("accuracy in %")
     axes.set_xticks(iterations)
@@ -100,7 +101,7 @@ def _draw_spent(runs: Sequence[Mapping[str, Any]], axes: Any) -> None:
             [sum(values) / len(curves) for values in zip(*points, strict=True)] for points in zip(*curves, strict=True)
         ]
         axes.plot(*zip(*_scaled(mean), strict=True), color=f"C{number}", marker="o", linewidth=2, label=sampler)
-    axes.set_title(runs[0]["task"], parse_math=False)
+    axes.set_title(clean(runs[0]["task"]), parse_math=False)
     axes.set_xlabel("thousand tokens spent in E-steps (points: iterations)")
     axes.set_ylabel("validation accuracy, greedy, in %")
     axes.set_ylim(None, 102)

@@ -9,15 +9,14 @@
 
     iteration 1/4 E-step  ━━━━╸───────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
 
-Nothing shown is trusted: names, answers and texts come from files and models, so `clean` takes out whatever a terminal
-would obey instead of print, and markup is never interpreted.
+Nothing shown is trusted: names, answers and texts come from files and models, so `minem.text.clean` takes out whatever
+a terminal would obey instead of print, and markup is never interpreted.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
@@ -28,9 +27,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from minem.text import clean, redact
+
 BAR_WIDTH = 20
-# Characters that reorder the text around them, so that a line reads as what it is not.
-BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 class Line:
@@ -115,7 +114,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print one line: a warning, or what was inferred or skipped."""
-        self._console.print(Text(clean(text)), soft_wrap=True)
+        self._console.print(Text(redact(clean(text))), soft_wrap=True)
 
     @contextmanager
     def _shown_live(self, line: Line) -> Iterator[None]:
@@ -163,31 +162,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def clean(text: str, keep_lines: bool = False) -> str:
-    """The text without what a terminal would obey: control characters and escapes, reordering marks, lone surrogates.
-
-    Line breaks and tabs become spaces; with `keep_lines`, they stay.
-    """
-    return "".join(_clean_character(character, keep_lines) for character in text)
-
-
-def visible(text: str) -> str:
-    """As `clean`, for a page that shows a text whole: what it takes out is written as an escape, like \\u202e."""
-    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _is_obeyed(c) else c for c in text.replace("\r\n", "\n"))
-
-
-def _clean_character(character: str, keep_lines: bool) -> str:
-    if character in "\n\t":
-        return character if keep_lines else " "
-    if _is_obeyed(character):
-        return "\N{REPLACEMENT CHARACTER}" if character != "\r" else ""
-    return character
-
-
-def _is_obeyed(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS
 
 
 def _console(stream: TextIO, width: int | None = None) -> Console:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -117,7 +118,7 @@ class Run:
 
 def read_run(path: Path) -> Run:
     """The run in this directory. UserError where there is none."""
-    if (path / "plan.json").exists() and not (path / "run.json").exists():
+    if os.path.exists(path / "plan.json") and not os.path.exists(path / "run.json"):
         raise UserError(f"{path} is a comparison and no run: name runs in it, like {path}/*.s0")
     facts = read_facts(path)
     config = facts.get("config")

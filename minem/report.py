@@ -23,13 +23,15 @@ from minem import figures
 from minem.charts import themed
 from minem.diagnostics import FALLING_RULE
 from minem.errors import UserError
-from minem.progress import visible
 from minem.reader import Choice, Run, changed, read_run
+from minem.text import redact, visible
+from minem.untrusted import own_file, read_limited
 
 MOST_SAMPLES = 2_000  # rows of samples.jsonl in a page
 MOST_FLIPS = 200
 CHARACTERS = 2_000_000  # of their texts, in all
 TEXT_LIMIT = 10_000  # characters of one text
+SIZE_LIMIT = 1 << 20  # bytes of a config
 PAGE = Path(__file__).parent
 
 
@@ -72,6 +74,7 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
             for number, plot in enumerate(comparison.get("plots") or ())
         ],
         summary=[figures.summary(name, run) for name, run in zip(names, runs, strict=True)],
+        warnings=figures.warnings(names, runs),
         tasks=figures.by_task(runs),
         stages=[
             {"name": name, **stages}
@@ -101,13 +104,14 @@ def _comparison_table(table: Mapping[str, Any]) -> dict[str, Any]:
 def _reproduction(name: str, run: Run) -> dict[str, Any]:
     """What it takes to do a run again."""
     facts, command = run.facts, run.facts.get("command")
-    config = run.path / "config.toml"
+    words = ["minem", *map(str, command[1:])] if isinstance(command, list) and command else []
+    config = own_file(run.path, "config.toml")
     return {
         "name": name,
         "path": str(run.path),
-        "command": shlex.join(["minem", *map(str, command[1:])]) if isinstance(command, list) and command else "",
+        "command": redact(shlex.join(words)),
         "again": shlex.join(["minem", "train", str(config), "--out", "NEW"]),
-        "config": config.read_text(encoding="utf-8", errors="replace") if config.exists() else "",
+        "config": read_limited(config, SIZE_LIMIT).decode(errors="replace") if config.exists() else "",
         "facts": {
             "started": facts.get("started"),
             "minem's commit": facts.get("commit") or "not known",

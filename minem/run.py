@@ -12,23 +12,23 @@
 A stage writes every file beside its place, under a name that starts with ".partial."; when it is done the files are
 flushed to the disk and renamed, and only then the journal gets its line. So a file under its own name is whole, a stage
 in the journal has all its files, and whatever was in flight when a run died is done again from the start of its stage.
+
+The journal's line also has the size and the SHA-256 of each file, so that a run that is continued notices what was cut
+short, changed or deleted since, and `undo` takes it back to before that stage.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,14 +37,28 @@ from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 import minem
+from minem.disk import (
+    PARTIAL,
+    flush,
+    flush_folders,
+    flush_tree,
+    is_as_written,
+    is_full,
+    manifest,
+    remove,
+    shortage,
+    write_whole,
+)
 from minem.errors import Interrupted, UserError, require
+from minem.text import redact, visible
+from minem.untrusted import own_file, parse, read_json, read_toml
 
 if TYPE_CHECKING:
     from minem.config import Config
 
-PARTIAL = ".partial."
 LOCK = ".lock"
-ROW_LIMIT = 64 << 20  # bytes of one line of a JSONL file
+ROW_LIMIT = 16 << 20  # bytes of one line of a JSONL file
+JOURNAL_LIMIT = 256 << 20  # bytes
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
 
@@ -54,11 +68,13 @@ class RunConfig:
     """How long, from which seed, and where."""
 
     iterations: int = 4
+    questions_per_iteration: int | None = None  # drawn on in turn, by a shuffle that repeats after all; by default all
     seed: int = 0
     out: str | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
     device: Literal["auto", "cpu", "cuda"] = "auto"
     init: Literal["previous", "base"] = "previous"  # what each M-step starts from; "base" as in STaR
     keep: Literal["last", "all"] = "last"  # model folders that stay on disk
+    checkpoint_minutes: float = 15.0  # between two checkpoints inside an M-step; the last two are kept while it lasts
     slots: int | None = None  # sequences generated at once; by default 96 on the CPU, 256 on a GPU
 
     def __post_init__(self) -> None:
@@ -66,7 +82,12 @@ class RunConfig:
             "run",
             self,
             iterations=(self.iterations >= 1, "1 or more"),
+            questions_per_iteration=(
+                self.questions_per_iteration is None or self.questions_per_iteration >= 1,
+                "1 or more; all are drawn on where it is not set",
+            ),
             seed=(0 <= self.seed < 2**63, "between 0 and 2^63 - 1"),
+            checkpoint_minutes=(self.checkpoint_minutes >= 0, "0 (after every step) or more"),
             slots=(self.slots is None or 1 <= self.slots <= 65_536, "between 1 and 65536"),
         )
 
@@ -80,6 +101,7 @@ class Stage:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.result: dict[str, Any] = {}
+        self.files: dict[str, dict[str, Any]] = {}  # {name: {"bytes": ..., "sha256": ...}} once it is done
         self._folder = folder
         self._paths: list[tuple[Path, Path]] = []
 
@@ -88,23 +110,24 @@ class Stage:
         final = self._folder / name
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = final.with_name(PARTIAL + final.name)
-        _remove(partial)
+        remove(partial)
         self._paths.append((partial, final))
         return partial
 
     def _commit(self) -> None:
-        for partial, _ in self._paths:
-            _flush_tree(partial)
+        for partial, final in self._paths:
+            flush_tree(partial)
+            self.files |= manifest(partial, final.relative_to(self._folder).as_posix())
         for partial, final in self._paths:
             if final.is_dir():  # left by a run that died before its journal line: os.replace does not replace folders
-                _remove(final)
+                remove(final)
             os.replace(partial, final)
         for parent in {final.parent for _, final in self._paths}:
-            _flush_folders(parent, self._folder)
+            flush_folders(parent, self._folder)
 
     def _abandon(self) -> None:
         for partial, _ in self._paths:
-            _remove(partial)
+            remove(partial)
 
 
 class RunDirectory:
@@ -122,7 +145,8 @@ class RunDirectory:
         self.path = path
         self.config = config
         self._lock = lock
-        self._results: dict[str, dict[str, Any]] = {}
+        self._lines: dict[str, dict[str, Any]] = {}  # of the journal, by stage
+        self._damaged: dict[str, list[str]] = {}  # what was found out about stages
         self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # sees what log_metrics writes
         self.on_finished: Callable[[str, dict[str, Any]], None] | None = None  # sees each stage's result
 
@@ -134,6 +158,7 @@ class RunDirectory:
         command: Sequence[str] = (),
         overwrite: bool = False,
         inputs: Mapping[str, str] | None = None,
+        origins: Mapping[str, str] | None = None,
     ) -> RunDirectory:
         """Make the directory `config.run.out` (by default `default_path`), or continue the run that is in it.
 
@@ -141,9 +166,10 @@ class RunDirectory:
         overwrite: remove a run that is already there.
         inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}. A run is continued
             only with the same ones.
+        origins: where values of the config were written (`minem.config.origins`), for the record.
 
         Raises UserError where the directory holds something else, belongs to a running process, was started with a
-        different config or other inputs, or cannot be written.
+        different config or other inputs, or cannot be written; Interrupted where the disk is full.
         """
         path = Path(config.run.out).expanduser() if config.run.out is not None else default_path(config)
         config = _without_out(config)
@@ -152,11 +178,13 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             run = cls(path, config, take_lock(path))
             try:
-                run._start_or_continue(list(command), overwrite, dict(inputs or {}))
+                run._start_or_continue(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
             except BaseException:
                 run.close()
                 raise
         except OSError as error:
+            if is_full(error):
+                raise _full_disk(path) from error
             raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
         return run
 
@@ -175,23 +203,53 @@ class RunDirectory:
     @property
     def stages(self) -> tuple[str, ...]:
         """Names of the finished stages, oldest first."""
-        return tuple(self._results)
+        return tuple(self._lines)
 
     def finished(self, stage: str) -> bool:
-        return stage in self._results
+        return stage in self._lines
 
     def result(self, stage: str) -> dict[str, Any]:
         """What a finished stage left in the journal. KeyError where it has not finished."""
-        return self._results[stage]
+        result: dict[str, Any] = self._lines[stage]["result"]
+        return result
+
+    def damaged(self, stage: str) -> list[str]:
+        """The files of a finished stage that are missing or not what it wrote. Looked at once: large files take time.
+
+        Stages in a journal of before there were manifests have none.
+        """
+        if stage not in self._damaged:
+            files = self._lines[stage]["files"].items()
+            self._damaged[stage] = [name for name, written in files if not is_as_written(self.path / name, written)]
+        return self._damaged[stage]
+
+    def undo(self, stage: str) -> list[str]:
+        """Take back a finished stage and all that came after it; they will be done again. Returns their names.
+
+        What they wrote lies there until it is replaced, as after a run that died before its journal line.
+        """
+        undone = self.stages[self.stages.index(stage) :]
+        kept = {name: line for name, line in self._lines.items() if name not in undone}
+        write_whole(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
+        self._lines, self._damaged = kept, {}
+        self._drop_metrics()
+        return list(undone)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[Stage]:
+    def stage(self, name: str, writes: int = 0) -> Iterator[Stage]:
         """Do a stage: everything it writes appears at once when the block ends well, and not at all otherwise.
 
-        Raises Interrupted when the disk is full: nothing but this stage is lost.
+        writes: bytes, about, that the disk must have room for before it is begun.
+
+        Raises Interrupted when the disk is full, or too full to begin: nothing but this stage is lost.
         """
         if self.finished(name):
             raise ValueError(f"stage {name} is already finished")
+        if short := shortage(self.path, writes):
+            raise Interrupted(
+                f"the disk of {self.path} has no room for {name}: {short}; free some space, then give the same "
+                "command again"
+            )
         stage, start = Stage(name, self.path), time.monotonic()
         try:
             yield stage
@@ -199,25 +257,23 @@ class RunDirectory:
             self._enter(stage, time.monotonic() - start)
         except BaseException as error:
             stage._abandon()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Interrupted(
-                    f"the disk of {self.path} is full; free some space, then give the same command again: "
-                    f"it goes on with {name}"
-                ) from error
+            if is_full(error):
+                raise _full_disk(self.path, f": it goes on with {name}") from error
             raise
 
     def _enter(self, stage: Stage, seconds: float) -> None:
         """The journal line that makes a stage finished, after everything it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
-            _flush_tree(self.path / "metrics.jsonl")
-        line = json_line({"stage": stage.name, "result": stage.result, "seconds": round(seconds, 3), "time": _now()})
+            flush_tree(self.path / "metrics.jsonl")
+        more = {"files": stage.files, "seconds": round(seconds, 3), "time": _now()}
+        line = json_line({"stage": stage.name, "result": stage.result, **more})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(line)
-            _flush(journal)
-        _flush_folders(self.path, self.path)
-        self._results[stage.name] = json.loads(line)["result"]  # exactly what a continued run reads
+            flush(journal)
+        flush_folders(self.path, self.path)
+        self._lines[stage.name] = json.loads(line)  # exactly what a continued run reads
         if self.on_finished is not None:
-            self.on_finished(stage.name, self._results[stage.name])
+            self.on_finished(stage.name, self.result(stage.name))
 
     def log_metrics(self, stage: str, **values: Any) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is continued."""
@@ -234,26 +290,32 @@ class RunDirectory:
         final = self.path / name
         if final.exists():
             partial = final.with_name(PARTIAL + final.name)
-            _remove(partial)
+            remove(partial)
             os.replace(final, partial)
-            _remove(partial)
+            remove(partial)
 
-    def _start_or_continue(self, command: list[str], overwrite: bool, inputs: dict[str, str]) -> None:
+    def _start_or_continue(
+        self, command: list[str], overwrite: bool, inputs: dict[str, str], origins: dict[str, str]
+    ) -> None:
         if overwrite:
             remove_run(self.path)
         for partial in list(self.path.rglob(PARTIAL + "*")):
-            _remove(partial)
+            remove(partial)
         if (self.path / "config.toml").exists():
             self._refuse_another_run(inputs)
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
-            facts = _facts(self.config, command, inputs)
+            facts = _facts(self.config, command, inputs, origins)
             write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            write_whole(self.path / "config.toml", (head + to_toml(self.config)).encode())
-        self._results = _replay(keep_whole(self.path / "journal.jsonl"), self.path)
+            write_whole(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
+        self._lines = _replay(keep_whole(self.path / "journal.jsonl"), self.path)
+        self._drop_metrics()
+
+    def _drop_metrics(self) -> None:
+        """Keep the lines of metrics.jsonl that finished stages wrote."""
         metrics = keep_whole(self.path / "metrics.jsonl")
-        kept = [row for row in metrics if row.get("stage") in self._results]
+        kept = [row for row in metrics if row.get("stage") in self._lines]
         if len(kept) < len(metrics):
             write_whole(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
@@ -299,18 +361,19 @@ def hold_folder(
         try:
             yield
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise Interrupted(
-                    f"the disk of {path} is full; free some space, then give the same command again"
-                ) from error
+            if is_full(error):
+                raise _full_disk(path) from error
             raise
+
+
+def _full_disk(path: Path, more: str = "") -> Interrupted:
+    return Interrupted(f"the disk of {path} is full; free some space, then give the same command again{more}")
 
 
 def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
     try:
-        before = json.loads((path / mark).read_bytes())
-        changes = difference(before, settings)
-    except (ValueError, AttributeError, RecursionError) as error:
+        changes = difference(read_json(path / mark), settings)
+    except (UserError, AttributeError) as error:
         raise UserError(f"{path / mark} is damaged; give --overwrite to start anew") from error
     if changes:
         raise UserError(
@@ -324,15 +387,21 @@ def remove_run(path: Path) -> None:
     # The journal goes first: without it nothing here counts as done, however far the removal gets.
     for name in sorted(os.listdir(path), key=lambda name: name != "journal.jsonl"):
         if OWN_NAMES.fullmatch(name):
-            _remove(path / name)
+            remove(path / name)
 
 
-def to_toml(config: Config) -> str:
-    """The config as TOML, as `load_config` reads it back to an equal one. Keys that are None are left out."""
+def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
+    """The config as TOML, as `load_config` reads it back to an equal one. Keys that are None are left out.
+
+    origins: where values were written, {"section.key": "--flag" or a path}; they become comments.
+    """
     lines = []
     for section, values in dataclasses.asdict(config).items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items() if value is not None]
+        for key, value in values.items():
+            origin = (origins or {}).get(f"{section}.{key}")
+            comment = f"  # by {_toml_value(origin)}" if origin else ""  # quoted: a path may hold a line break
+            lines += [f"{key} = {_toml_value(value)}{comment}"] if value is not None else []
         lines.append("")
     return "\n".join(lines)
 
@@ -347,11 +416,9 @@ def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[s
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     """What `to_toml` wrote."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is damaged ({' '.join(str(error).split())}); give --overwrite to start anew"
-        ) from error
+        return read_toml(path)
+    except UserError as error:
+        raise UserError(f"{error}; give --overwrite to start anew") from error
 
 
 def _shown(value: Any) -> str:
@@ -360,8 +427,9 @@ def _shown(value: Any) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, str):
-        # TOML's basic strings are JSON's, but that they also escape DEL.
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        # TOML's basic strings are JSON's, but that they also escape DEL; so that the file is harmless to look at, too,
+        # whatever a terminal would obey is escaped like it.
+        return visible(json.dumps(value, ensure_ascii=False))
     if isinstance(value, bool):
         return "true" if value else "false"
     return repr(value)
@@ -383,19 +451,19 @@ def default_path(config: Config) -> Path:
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
     """{stage: result} of a run directory that another process may be writing to; nothing is changed."""
-    return _replay(_whole_lines(Path(folder) / "journal.jsonl")[0], Path(folder))
+    path = own_file(Path(folder), "journal.jsonl")
+    if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
+        raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
+    lines = _replay(_whole_lines(path)[0], Path(folder))
+    return {stage: line["result"] for stage, line in lines.items()}
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """run.json. UserError where `folder` is no run directory."""
-    path = Path(folder) / "run.json"
     try:
-        facts = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{folder} is not a run directory: its run.json cannot be read") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{folder} is not a run directory: its run.json is no JSON object")
-    return facts
+        return read_json(own_file(Path(folder), "run.json"))
+    except UserError as error:
+        raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
 def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -427,9 +495,12 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    if not all(isinstance(line.get("stage"), str) and isinstance(line.get("result"), dict) for line in lines):
+    """The journal's lines by stage."""
+    wanted = {"stage": str, "result": dict, "files": dict}
+    lines = [{"files": {}, **line} for line in lines]  # older journals have none
+    if not all(isinstance(line.get(key), kind) for line in lines for key, kind in wanted.items()):
         raise UserError(f"{folder / 'journal.jsonl'} is damaged; give --overwrite to start the run anew")
-    return {line["stage"]: line["result"] for line in lines}
+    return {line["stage"]: line for line in lines}
 
 
 def json_line(row: Mapping[str, Any]) -> bytes:
@@ -440,8 +511,8 @@ def json_line(row: Mapping[str, Any]) -> bytes:
 
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -468,7 +539,7 @@ def keep_whole(path: Path) -> list[dict[str, Any]]:
     if path.exists() and path.stat().st_size > size:
         with open(path, "r+b") as file:
             file.truncate(size)
-            _flush(file)
+            flush(file)
     return rows
 
 
@@ -499,19 +570,26 @@ def take_lock(path: Path) -> IO[str]:
     return lock
 
 
-def _facts(config: Config, command: list[str], inputs: dict[str, str]) -> dict[str, Any]:
-    packages = ("torch", "triton", "safetensors", "tokenizers", "numpy")
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Those of the named packages that are installed."""
     versions = {}
-    for package in packages:
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _facts(config: Config, command: list[str], inputs: dict[str, str], origins: dict[str, str]) -> dict[str, Any]:
+    packages = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy")
+    keys = [f"{section}.{key}" for section, values in dataclasses.asdict(config).items() for key in values]
     return {
-        "versions": {"minem": minem.__version__, "python": platform.python_version(), **versions},
+        "versions": {"minem": minem.__version__, "python": platform.python_version(), **package_versions(packages)},
         "platform": platform.platform(),
         "commit": _commit(),
-        "command": command,
+        "command": [redact(word) for word in command],
         "seed": config.run.seed,
         "config": dataclasses.asdict(config),
+        "origins": {key: origins.get(key, "default") for key in keys},
         "inputs": inputs,
         "started": _now(),
     }
@@ -544,47 +622,3 @@ def _last_part(name: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is seen whole or not at all, even where the machine stops."""
-    partial = path.with_name(PARTIAL + path.name)
-    with open(partial, "wb") as file:
-        file.write(content)
-        _flush(file)
-    os.replace(partial, path)
-    _flush_folders(path.parent, path.parent)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_tree(path: Path) -> None:
-    """fsync a file, or a folder and everything in it."""
-    for child in path.iterdir() if path.is_dir() else ():
-        _flush_tree(child)
-    _flush_entry(path)
-
-
-def _flush_folders(folder: Path, top: Path) -> None:
-    """fsync the entries of `folder` and of the folders above it, up to `top`."""
-    _flush_entry(folder)
-    if folder != top:
-        _flush_folders(folder.parent, top)
-
-
-def _flush_entry(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

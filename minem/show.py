@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from minem.progress import clean
 from minem.reader import Run, select
+from minem.text import clean
 
 
 def matching(

@@ -4,30 +4,29 @@
 
 `tokenizer.json` is read by the tokenizers library, so ids are those of transformers; what surrounds it (special tokens,
 chat template, which ids end a text) follows transformers 5 file by file, as the comments below say. Folders come from
-strangers: JSON has size limits, templates run in jinja2's sandbox and may only print so much.
+strangers: what is read has limits (`minem.untrusted`), and templates run in a process of their own (`minem.template`).
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
-from collections.abc import Callable, Iterable
-from datetime import datetime
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
 import tokenizers
-from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from minem import template
 from minem.errors import UserError
+from minem.untrusted import CONFIG_LIMIT, MEBIBYTE, own_file, read_json, read_limited
 
-MEBIBYTE = 1 << 20
-TOKENIZER_LIMIT = 128 * MEBIBYTE  # the largest tokenizer.json in wide use (Gemma's) has 34 MiB
-CONFIG_LIMIT = 16 * MEBIBYTE
-RENDER_LIMIT = 4 * MEBIBYTE  # characters of one rendered chat
+PROBE = "0 The best answer is (B).\n\n\t na\u00efve \u65e5\u672c \U0001f642 <s>" + 40 * "a"  # what must be readable
+GROWTH_LIMIT = 4096  # times as long as the text that a tokenizer's replacements may make it
+TOKENIZER_LIMIT = 64 * MEBIBYTE  # the largest tokenizer.json in wide use (Gemma's) has 34 MiB
 
 # Everything that says how to read text, copied unchanged when a model is saved. (config.json and generation_config.json
 # belong to the weights.)
@@ -43,9 +42,6 @@ FILES = (
     "tokenizer.model",
 )
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Llama 3.2's template prints today's date, unless it is told one; a run must not depend on the day it was started, so
-# the clock that templates see stands still, on the date which that template itself falls back to.
-TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 class Tokenizer:
@@ -73,16 +69,16 @@ class Tokenizer:
         Raises UserError when tokenizer.json is missing, a file is broken or too large, or a field has the wrong type.
         """
         folder = Path(path)
-        backend = _read_backend(folder / "tokenizer.json")
-        config = _read_optional(folder / "tokenizer_config.json")
+        backend = _read_backend(own_file(folder, "tokenizer.json"))
+        config = _read_optional(folder, "tokenizer_config.json")
         # As in transformers: special_tokens_map.json counts only where tokenizer_config.json is of the old kind.
         if "added_tokens_decoder" not in config:
-            config |= _read_optional(folder / "special_tokens_map.json")
+            config |= _read_optional(folder, "special_tokens_map.json")
         special_tokens = _add_special_tokens(backend, config, folder)
         own_eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
         eos_ids = set() if own_eos is None else {own_eos}
         for name in ("generation_config.json", "config.json"):
-            eos_ids |= _eos_ids(_read_optional(folder / name), folder / name)
+            eos_ids |= _eos_ids(_read_optional(folder, name), folder / name)
         return cls(folder, backend, special_tokens, _read_template(folder, config), frozenset(eos_ids))
 
     @property
@@ -103,34 +99,37 @@ class Tokenizer:
             ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeEncodeError) as error:
             raise UserError(f"this text is not valid Unicode and cannot be tokenised: {text[:80]!r}") from error
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            raise UserError(f"the tokenizer of {self.folder} fails on {text[:80]!r}: {_one_line(error)}") from error
         if add_special_tokens and self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
             return ids[1:]
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids beyond the vocabulary have none."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+        given = list(ids)
+        try:
+            return str(self.backend.decode(given, skip_special_tokens=skip_special_tokens))
+        except BaseException as error:
+            if not _is_the_librarys(error):
+                raise
+            raise UserError(f"the tokenizer of {self.folder} fails on ids {given[:8]}: {_one_line(error)}") from error
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt text of a chat (a list of {"role": ..., "content": ...}), special tokens written out.
 
         Raises UserError when the folder has no chat template, or the template is broken, refuses the messages or
-        prints more than RENDER_LIMIT characters.
+        steps over a limit of minem.template.
         """
+        if self.chat_template is None:
+            raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")
         context = {**self.special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
-        pieces: list[str] = []
-        length = 0
         try:
-            for piece in self._template.generate(tools=None, documents=None, **context):
-                length += len(piece)
-                if length > RENDER_LIMIT:
-                    raise UserError(f"the chat template of {self.folder} prints more than {RENDER_LIMIT} characters")
-                pieces.append(piece)
-        except UserError:
-            raise
-        except Exception as error:  # a template is a stranger's program: whatever it does wrong is its own fault
-            raise UserError(f"the chat template of {self.folder} fails on this chat: {_one_line(error)}") from error
-        return "".join(pieces)
+            return template.render(self.chat_template, {"tools": None, "documents": None, **context})
+        except UserError as error:
+            raise UserError(f"the chat template of {self.folder} {error}") from error
 
     def chat(self, messages: list[dict[str, str]]) -> list[int]:
         """Token ids of a chat, ready for the model to answer. The template writes BOS itself, so none is added."""
@@ -141,59 +140,71 @@ class Tokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name in FILES:
-            source = self.folder / name
+            source = own_file(self.folder, name)
             if source.is_file() and source.resolve() != (target / name).resolve():
                 shutil.copyfile(source, target / name)
 
-    @cached_property
-    def _template(self) -> jinja2.Template:
-        if self.chat_template is None:
-            raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")
-        try:
-            return _environment().from_string(self.chat_template)
-        except (jinja2.TemplateError, RecursionError, ValueError, SyntaxError) as error:
-            raise UserError(f"the chat template of {self.folder} cannot be read: {_one_line(error)}") from error
 
-
-def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
-    """One JSON object from a file of at most `limit` bytes; UserError names the file and what is wrong with it."""
-    try:
-        _check_size(path, limit)
-        value = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {_one_line(error)}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds a JSON {type(value).__name__}; an object {{...}} was expected")
-    return value
-
-
-def _check_size(path: Path, limit: int) -> None:
-    size = path.stat().st_size
-    if size > limit:
-        raise UserError(f"{path} has {size} bytes; the limit is {limit}")
-
-
-def _read_optional(path: Path) -> dict[str, Any]:
+def _read_optional(folder: Path, name: str) -> dict[str, Any]:
+    path = own_file(folder, name)
     return read_json(path) if path.is_file() else {}
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UserError(f"{path} is missing: a checkpoint folder needs its tokenizer.json")
-    _check_size(path, TOKENIZER_LIMIT)
+    if path.stat().st_size > TOKENIZER_LIMIT:
+        raise UserError(f"{path} has {path.stat().st_size} bytes; the limit is {TOKENIZER_LIMIT}")
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-        backend.encode("0")  # a post-processor that names a missing token shows only here
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:  # the library panics on some inputs, and its panics are no Exceptions
+        with _without_stderr():
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            # Some files carry a training script's truncation; prompts are never cut or padded here (transformers
+            # resets both).
+            backend.no_truncation()
+            backend.no_padding()
+            _check_growth(backend)
+            backend.decode(backend.encode(PROBE).ids)  # what names a missing token shows only here
+    except BaseException as error:
+        if not _is_the_librarys(error):
+            raise
         raise UserError(f"{path} is not a tokenizer that can be used: {_one_line(error)}") from error
-    # Some files carry a training script's truncation; prompts are never cut or padded here (transformers resets both).
-    backend.no_truncation()
-    backend.no_padding()
     return backend
+
+
+def _is_the_librarys(error: BaseException) -> bool:
+    """tokenizers panics on some inputs, and its panics are no Exceptions."""
+    return not isinstance(error, KeyboardInterrupt | SystemExit | MemoryError | GeneratorExit)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """A panic also prints its backtrace, past Python: what is said about a bad file is one sentence of ours."""
+    try:
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # no stderr at all
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _check_growth(backend: tokenizers.Tokenizer) -> None:
+    """Refuse replacements that multiply a text: forty that write two characters for one fill any memory."""
+    for part in (backend.normalizer, backend.decoder):
+        steps = [json.loads(part.__getstate__())] if part is not None else []
+        growth = 1
+        while steps:
+            step = steps.pop()
+            steps += step.get("normalizers") or step.get("decoders") or []
+            if step.get("type") == "Replace":  # a pattern may match at every character, and between any two
+                growth *= 1 + len(step["content"])
+        if growth > GROWTH_LIMIT:
+            raise ValueError(f"its replacements make a text up to 10^{math.log10(growth):.0f} times as long")
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -243,60 +254,18 @@ def _eos_ids(config: dict[str, Any], path: Path) -> set[int]:
 
 def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja comes before the config's own entry: a text, or a list of which "default" is taken."""
-    file = folder / "chat_template.jinja"
+    file = own_file(folder, "chat_template.jinja")
     if file.is_file():
-        _check_size(file, CONFIG_LIMIT)
         try:
-            return file.read_text(encoding="utf-8")
+            return read_limited(file, CONFIG_LIMIT).decode()
         except ValueError as error:
             raise UserError(f"{file} is not UTF-8 text") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
+    if found is not None and not isinstance(found, str):
         raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list with a 'default'")
-    return template
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """transformers' own settings for chat templates, but for the clock."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-    return environment
-
-
-class _GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %} marks an assistant's words for training masks; here it just prints."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_print"), [], [], body).set_lineno(line)
-
-    def _print(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # jinja2's own filter escapes HTML characters, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+    return found
 
 
 def _one_line(error: BaseException) -> str:

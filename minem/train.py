@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from minem.errors import GuardError, UserError
 from minem.progress import Progress
 from minem.run import RunDirectory, default_path, read_rows
 from minem.statistics import mcnemar
+from minem.stopping import Stop
 
 if TYPE_CHECKING:
     from minem.config import Config
@@ -35,10 +37,12 @@ def train(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     ranks: Ranks = ALONE,
+    stop: Stop | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
-    experiment = Experiment(config, progress, ranks)
-    with experiment.open(command, overwrite, tracker) as run:
+    experiment = Experiment(config, progress, ranks, stop)
+    with experiment.open(command, overwrite, tracker, origins) as run:
         experiment.train()
         if ranks.first:
             conclude(run)
@@ -66,12 +70,14 @@ def sample(
     command: Sequence[str] = (),
     overwrite: bool = False,
     ranks: Ranks = ALONE,
+    stop: Stop | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
     if overwrite and iteration > 1:
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
-    experiment = Experiment(config, progress, ranks)
-    with experiment.open(command, overwrite) as run:
+    experiment = Experiment(config, progress, ranks, stop)
+    with experiment.open(command, overwrite, origins=origins) as run:
         before = f"iter-{iteration - 1:02d}"
         stage = f"iter-{iteration:02d}/estep"
         if not run.finished(stage):
@@ -79,6 +85,7 @@ def sample(
                 raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
             if run.finished(f"iter-{iteration:02d}/mstep"):
                 raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
+        experiment.catch_up()
         experiment.reserve()
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
@@ -93,12 +100,14 @@ def train_on_samples(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     ranks: Ranks = ALONE,
+    stop: Stop | None = None,
+    origins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
 
     With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
     """
-    if not samples.is_file():
+    if not os.path.isfile(samples):
         raise UserError(f"--samples {samples} is not a file")
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
     if config.run.out is None:
@@ -108,16 +117,17 @@ def train_on_samples(
     def keep(row: Mapping[str, Any]) -> bool:
         return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
 
-    experiment = Experiment(config, progress, ranks)
+    experiment = Experiment(config, progress, ranks, stop)
     examples = experiment.examples(samples, keep)
     if not examples:
-        raise GuardError(f'{samples}: no row has status "accepted", so there is nothing to train on')
+        why = "every accepted row answers at once" if experiment.left_out else 'no row has status "accepted"'
+        raise GuardError(f"{samples}: {why}, so there is nothing to train on")
     endless = sum(example.token_ids[-1] not in experiment.tokenizer.eos_ids for example in examples)
-    if endless:
+    if endless and config.mstep.answer_tokens:
         progress.note(
             f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
         )
-    with experiment.open(command, overwrite, tracker, samples=digest) as run:
+    with experiment.open(command, overwrite, tracker, origins, samples=digest) as run:
         experiment.m_step(1, examples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
 

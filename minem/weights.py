@@ -10,6 +10,7 @@ three tensors in the file; `checkpoint_views` says which slice is which, and bot
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -23,16 +24,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minem.errors import UserError
+from minem.errors import GuardError, UserError
 from minem.model import ARCHITECTURES, Model, ModelConfig
-from minem.tokenizer import Tokenizer, read_json
+from minem.tokenizer import Tokenizer
+from minem.untrusted import own_file, parse, read_json
 
 TOY = Path(__file__).parent / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
 FILE_DTYPES = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 4 * 2**20
-INDEX_LIMIT = 64 * 2**20  # bytes of a shard index, which names every tensor
+INDEX_LIMIT = 16 * 2**20  # bytes of a shard index, or of a file's header, which name every tensor
+LAYER_LIMIT = 1024
 # Our modules (those of a block without its name) and theirs, of which several may be merged into one, in this order.
 PARTS: dict[str, tuple[str, ...]] = {
     "embed": ("model.embed_tokens",),
@@ -80,7 +83,7 @@ def load(
 
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model of a local folder; see `load`."""
-    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = ModelConfig.from_dict(read_json(own_file(folder, "config.json")), str(folder / "config.json"))
     _check_size(config, folder)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -104,6 +107,8 @@ def _check_size(config: ModelConfig, folder: Path) -> None:
         raise UserError(
             f"{folder}: the weights do not fit config.json: {wanted:,} asked for, but files of {there:,} bytes"
         )
+    if config.num_hidden_layers > LAYER_LIMIT:  # of one weight each they would fit into small files, and take hours
+        raise UserError(f"{folder / 'config.json'}: num_hidden_layers = {config.num_hidden_layers} is beyond any model")
 
 
 def read_weights(model: Model, folder: Path) -> None:
@@ -160,10 +165,67 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tokenizer.save(folder)
-    generation = tokenizer.folder / "generation_config.json"
+    generation = own_file(tokenizer.folder, "generation_config.json")
     if generation.exists() and generation.resolve() != (folder / generation.name).resolve():
         shutil.copyfile(generation, folder / generation.name)
     _write_weights(checkpoint_views(model), folder)
+
+
+def saved_bytes(model: Model) -> int:
+    """Bytes of the weights that `save` writes; what stands beside them is small."""
+    return sum(view.nbytes for view in checkpoint_views(model).values())
+
+
+def verify(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Read a folder that `save` wrote and compare it with what is in memory: weights, config, ids, EOS, chat template.
+
+    A few rows of a tensor are read at a time, so there is never a second copy of the model.
+
+    Raises GuardError that names what differs.
+    """
+    folder = Path(folder)
+    try:
+        problems = _differing_weights(model, folder)
+        if ModelConfig.from_dict(read_json(folder / "config.json")) != model.config:
+            problems.append("config.json")
+        again = Tokenizer.from_folder(folder)
+        for name in ("chat_template", "eos_ids", "special_tokens"):
+            if getattr(again, name) != getattr(tokenizer, name):
+                problems.append(name)
+        if again.backend.to_str() != tokenizer.backend.to_str():
+            problems.append("tokenizer.json")
+    except UserError as error:
+        raise GuardError(f"the model that was just written cannot be read again: {error}") from error
+    if problems:
+        shown = ", ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise GuardError(f"{folder}: what was just written is not the model in memory; these differ: {shown}")
+
+
+def _differing_weights(model: Model, folder: Path) -> list[str]:
+    """Names of tensors that the folder has not, or not bit for bit, or beyond those of the model."""
+    views = checkpoint_views(model)
+    same: set[str] = set()
+    strange: list[str] = []
+    for path in _weight_files(folder):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name not in views:
+                    strange.append(name)
+                elif _same_rows(file.get_slice(name), views[name]):
+                    same.add(name)
+    return [*(name for name in views if name not in same), *strange]
+
+
+def _same_rows(source: Any, tensor: Tensor) -> bool:
+    if tuple(source.get_shape()) != tuple(tensor.shape):
+        return False
+    rows = max(1, COPY_BYTES // max(1, tensor[:1].nbytes))
+    for start in range(0, len(tensor), rows):
+        stop = min(start + rows, len(tensor))
+        written, held = source[start:stop], tensor[start:stop].cpu()
+        if written.dtype != held.dtype or not torch.equal(written.view(torch.uint8), held.view(torch.uint8)):
+            return False
+    return True
 
 
 def checkpoint_views(model: Model) -> dict[str, Tensor]:
@@ -198,7 +260,7 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     path = Path(folder_or_hub_id).expanduser()
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise UserError(f"{path} is a LoRA adapter, not a model; a run has both merged in the folder model beside it")
-    if path.is_dir():
+    if os.path.isdir(path):
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder_or_hub_id)):
         raise UserError(
@@ -212,25 +274,39 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
 def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        return [single]
+        return [own_file(folder, single.name)]
     if not index.is_file():
         raise UserError(f"{folder}: model.safetensors is missing (other formats are not read; convert to safetensors)")
-    names = read_json(index, INDEX_LIMIT).get("weight_map")
+    names = read_json(own_file(folder, index.name), INDEX_LIMIT).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
     for name in sorted(set(names.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise UserError(f"{index}: weight_map names {name!r}, which is not a file of this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+        if Path(name).name != name or "\0" in name or not (folder / name).is_file():
+            raise UserError(f"{index}: weight_map names {name[:200]!r}, which is not a file of this folder")
+    return [own_file(folder, name) for name in sorted(set(names.values()))]
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
+    """A safetensors file, whose library checks that its tensors lie side by side and have the size of their shapes."""
+    _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def _check_header(path: Path) -> None:
+    """The file begins with the length of a JSON object, in 8 bytes, and the object."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(INDEX_LIMIT, path.stat().st_size):
+                raise ValueError(f"its header is said to have {length} bytes")
+            parse(file.read(length))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({str(error)[:300]})") from error
 
 
 def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -21,3 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    from tests.mutations import TRIED
+
+    if TRIED:
+        each = ", ".join(f"{what} {number:,}" for what, number in sorted(TRIED.items()))
+        terminalreporter.write_line(f"fuzzed: {TRIED.total():,} cases: {each}")

@@ -232,6 +232,21 @@ def test_match_kept_trains_exactly_its_share(kept):
         assert tensor.equal(trained[name]), name
 
 
+@pytest.mark.parametrize("match", ["kept", "cost"])
+def test_matched_runs_draw_on_the_same_questions_of_an_iteration(match, tmp_path):
+    some = ["--set", "run.questions_per_iteration=5", "--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
+    ok(compare(tmp_path / "out", "--match", match, *some, samplers="rsm:3,pps:1", seeds="0"))
+    group = [cell for cell in cells(tmp_path / "out", 0) if cell.folder.exists()]
+    assert [cell.sampler for cell in group] == ["rsm:3", "pps:1"]
+    ids = [{row["id"] for row in rows(cell, "samples", i)} for cell in group for i in (1, 2)]
+    assert ids[0] == ids[2]
+    assert ids[1] == ids[3]
+    assert all(len(one) == 5 for one in ids)
+    assert ids[0].isdisjoint(ids[1])
+    trained = [read_journal(cell.folder)["iter-01/mstep"]["examples"] for cell in group]
+    assert trained == [len(share.rows) for share in matched(group, 1, match)]
+
+
 def test_a_matched_run_is_not_continued_by_train(kept):
     cell = cells(kept, 0)[0]
     keys = ["--set", "eval.samples=0", "--set", "run.keep=all", "--sampler", "rsm", "--budget", "3"]

@@ -268,6 +268,50 @@ def test_all_draws_spend_the_budget(tmp_path):
     assert len(accepted) > len({row["id"] for row in accepted})
 
 
+def test_each_iteration_draws_on_the_next_questions(tmp_path, monkeypatch):
+    """Minibatch EM: 24 questions, 10 at a time, all of them before any comes again, each expected as long as before."""
+    expected = []
+    run = EStep.run
+
+    def watched(step, questions, *rest):
+        expected.append((step.lengths, [question.id for question in questions]))
+        return run(step, questions, *rest)
+
+    monkeypatch.setattr(EStep, "run", watched)
+    some = ["--set", "run.questions_per_iteration=10", "--iterations", 4, "--budget", 2]
+    result = ok(train(tmp_path / "run", *some, "--json"))
+    assert "10 of 24 training questions in each iteration" in result.stderr
+    assert "E-step  10/10" in result.stderr
+    journal = read_journal(tmp_path / "run")
+    drawn: list[list[str]] = []
+    seen: dict[str, float] = {}
+    for iteration in (1, 2, 3, 4):
+        rows = list(read_rows(tmp_path / "run" / f"iter-{iteration:02d}" / "samples.jsonl"))
+        drawn.append(list(dict.fromkeys(row["id"] for row in rows)))
+        assert len(drawn[-1]) == journal[f"iter-{iteration:02d}/estep"]["questions"] == 10
+        lengths, questions = expected[iteration - 1]
+        assert questions == drawn[-1]
+        assert {q: lengths.get(q) for q in questions} == {q: seen.get(q) for q in questions}
+        for id_ in drawn[-1]:
+            tokens = [len(row["token_ids"]) for row in rows if row["id"] == id_]
+            seen[id_] = sum(tokens) / len(tokens)
+    everything = {question.id for question in load_task("toy", 24).train}
+    assert set(drawn[0]).isdisjoint(drawn[1])
+    assert set(drawn[0]) | set(drawn[1]) | set(drawn[2]) == everything
+    again = set(drawn[2]) & (set(drawn[0]) | set(drawn[1]))
+    assert len(again) == 6
+    assert again.isdisjoint(drawn[3])  # what the second pass has had already
+    table = ok(train(tmp_path / "run", *some)).stdout
+    assert table.count("/10") == 4
+
+
+def test_more_questions_per_iteration_than_there_are_are_all(finished, tmp_path):
+    out, _ = finished
+    result = ok(train(tmp_path / "run", "--set", "run.questions_per_iteration=99"))
+    assert "run.questions_per_iteration = 99 is more than the 24 training questions" in result.stderr
+    assert contents(out) == contents(tmp_path / "run")
+
+
 class TwoPlainThenHinted(Budgeted):
     def propose(self, question, attempts):
         return "plain" if len(attempts) < 2 else "hinted"

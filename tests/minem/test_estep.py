@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections import deque
 from typing import Any
 
@@ -16,7 +17,7 @@ import minem
 from minem.data.tasks import Question
 from minem.data.verdict import strict
 from minem.errors import UserError
-from minem.estep import EStep, encode_prompt, judge
+from minem.estep import EStep, encode_prompt, judge, minibatch
 from minem.generate import Completion, Request, SamplingParams, stream_seed
 from minem.samplers import Attempt, make_sampler
 from tests.minem.folders import make_folder
@@ -308,3 +309,36 @@ def test_rows_hold_what_a_real_generator_drew(tmp_path):
             assert row["logprob_plain"] == pytest.approx(raw, abs=1e-3)
         else:
             assert row["logprob_plain"] is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(size=st.integers(1, 24), n=st.integers(1, 24), seed=st.integers(0, 2**62), passes=st.integers(1, 4))
+def test_minibatches_go_through_all_questions_before_any_repeats(size, n, seed, passes):
+    questions = QUESTIONS[:n]
+    count = math.ceil(passes * n / min(size, n))
+    batches = [[q.id for q in minibatch(questions, size, seed, i)] for i in range(1, count + 1)]
+    place = [question.id for question in questions]
+    assert all(len(set(batch)) == len(batch) == min(size, n) for batch in batches)
+    assert all(batch == sorted(batch, key=place.index) for batch in batches)
+    so_far = dict.fromkeys(place, 0)
+    for batch in batches:
+        ahead = [id_ for id_ in batch if so_far[id_] > min(so_far.values())]
+        for id_ in batch:
+            so_far[id_] += 1
+        # None comes again before all have come; an iteration may end one pass and begin the next.
+        assert max(so_far.values()) - min(so_far.values()) <= 1
+        assert not ahead or min(so_far.values()) == max(so_far.values()) - 1
+    assert min(so_far.values()) >= passes
+
+
+def test_minibatches_are_shuffled_anew_in_every_pass_and_by_the_seed():
+    def half(seed: int, number: int) -> list[str]:
+        return [question.id for question in minibatch(QUESTIONS, 12, seed, number)]
+
+    assert half(0, 1) != half(1, 1)
+    assert sorted(half(0, 1) + half(0, 2)) == sorted(half(0, 3) + half(0, 4))
+    assert half(0, 3) not in (half(0, 1), half(0, 2))
+    for size in (None, 24, 99):
+        assert minibatch(QUESTIONS, size, 0, 5) == QUESTIONS
+    # Written down once: a run that is continued after an update of a library must not go on with other questions.
+    assert [q.id for q in minibatch(QUESTIONS, 3, 0, 9)] == ["q5", "q8", "q22"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from minem.mstep import MStep, MStepConfig
+from minem.objective import weigh
 from minem.packing import Example, Step, pack
 from minem.samplers import Attempt, make_sampler
 
@@ -134,6 +135,39 @@ class World:
                 weights[outcome] += chance / (len(kept) if mean else 1)
         return sum((weight * self.g[outcome] for outcome, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
 
+    def row(self, prompt: str, outcome: Outcome) -> dict:
+        """What samples.jsonl says of a draw for `minem.objective.weigh`."""
+        chance = {"plain": self.plain, "hinted": self.hinted}[prompt][outcome]
+        return {"id": "q", "logprob_q": math.log(chance), "logprob_plain": math.log(self.plain[outcome])}
+
+    def weighed_gradient(self, name: str, budget: int, kind: str) -> torch.Tensor:
+        """E[g] with draws="all", over all histories, each weighed as minem weighs what it keeps."""
+        weights: Counter[Outcome] = Counter()
+        for chance, history in self.histories(name, budget, "all"):
+            kept = [(prompt, outcome) for prompt, outcome in history if accepted(outcome)]
+            found = weigh([self.row(*draw) for draw in kept], kind, [""] * len(kept))
+            for (_, outcome), weight in zip(kept, found, strict=True):
+                weights[outcome] += chance * weight
+        return sum((weight * self.g[outcome] for outcome, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
+
+    def hinted_by_counts(self, k: int, kind: str) -> torch.Tensor:
+        """`weighed_gradient("pps", k, kind)` for many draws: over all counts of outcomes, not all histories."""
+        right = [outcome for outcome in OUTCOMES if accepted(outcome)]
+        total = torch.zeros(len(PREFIXES), 3, dtype=torch.float64)
+        for counts in product(range(k + 1), repeat=len(right)):
+            missed = k - sum(counts)
+            if missed < 0 or missed == k:
+                continue
+            log_chance = math.lgamma(k + 1) - math.lgamma(missed + 1) + missed * math.log(1 - self.a)
+            log_chance += sum(
+                n * math.log(self.hinted[o]) - math.lgamma(n + 1) for o, n in zip(right, counts, strict=True)
+            )
+            kept = [o for o, n in zip(right, counts, strict=True) for _ in range(n)]
+            found = weigh([self.row("hinted", o) for o in kept], kind, [""] * len(kept))
+            for o, weight in zip(kept, found, strict=True):
+                total += math.exp(log_chance) * weight * self.g[o]
+        return total
+
     def expectation(self, name: str, budget: int, draws: str, value: Callable[[list[float]], float]) -> float:
         """E[value(weights of the attempts)], with the importance weights w = r pi(z | plain) / q(z | hinted)."""
         total = 0.0
@@ -185,6 +219,50 @@ def test_2_keeping_every_accepted_draw(world, budget):
     close(world.expected_gradient("rsm", budget, "all"), budget * world.grad_accuracy())
     kept = 1 - (1 - world.p) ** budget
     close(world.expected_gradient("rsm", budget, "all", mean=True), kept * world.grad_accuracy(log=True))
+
+
+@pytest.mark.parametrize("budget", [1, 2, 4])
+def test_2_question_weights_give_the_posterior_gradient_of_what_was_solved(world, budget):
+    kept = 1 - (1 - world.p) ** budget
+    expected = kept * world.grad_accuracy(log=True)
+    close(world.weighed_gradient("rsm", budget, "question"), expected)
+    # Plain draws at temperature 1 are the posterior's already.
+    close(world.weighed_gradient("rsm", budget, "importance"), expected)
+    close(world.weighed_gradient("rsm", budget, "equal"), budget * world.grad_accuracy())
+
+
+def test_4_question_weights_do_not_turn_hinted_draws_into_posterior_ones(world):
+    close(world.weighed_gradient("pps", 3, "question"), (1 - (1 - world.a) ** 3) * world.hinted_gradient())
+
+
+def test_4_importance_weights_do_where_one_draw_of_each_kind_in_proportion_is_there(world):
+    """With q spread evenly over the right outcomes and each drawn once, their weights are the posterior itself."""
+    right = [outcome for outcome in OUTCOMES if accepted(outcome)]
+    world.hinted = {o: 1 / len(right) if accepted(o) else 0.0 for o in OUTCOMES}
+    found = weigh([world.row("hinted", o) for o in right], "importance", [""] * len(right))
+    assert found == pytest.approx([world.plain[o] / world.p for o in right], rel=1e-12)
+    close(sum(w * world.g[o] for w, o in zip(found, right, strict=True)), world.grad_accuracy(log=True))
+
+
+def test_4_importance_weights_approach_the_posterior_gradient_as_one_over_k(world):
+    """Given that something was accepted; exactly, over all counts of K hinted draws. q covers the posterior here."""
+    aim = world.grad_accuracy(log=True)
+
+    def bias(k: int, kind: str) -> float:
+        return float((world.hinted_by_counts(k, kind) / (1 - (1 - world.a) ** k) - aim).norm())
+
+    close(world.hinted_by_counts(3, "importance"), world.weighed_gradient("pps", 3, "importance"))
+    assert bias(1, "importance") == pytest.approx(bias(1, "question"), rel=1e-9)  # one draw has nothing beside it
+    biases = {k: bias(k, "importance") for k in (1, 2, 4, 8, 16, 32)}
+    assert all(biases[2 * k] < biases[k] for k in (1, 2, 4, 8, 16))
+    assert biases[32] / biases[16] == pytest.approx(0.5, abs=0.1)
+    assert bias(32, "question") == pytest.approx(bias(1, "question"), rel=1e-9)  # never gets any nearer
+
+
+def test_3_plain_and_hinted_draws_are_weighed_together(world):
+    """A question of star has either an accepted plain draw, of weight 1, or hinted ones."""
+    hinted = world.hinted_by_counts(2, "importance")
+    close(world.weighed_gradient("star", 3, "importance"), world.grad_accuracy() + (1 - world.p) * hinted)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 4])

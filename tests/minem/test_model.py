@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,7 @@ def test_checkpointed_layers_keep_two_rows_a_token():
         model.checkpointed = checkpointed
         kept.append(kept_bytes(model, lengths))
     rows = sum(lengths) * CONFIG["hidden_size"] * 4
-    saved = [more - less for more, less in zip(kept, kept[1:], strict=False)]
+    saved = [more - less for more, less in pairwise(kept)]
     assert min(saved) > 8 * rows  # each layer keeps much more than it then does
     # Of three layers stay five inputs (the first has no residual); the rest is what follows them, and cos and sin.
     tail = kept[3] - 5 * rows

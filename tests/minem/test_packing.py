@@ -132,9 +132,25 @@ def test_pack_supervises_the_sampled_tokens_only():
     assert packed.token_weights.tolist() == [0.5, 0.5, 0.5, 1.0]
 
 
+def test_pack_takes_no_more_than_what_is_supervised():
+    """The rest of the sampled tokens enters neither loss nor model."""
+    first = Example("a", [1, 2, 3], [7, 8, 9], weight=0.5, supervised=2)
+    second = Example("b", [4, 5], [6, 7], supervised=1)
+    packed = pack([first, second])
+    assert packed.input_ids.tolist() == [1, 2, 3, 7, 4, 5]
+    assert packed.lengths == [4, 2] == [len(first), len(second)]
+    assert packed.rows.tolist() == [2, 3, 5]
+    assert packed.targets.tolist() == [7, 8, 6] == first.targets + second.targets
+    assert packed.token_weights.tolist() == [0.5, 0.5, 1.0]
+    whole = Example("a", [1, 2, 3], [7, 8, 9], weight=0.5, supervised=3)
+    assert pack([whole]).targets.tolist() == pack([Example("a", [1, 2, 3], [7, 8, 9])]).targets.tolist()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"supervised": 0}, "example 'q': supervised is 0; it must be between 1 and the 1 of token_ids"),
+        ({"supervised": 2}, "example 'q': supervised is 2"),
         ({"prompt_ids": []}, "example 'q': prompt_ids is empty"),
         ({"token_ids": []}, "example 'q': token_ids is empty"),
         ({"weight": float("nan")}, "example 'q': weight is nan"),

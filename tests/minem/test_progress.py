@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minem.progress import Line, Progress, clean, duration, percent, table, visible
+from minem.progress import Line, Progress, duration, percent, table
+from minem.text import clean, visible
 
 HOSTILE = "\x1b[31mred\x1b]0;title\x07 [bold]x[/bold] :smile: \r\x9b2J \u202eright\u2066 two\nlines \x00 \ud83d"
 

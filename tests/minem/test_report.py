@@ -322,11 +322,19 @@ def test_hinted_acceptance_that_fell_is_told(tmp_path):
     assert figures.EXPLAINED["hinted"][1] in page
 
 
+def test_warnings_of_the_iterations_are_told(tmp_path):
+    sentence = "the loss did not fall, <b>really</b>"
+    run = make_run(tmp_path / "run", extra={"iter-02/mstep": {"warnings": [sentence]}, "iter-01/mstep": {}})
+    page = page_of(run)
+    assert "run, iteration 2: the loss did not fall, &lt;b&gt;really" in page
+    assert "run, iteration 1:" not in page
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (lambda run: (run / "run.json").unlink(), "run.json cannot be read"),
-        (lambda run: (run / "run.json").write_text("[1]"), "no JSON object"),
+        (lambda run: (run / "run.json").write_text("[1]"), "holds a JSON list"),
         (lambda run: (run / "run.json").write_text('{"config": {"task": {}}}'), "holds no config"),
         (lambda run: (run / "journal.jsonl").write_text('{"stage": 1}\n'), "journal.jsonl is damaged"),
         (lambda run: (run / "iter-01" / "samples.jsonl").write_text('{"id": 7}\n'), "a row has no id"),

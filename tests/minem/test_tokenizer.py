@@ -17,7 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minem.errors import UserError
-from minem.tokenizer import RENDER_LIMIT, Tokenizer
+from minem.template import RENDER_LIMIT
+from minem.tokenizer import Tokenizer
 
 TEXTS = [
     "",
@@ -241,7 +242,7 @@ BROKEN = {
     ),
     "added tokens as a list": ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "added_tokens_decoder must"),
     "template of the wrong type": ("tokenizer_config.json", '{"chat_template": {"a": 1}}', "chat_template must be"),
-    "huge config": ("config.json", " " * (16 * 2**20 + 1), "the limit is"),
+    "huge config": ("config.json", " " * (4 * 2**20 + 1), "that is the limit"),
 }
 
 

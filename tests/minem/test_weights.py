@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import minem
-from minem.errors import UserError
+from minem import weights
+from minem.errors import GuardError, UserError
 from tests.minem.folders import SHAPES, VOCABULARY, make_folder
 
 
@@ -257,3 +258,56 @@ def test_a_hub_model_is_read_from_the_cache(tmp_path, monkeypatch):
     assert minem.load("someone/small", revision=commit)[0].config == model.config
     with pytest.raises(UserError, match="not in the local cache"):
         minem.load("someone/small", revision="no-such-branch")
+
+
+def edit_json(path: Path, **fields) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "named"),
+    [
+        (lambda f: flip_a_bit(f / "model-00002-of-00002.safetensors"), "these differ: model."),
+        (lambda f: (f / "model-00001-of-00002.safetensors").write_bytes(b"\0" * 80), "cannot be read again"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "model.safetensors is missing"),
+        (lambda f: edit_json(f / "config.json", rms_norm_eps=1e-4), "config.json"),
+        (lambda f: edit_json(f / "config.json", vocab_size="many"), "cannot be read again"),
+        (lambda f: edit_json(f / "config.json", eos_token_id=[1, 2]), "eos_ids"),
+        (lambda f: edit_json(f / "generation_config.json", eos_token_id=[1, 5]), "eos_ids"),
+        (lambda f: (f / "chat_template.jinja").write_text("other"), "chat_template"),
+        (lambda f: edit_json(f / "tokenizer_config.json", bos_token=None), "special_tokens"),
+        (lambda f: edit_json(f / "tokenizer.json", post_processor=None), "tokenizer.json"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_is_compared_with_memory(tmp_path, monkeypatch, dtype, harm, named):
+    make_folder(tmp_path / "source", "qwen2")
+    model, tokenizer = minem.load(tmp_path / "source", dtype=dtype)
+    monkeypatch.setattr(weights, "SHARD_BYTES", 3 * weights.saved_bytes(model) // 4)
+    monkeypatch.setattr(weights, "COPY_BYTES", 1000)  # tensors in several pieces
+    minem.save(model, tokenizer, tmp_path / "saved")
+    files = list((tmp_path / "saved").glob("*.safetensors"))
+    assert len(files) == 2
+    assert 0 <= sum(f.stat().st_size for f in files) - weights.saved_bytes(model) < 10_000
+    weights.verify(model, tokenizer, tmp_path / "saved")
+    harm(tmp_path / "saved")
+    with pytest.raises(GuardError) as caught:
+        weights.verify(model, tokenizer, tmp_path / "saved")
+    assert named in str(caught.value)
+
+
+def test_a_missing_and_a_strange_tensor_are_named(tmp_path):
+    make_folder(tmp_path / "source", "llama")
+    model, tokenizer = minem.load(tmp_path / "source")
+    minem.save(model, tokenizer, tmp_path / "saved")
+    tensors = load_file(tmp_path / "saved" / "model.safetensors")
+    tensors["model.stranger.weight"] = tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "saved" / "model.safetensors")
+    with pytest.raises(GuardError, match=r"these differ: model\.norm\.weight, model\.stranger\.weight$"):
+        weights.verify(model, tokenizer, tmp_path / "saved")

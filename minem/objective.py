@@ -1,0 +1,119 @@
+"""The objective of the M-step: which tokens of the kept draws are trained, and how much each draw counts.
+
+    minem train --set mstep.weights=question --set sampler.draws=all        # or importance
+    minem train --set mstep.answer_tokens=false                             # the rationale z without the answer y
+
+Several draws of a question may be kept, (z_1, y) ... (z_n, y). What their weights make of the gradient at theta_old:
+
+    equal        1          the sum over kept draws: of M plain draws, M grad p, so easy questions count more
+    question     1 / n      their mean: grad log p for each question that has a kept draw
+    importance   w_k / sum  w_k = pi(z_k, y | x) / q(z_k, y | ...): the same gradient from draws of a proposal q, such
+                            as the model that was shown the answer; its bias falls as 1 / n where q covers the posterior
+
+Plain draws at temperature 1 have w = 1, so that importance is question there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from minem.data.tasks import Question
+from minem.data.verdict import answer_line
+from minem.errors import GuardError, UserError, shown
+from minem.estep import encode_prompt
+from minem.model import Model
+from minem.mstep import Weights, score
+from minem.packing import Example
+from minem.tokenizer import Tokenizer
+
+SMALLEST = 2.0**-126  # of normal float32, which the loss computes in: beside a sum of 1 it is nothing
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character yet
+
+
+def weigh(rows: Sequence[Mapping[str, Any]], weights: Weights, names: Sequence[str]) -> list[float]:
+    """The weight of each kept row; but for "equal", those of a question sum to 1.
+
+    Args:
+        rows: of samples.jsonl; "importance" reads their logprob_plain and logprob_q.
+        names: what a message calls each row.
+    Raises:
+        UserError: a row lacks a log-probability, or it is not finite.
+    """
+    if weights == "equal":
+        return [1.0] * len(rows)
+    logs = [0.0] * len(rows)
+    if weights == "importance":
+        logs = [_log_ratio(row, name) for row, name in zip(rows, names, strict=True)]
+    questions: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        questions.setdefault(str(row["id"]), []).append(i)
+    found = [0.0] * len(rows)
+    for members in questions.values():
+        largest = max(logs[i] for i in members)  # taken out, so that no weight overflows and the sum does not vanish
+        total = math.fsum(math.exp(logs[i] - largest) for i in members)
+        for i in members:
+            found[i] = max(SMALLEST, math.exp(logs[i] - largest) / total)
+    return found
+
+
+def _log_ratio(row: Mapping[str, Any], name: str) -> float:
+    values = []
+    for field, said in (("logprob_plain", "the plain prompt"), ("logprob_q", "the prompt they were drawn with")):
+        value = row.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+            raise UserError(
+                f'{name}: {field} is {shown(value)}; mstep.weights = "importance" needs the log-probability of the '
+                f"drawn tokens under {said} there, a finite number"
+            )
+        values.append(float(value))
+    return values[0] - values[1]
+
+
+def add_plain_logprobs(
+    rows: Sequence[dict[str, Any]],
+    questions: Mapping[str, Question],
+    model: Model,
+    tokenizer: Tokenizer,
+    pack_tokens: int,
+) -> None:
+    """Write logprob_plain into the kept rows that lack it, the hinted ones: one teacher-forced pass of the model.
+
+    model: at theta_old, as it is during the E-step. pack_tokens: most tokens of a pass (memory only).
+    Raises GuardError where a log-probability is not finite.
+    """
+    lacking = [row for row in rows if row["kept"] and row["logprob_plain"] is None]
+    prompts = [encode_prompt(tokenizer, questions[row["id"]]) for row in lacking]
+    examples = [Example(row["id"], ids, row["token_ids"]) for row, ids in zip(lacking, prompts, strict=True)]
+    for row, (logprobs, _) in zip(lacking, score(model, examples, pack_tokens), strict=True):
+        row["logprob_plain"] = sum(logprobs)
+        if not math.isfinite(row["logprob_plain"]):
+            raise GuardError(
+                f"question {row['id']!r}: the log-probability of an accepted rationale under the plain prompt is "
+                f"{row['logprob_plain']}, so it cannot be weighed"
+            )
+
+
+def rationale_tokens(tokenizer: Tokenizer, token_ids: Sequence[int]) -> int | None:
+    """How many of the drawn tokens come before the answer line; None where there is no such line.
+
+    A token that reaches into the line belongs to it, be it by a part of a character. Nothing is tokenised again:
+    the first tokens are decoded, and as more of them never reach less far, bisection finds the last that do not.
+    """
+    text = tokenizer.decode(token_ids)
+    start = answer_line(text)
+    if start is None:
+        return None
+
+    def reaches(count: int) -> bool:
+        decoded = tokenizer.decode(token_ids[:count])
+        whole = decoded.rstrip(UNREADABLE)
+        # Bytes of a character to come are shown as one mark, or as one each (byte fallback): they may all stand before.
+        return len(whole) > start or len(decoded) - len(whole) > len(text[len(whole) : start].encode())
+
+    low, high = 0, len(token_ids)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (low, middle - 1) if reaches(middle) else (middle, high)
+    return low

@@ -1,0 +1,64 @@
+"""The benchmark of training: its contestants do the same steps on the same rows and come to the same losses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minem.mstep import MStepConfig
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import train
+
+    return train
+
+
+def test_the_contestants_come_to_the_same_losses(train, tmp_path):
+    train.write_model(train.ALL_SHAPES["tiny"], tmp_path, "cpu", torch.float32)
+    settings = MStepConfig(lr=1e-3, batch_size=3, pack_tokens=600)
+    job = train.Job(str(tmp_path), "cpu", 9, settings, answer=40, longest=200)
+    names = ["minem", "transformers, padding", "transformers, padding, sorted"]
+    results = {name: train.measure(name, job) for name in names}
+    ours = results["minem"]
+    assert len(ours["losses"]) == 3
+    assert ours["losses"][0] - ours["losses"][-1] > 0.01  # there is something to agree on
+    assert max(train.apart(results).values()) < 1e-5
+    for result in results.values():
+        assert result["seconds"] > 0
+        assert result["loss"] < ours["losses"][0]
+
+
+def test_a_step_has_the_examples_of_the_plan(train, tmp_path):
+    """In the order of the shuffle, and each once."""
+    from minem.packing import plan, shuffle
+
+    settings = MStepConfig(batch_size=4, pack_tokens=300)
+    job = train.Job(str(tmp_path), "cpu", 10, settings)
+    examples = [train.make_row(i, 512, 40, 200) for i in range(10)]
+    steps = job.steps(examples)
+    assert [i for step in steps for i in step] == shuffle(10, 0, 1, 0)
+    planned = plan([len(e) for e in examples], batch_size=4, pack_tokens=300, epochs=1, seed=0, iteration=1)
+    assert [sorted(step) for step in steps] == [step.examples for step in planned]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_training_runs():
+    command = [sys.executable, BENCH / "train.py", "--shape", "tiny", "--rows", "24", "--repeats", "1"]
+    done = subprocess.run([*command, "--profile", "--json"], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "aten::" in done.stderr  # the profile
+    result = json.loads(done.stdout.splitlines()[-1])["shapes"]["tiny"]
+    assert {"minem", "transformers, padding"} <= result["contestants"].keys()
+    for row in result["contestants"].values():
+        assert row["tokens_per_second"] == pytest.approx(result["rows"]["tokens"] / row["seconds"])
+        assert row["peak_bytes"] > 0
