@@ -1,6 +1,7 @@
 """Peak memory of `linear_cross_entropy`, forward and backward, on the CPU: it must not grow with the rows.
 
     python bench/memory.py            # about a minute on two cores; --json for one line
+    python bench/memory.py --table    # instead: what models of 0.5B to 8B need on GPUs, by the arithmetic of a dry run
 
 Each size runs in a process of its own. The peak is what the kernel says the process held at most (VmHWM) above what it
 held with its inputs, less the gradients that are asked for. The [N, V] logits alone would be 5 GB at N=8192; the bounds
@@ -12,11 +13,33 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import torch
 from record import facts
+
+from minem.memory import SAFE_SHARE, Work, e_step, fitted, lora_parameters, m_step, parameters
+from minem.model import ModelConfig
+
+# Qwen's and Llama's: layers, width, query heads, key heads, channels of a head, MLP's width, vocabulary, tied head.
+MODELS = {
+    "Qwen2.5-0.5B": ("qwen2", 24, 896, 14, 2, 64, 4864, 151_936, True),
+    "Qwen3-0.6B": ("qwen3", 28, 1024, 16, 8, 128, 3072, 151_936, True),
+    "Llama-3.2-1B": ("llama", 16, 2048, 32, 8, 64, 8192, 128_256, True),
+    "Qwen2.5-1.5B": ("qwen2", 28, 1536, 12, 2, 128, 8960, 151_936, True),
+    "Qwen3-1.7B": ("qwen3", 28, 2048, 16, 8, 128, 6144, 151_936, True),
+    "Qwen2.5-3B": ("qwen2", 36, 2048, 16, 2, 128, 11_008, 151_936, True),
+    "Llama-3.2-3B": ("llama", 28, 3072, 24, 8, 128, 8192, 128_256, True),
+    "Qwen3-4B": ("qwen3", 36, 2560, 32, 8, 128, 9728, 151_936, True),
+    "Qwen2.5-7B": ("qwen2", 28, 3584, 28, 4, 128, 18_944, 152_064, False),
+    "Llama-3.1-8B": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256, False),
+    "Qwen3-8B": ("qwen3", 36, 4096, 32, 8, 128, 12_288, 151_936, False),
+}
+GPUS = (24, 80, 141)  # GB
+CONTEXT = 1e9  # bytes that are allowed for CUDA itself and its libraries
+PROMPT, NEW, SLOTS, RANK = 256, 1024, 256, 16
 
 WIDTH, VOCABULARY, CHUNK_ROWS = 256, 151_936, 512
 
@@ -45,10 +68,75 @@ def peak(rows: int) -> int:
     return resident("VmHWM") - before - (hidden.numel() + weight.numel()) * 4
 
 
+def model_config(name: str) -> ModelConfig:
+    """The shape of one of MODELS."""
+    kind, layers, width, heads, keys, channels, inner, vocabulary, tied = MODELS[name]
+    return ModelConfig(
+        model_type=kind,
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        head_dim=channels,
+        tie_word_embeddings=tied,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+    )
+
+
+def cell(config: ModelConfig, gigabytes: int, pack: int, adapters: int) -> str:
+    """How a run does its work on a GPU of this size, and the peak of both steps; or what is missing."""
+    free = int(gigabytes * 1e9 - CONTEXT)
+    dtype, supervised = torch.bfloat16, pack * NEW // (PROMPT + NEW)
+    for slots in (
+        SLOTS >> n for n in range(5)
+    ):  # below 16, an E-step of thousands of draws takes too long to be of use
+        asked = Work(slots, PROMPT, NEW, pack, supervised, micro_batches=2, adapters=adapters)
+        work = fitted(config, dtype, "cuda", asked, free)
+        drawing = sum(e_step(config, dtype, "cuda", work).values())
+        if drawing <= free:
+            break
+    parts = m_step(config, dtype, "cuda", work)
+    training = sum(parts.values())
+    if training > SAFE_SHARE * free:
+        training -= parts["KV cache"]
+    if drawing > free or training > SAFE_SHARE * free:
+        return f"no: {drawing / 1e9:.0f}, {training / 1e9:.0f}"
+    return f"{work.slots}, {work.checkpointed}/{config.num_hidden_layers}: {drawing / 1e9:.0f}, {training / 1e9:.0f}"
+
+
+def table() -> Iterator[str]:
+    """The table of models and GPUs, as lines of Markdown."""
+    yield f"""\
+`python bench/memory.py --table`, commit {facts()["commit"]}: planned by the arithmetic of `minem train --dry-run`, not
+measured. Working weights in bf16; float32 masters and AdamW for what is trained; prompts of {PROMPT} tokens and up to
+{NEW:,} new ones; {CONTEXT / 1e9:g} GB left to CUDA itself, and of the rest {SAFE_SHARE:.0%} to the M-step.
+
+Cells: slots, blocks whose activations are recomputed / all blocks: GB at the peak of the E-step, of the M-step (with
+the cache where there is room for both). "no" where one of the two does not fit, and what they would take.
+"""
+    yield f"| model | parameters | trained | pack | {' | '.join(f'{size} GB' for size in GPUS)} |"
+    yield "|---" * (4 + len(GPUS)) + "|"
+    for name in MODELS:
+        config = model_config(name)
+        for trained, rank in (("all", 0), (f"LoRA {RANK}", RANK)):
+            adapters = lora_parameters(config, rank)
+            for pack in (8192, 16_384):
+                cells = " | ".join(cell(config, size, pack, adapters) for size in GPUS)
+                count = parameters(config).total
+                yield f"| {name} | {count / 1e9:.2f} B | {trained} | {pack:,} | {cells} |"
+
+
 @click.command()
+@click.option("--table", "as_table", is_flag=True, help="Plan models of 0.5B to 8B on GPUs; nothing is measured.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
-def main(as_json: bool) -> None:
+def main(as_table: bool, as_json: bool) -> None:
     """Measure the peak at 2,048 and at 8,192 rows and hold it against the bounds."""
+    if as_table:
+        click.echo("\n".join(table()))
+        return
     peaks = {}
     for rows in (2048, 8192):
         with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -13,6 +13,7 @@ step is about. On a GPU a step has a fixed shape, so that a CUDA graph can repla
 
 from __future__ import annotations
 
+import ctypes
 import math
 import resource
 import sys
@@ -30,6 +31,7 @@ from minem.kernels.rope import CacheWrite
 from minem.model import ModelConfig, PackedAttention, upload
 
 BLOCK = 64  # positions are allocated in multiples of this
+MEMORY_SHARE = 0.85  # of what is free may go to the cache; the rest is for activations and graphs
 MIN_ROWS = 16  # with fewer rows the CPU's matrix products round differently for each number of rows
 
 
@@ -37,6 +39,13 @@ def cache_bytes(config: ModelConfig, dtype: torch.dtype, slots: int, prefix: int
     """Bytes of a cache of `slots` sequences with prompts of up to `prefix` and suffixes of up to `suffix` positions."""
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
     return (slots + 1) * (_whole_blocks(prefix) + _whole_blocks(suffix)) * position
+
+
+def fitting_slots(config: ModelConfig, dtype: torch.dtype, slots: int, prefix: int, suffix: int, free: int) -> int:
+    """`slots`, halved until their cache takes at most MEMORY_SHARE of what is free, but one at least."""
+    while slots > 1 and cache_bytes(config, dtype, slots, prefix, suffix) > MEMORY_SHARE * free:
+        slots //= 2
+    return slots
 
 
 def free_memory(device: torch.device) -> int:
@@ -49,6 +58,20 @@ def free_memory(device: torch.device) -> int:
         return 1 << 62  # not Linux: nobody says, so the allocation itself must
     line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
+
+
+def give_back(device: torch.device) -> None:
+    """Return what is free inside this process to the system: PyTorch on a GPU and malloc on the CPU keep it else.
+
+    After an M-step on the CPU that is most of its memory: more than half of the peak of a run.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

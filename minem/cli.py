@@ -202,6 +202,7 @@ def _without_gpus(arguments: Sequence[str]) -> list[str]:
     help="The M-step alone, on the accepted rows of a samples.jsonl made anywhere.",
 )
 @_track_option
+@click.option("--dry-run", is_flag=True, help="Only say what the run would need: memory, samples, steps, disk.")
 def train(
     config_file: Path | None,
     overrides: tuple[str, ...],
@@ -210,6 +211,7 @@ def train(
     samples: Path | None,
     track: str | None,
     gpus: int,
+    dry_run: bool,
     **flags: Any,
 ) -> None:
     """Run the EM loop, or continue it where it stopped.
@@ -217,6 +219,13 @@ def train(
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
     config, origins = _config(config_file, overrides, flags)
+    if dry_run:
+        if samples is not None:
+            raise UserError("--dry-run plans a whole run; give either it or --samples")
+        if gpus > 1:
+            raise UserError("--dry-run plans the work of one process; leave --gpus out")
+        _dry_run(config, as_json)
+        return
     with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
         from minem.tracking import load_tracker
@@ -232,6 +241,20 @@ def train(
             )
         if ranks.first:
             _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
+
+
+def _dry_run(config: Any, as_json: bool) -> None:
+    from minem import dryrun
+    from minem.progress import Progress, table
+
+    result = dryrun.dry_run(config, Progress())
+
+    def show() -> None:
+        for columns, rows in dryrun.tables(result):
+            table(columns, rows, file=sys.stdout)
+        click.echo("\n".join(result["advice"]) or "it fits: memory and disk are enough for all of this")
+
+    _print(result, as_json, show)
 
 
 @main.command()

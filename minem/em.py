@@ -22,7 +22,7 @@ import torch
 import minem
 from minem import diagnostics, health, recovery
 from minem.agreement import DRAWS, agreement
-from minem.cache import free_memory
+from minem.cache import free_memory, give_back
 from minem.checkpoints import Checkpoints
 from minem.choices import (
     fingerprint,
@@ -42,7 +42,8 @@ from minem.errors import GuardError, NotFinite, UserError
 from minem.estep import Counts, EStep, blocks, encode_prompt, minibatch
 from minem.evaluate import evaluate
 from minem.follower import Follower
-from minem.generate import Completion, Generator, SamplingParams
+from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
+from minem.memory import SAFE_SHARE
 from minem.model import Model
 from minem.mstep import MStep
 from minem.objective import add_plain_logprobs, rationale_tokens, weigh
@@ -68,13 +69,22 @@ class Experiment:
 
     Among several processes (`ranks`) each has the whole model and draws its share of the questions; the first one
     collects what the others drew, and it alone writes. `stop` is looked at all the time.
+
+    weights: False leaves them on the disk, for a dry run: the model has its shape alone.
     """
 
     run: RunDirectory
     left_out = 0  # rows of the last `examples` of which nothing is trained
     behind: list[int]  # iterations whose M-step `catch_up` has to do again
 
-    def __init__(self, config: Config, progress: Progress, ranks: Ranks = ALONE, stop: Stop | None = None):
+    def __init__(
+        self,
+        config: Config,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        stop: Stop | None = None,
+        weights: bool = True,
+    ):
         self.config = config
         self.progress = progress
         self.ranks = ranks
@@ -85,7 +95,7 @@ class Experiment:
         self.sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
         self.verdict = pick_verdict(config.task.verdict)
         self.base_folder = resolve(config.model.id, config.model.revision)
-        self.model, self.tokenizer = load(self.base_folder, self.device, self.dtype)
+        self.model, self.tokenizer = load(self.base_folder, self.device if weights else "meta", self.dtype)
         if not self.tokenizer.eos_ids:
             raise UserError(f"{self.base_folder}: the tokenizer names no EOS token, so no draw could ever end")
         limit_threads(self.model)
@@ -375,6 +385,7 @@ class Experiment:
                 for row in checkpoints.resume():
                     self.run.log_metrics(stage, **row)
                 summary = self._train(examples, iteration, show)
+                give_back(self.device)
                 if state:
                     self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
                 adapter = self.mstep.complete_masters() if self.mstep.lora is not None else {}
@@ -498,7 +509,8 @@ class Experiment:
         def note(text: str) -> None:
             self.progress.note(f"note    {text}")
 
-        return Generator(model, self.tokenizer, slots=self.config.run.slots, on_note=note)
+        slots = self.config.run.slots or DEFAULT_SLOTS[self.device.type]
+        return Generator(model, self.tokenizer, slots=slots, on_note=note)
 
     def _prepare_training(self) -> None:
         """The weights that an M-step starts from, and memory for it."""
@@ -509,8 +521,9 @@ class Experiment:
 
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
+        give_back(self.device)
         needed, free = self.mstep.memory_needed(), free_memory(self.device)
-        if needed > free and (held := self.generator.release()):
+        if needed > SAFE_SHARE * free and (held := self.generator.release()):
             self.progress.note(
                 f"note    the M-step needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the cache "
                 f"({held / 1e9:.1f} GB) and its graphs were released, and are made anew by the next draws"

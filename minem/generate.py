@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from minem.cache import cache_bytes, free_memory
+from minem.cache import MEMORY_SHARE, cache_bytes, fitting_slots, free_memory, give_back
 from minem.engine import Engine, Step
 from minem.errors import GuardError, UserError
 from minem.model import Model
@@ -35,7 +35,6 @@ from minem.tokenizer import Tokenizer
 MAX_SLOTS = 65_536
 DEFAULT_SLOTS = {"cpu": 96, "cuda": 256}
 REFILL = 32  # free slots are filled when they are one in so many, or enough for all that wait
-MEMORY_SHARE = 0.85  # of what is free may go to the cache; the rest is for activations and graphs
 
 
 @dataclass(frozen=True)
@@ -316,9 +315,8 @@ class Generator:
         return self._engine
 
     def _fit_slots(self) -> None:
-        free, slots = free_memory(self.model.device), self.slots
-        while slots > 1 and self._cache_bytes(slots) > MEMORY_SHARE * free:
-            slots //= 2
+        free = free_memory(self.model.device)
+        slots = fitting_slots(self.model.config, self.model.dtype, self.slots, *self._room, free)
         if slots < self.slots:
             self.on_note(
                 f"{self.slots} slots for prompts of {self._room[0] + 1} and completions of {self._room[1]} tokens need "
@@ -354,9 +352,7 @@ class Generator:
         self._engine = None
         self._rows.clear()
         self._running.clear()
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+        give_back(self.model.device)
 
     def _back_off(self) -> None:
         """Memory ran out on the way: go on with half the slots.

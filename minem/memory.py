@@ -4,18 +4,27 @@
     python bench/memory.py --table       # and for models of 0.5B to 8B on GPUs of 24, 80 and 141 GB
 
 Nothing here allocates memory, loads weights or needs a GPU. Counts are exact; the bytes of activations are those of the
-tensors that autograd keeps for the backward pass, of sequences that fill their micro-batch without padding.
+tensors that autograd keeps for the backward pass. `e_step` and `m_step` are what a device holds at the most, by part:
+the parts of each sum to its peak.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from minem.cache import MIN_ROWS, cache_bytes, fitting_slots
+from minem.engine import PREFILL_TOKENS
 from minem.kernels.cross_entropy import CHUNK_BYTES
 from minem.model import ModelConfig
+
+SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
+# On the CPU the gaps are part of the plan: what glibc's heap holds between tensors that stay and tensors that come and
+# go, as a share of what training allocates. Runs of 59 M parameters had 14 to 22 %; mapping every tensor by itself
+# (MALLOC_MMAP_THRESHOLD_=131072) left none, and took a third longer.
+HEAP_GAPS = 0.1
 
 # Dense bfloat16 peak by the words of torch's device name, FLOP/s, from NVIDIA's data sheets (which print twice as much
 # where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
@@ -59,6 +68,26 @@ def parameters(config: ModelConfig) -> Parameters:
         body=config.num_hidden_layers * block + width,
         head=0 if config.tie_word_embeddings else vocabulary,
     )
+
+
+def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
+    """Parameters of LoRA's terms: for each target, A [rank, in] and B [out, rank].
+
+    targets: linear layers of the blocks under Hugging Face's names, with commas; or "all".
+    """
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
+    sizes = {  # in + out
+        "q_proj": width + queries,
+        "k_proj": width + keys,
+        "v_proj": width + keys,
+        "o_proj": queries + width,
+        "gate_proj": width + inner,
+        "up_proj": width + inner,
+        "down_proj": inner + width,
+    }
+    names = [name.strip() for name in targets.split(",")]
+    return config.num_hidden_layers * rank * sum(sizes[name] for name in (sizes if "all" in names else names))
 
 
 def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
@@ -118,13 +147,135 @@ def loss_bytes(
 
     trained: whether the head gets a gradient, as it does but under LoRA.
     """
+    weight = config.vocab_size * config.hidden_size if trained else 0
+    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
+    return weight * 4 + max(_chunk_bytes(config, supervised, dtype, device), weight * dtype.itemsize)
+
+
+# ------------------------------------------------------------------------------------------------ the two steps of EM
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run asks of memory at the most: all that its bytes depend on beside the model's shape and dtype."""
+
+    slots: int  # sequences that are generated at once
+    prompt: int  # tokens of the longest prompt
+    new: int  # most tokens that are drawn for one
+    tokens: int  # of the largest micro-batch
+    supervised: int  # of these
+    micro_batches: int  # most in one optimizer step
+    checkpointed: int = 0  # blocks
+    adapters: int = 0  # parameters of LoRA; 0: all of the model's are trained
+    two_models: bool = False  # hinted draws come from a copy of the base model, which has a cache of its own
+    moments_kept: bool = False  # AdamW's, from one M-step to the next
+
+
+def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
+    """Bytes that the device holds at most while drawing and evaluating, by part.
+
+    device: "cuda" or "cpu", where the pages of the cache that nobody has written to take no memory yet.
+    """
+    scoring = work.tokens * _passing_bytes(config, dtype.itemsize, device)
+    scoring += _chunk_bytes(config, work.supervised, dtype, device)
+    parts = _resident(config, dtype, work) | {"generator": max(_drawing_bytes(config, dtype, device, work), scoring)}
+    return parts | ({"AdamW moments": 8 * _trained(config, work)} if work.moments_kept else {})
+
+
+def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
+    """Bytes that the device holds at most while training, by part; the cache is among them, as long as there is room.
+
+    With a single micro-batch in each step, the gradients grow while the activations go: then the part of the gradients
+    is only what they exceed the others by. The loss's workspace is gone when the backward pass reaches the blocks.
+    """
+    trained = _trained(config, work)
+    activations = activation_bytes(config, work.tokens, work.supervised, work.checkpointed, dtype, device)
+    loss = loss_bytes(config, work.supervised, dtype, device, trained=not work.adapters)
+    head = 0 if work.adapters else config.vocab_size * config.hidden_size * dtype.itemsize
+    # The backward pass of one MLP: the gradients of its output, its product, and gate and up.
+    channels = 2 * config.hidden_size + (5 if device == "cpu" else 3) * config.intermediate_size
+    loss = max(loss, head + work.tokens * channels * dtype.itemsize)
+    gradients = 4 * trained
+    if work.micro_batches == 1:
+        gradients = max(0, gradients - activations - loss)
+    parts = {
+        "gradients": gradients,
+        "AdamW moments": 8 * trained,
+        "activations": activations,
+        "loss or backward": loss,
+    }
+    if device == "cpu":
+        parts["gaps in the heap"] = int(HEAP_GAPS * sum(parts.values()))
+    return _resident(config, dtype, work) | parts
+
+
+def fitted(
+    config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int, checkpointing: str = "auto"
+) -> Work:
+    """The work as a run will do it with `free` bytes: as many slots and, under "auto", as few recomputed blocks as fit.
+
+    The cache is given back for an M-step that does not fit beside it, before anything is recomputed. What does not fit
+    whatever is done comes back with one slot, or with all blocks recomputed.
+    """
+    beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
+    slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))
+    blocks = config.num_hidden_layers
+    fewest = {"off": 0, "full": blocks}.get(checkpointing)
+    if fewest is None:
+        works = (replace(work, slots=slots, checkpointed=n) for n in range(blocks))
+        fewest = next((one.checkpointed for one in works if trains(config, dtype, device, one, free)), blocks)
+    return replace(work, slots=slots, checkpointed=fewest)
+
+
+def trains(config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int) -> bool:
+    """Whether the M-step fits into `free` bytes once the cache has been given back."""
+    parts = m_step(config, dtype, device, work)
+    return sum(parts.values()) - parts["KV cache"] <= SAFE_SHARE * free
+
+
+def _trained(config: ModelConfig, work: Work) -> int:
+    return work.adapters or parameters(config).total
+
+
+def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, int]:
+    """What is there all the time."""
+    weights = parameters(config).total * dtype.itemsize
+    parts = {"weights": weights}
+    if work.two_models:
+        parts["base model for hints"] = weights
+    if work.adapters:
+        parts["adapters"] = work.adapters * dtype.itemsize
+    if dtype.itemsize < 4:
+        parts["float32 masters"] = 4 * _trained(config, work)
+    cache = cache_bytes(config, dtype, work.slots, work.prompt - 1, work.new)
+    return parts | {"KV cache": cache * (2 if work.two_models else 1)}
+
+
+def _drawing_bytes(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> int:
+    """The larger of what filling the cache with prompts and decoding a token for every slot take on their way."""
+    tokens = min(work.slots * work.prompt, max(PREFILL_TOKENS, work.prompt))
+    rows, passing = max(work.slots, MIN_ROWS), _passing_bytes(config, dtype.itemsize, device)
+    # Eager sampling holds float32 logits, their exponentials, and these once more under a temperature.
+    logit = dtype.itemsize if device == "cuda" else 12 + (dtype.itemsize if dtype.itemsize < 4 else 0)
+    decoding = rows * (passing + config.vocab_size * logit)
+    return max(tokens * passing, decoding)
+
+
+def _passing_bytes(config: ModelConfig, size: int, device: str) -> int:
+    """Bytes of each token while it passes through a block and nothing is kept: the larger of attention and MLP."""
+    channels = config.head_dim
+    turned = (config.num_attention_heads + config.num_key_value_heads) * channels
+    attention = _merged(config) + turned + 2 * config.num_attention_heads * channels
+    mlp = (4 if device == "cpu" else 3) * config.intermediate_size
+    return (3 * config.hidden_size + max(attention, mlp)) * size
+
+
+def _chunk_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the logits of `linear_cross_entropy`, a chunk of rows at a time."""
     vocabulary, size = config.vocab_size, dtype.itemsize
     rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))
     # Eager, shifted logits and their exponentials in float32, beside the logits themselves where these are narrower.
-    logit = size if device == "cuda" else 8 + (size if size < 4 else 0)
-    weight = vocabulary * config.hidden_size if trained else 0
-    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
-    return weight * 4 + max(rows * vocabulary * logit, weight * size)
+    return rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
 
 
 def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
@@ -138,7 +289,8 @@ def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
     statistics = 2 + heads  # of the norms, and of the softmax, in float32
     if eager:
         numbers += 2 * width + inner  # normed rows before their weight, silu(gate)
-        numbers += config.qk_norm * 2 * turned  # queries and keys before their norm, and normed before its weight
+        numbers += heads * channels  # the results of sequences of different lengths, before they are joined
+        numbers += config.qk_norm * turned  # normed queries and keys before their weight
     if config.qk_norm:
         statistics += heads + config.num_key_value_heads
     return numbers * size + statistics * 4

@@ -31,14 +31,13 @@ from minem.cache import free_memory, peak_memory
 from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, NotFinite, UserError, one_of, require
 from minem.lora import TARGETS, LoRA, adapter_parameters, read_targets
-from minem.memory import activation_bytes, flops, loss_bytes, peak_flops
+from minem.memory import SAFE_SHARE, activation_bytes, flops, loss_bytes, peak_flops
 from minem.model import Model
 from minem.packing import Example, MicroBatch, Step, best_fit_decreasing, pack, plan
 from minem.sharding import assign, complete, gather, local, scatter, sharded_copy
 from minem.tokenizer import read_json
 
 SCHEDULES = ("cosine", "linear", "constant")
-SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight, by its names in torch
 STATE_FILE_BYTES = 2 * 2**30  # of one file of a checkpoint: what the first process holds of it at once
 STATE_JSON_LIMIT = 64 * 2**20
@@ -214,7 +213,7 @@ class MStep:
         trained = sum(p.numel() for p in self._trainable().values())
         state = trained * 3 * torch.float32.itemsize // (self.ranks.size if self.strategy == "fsdp" else 1)
         kept = activation_bytes(config, tokens, tokens, checkpointed, self.model.dtype, kind)
-        return state + kept + loss_bytes(config, tokens, self.model.dtype, kind)
+        return state + kept + loss_bytes(config, tokens, self.model.dtype, kind, trained=self.lora is None)
 
     def _checkpointed(self) -> int:
         """Of how many blocks the activations are computed again in the backward pass; with "auto", as few as fit."""

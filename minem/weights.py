@@ -71,7 +71,7 @@ def load(
 
     Args:
         folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
-        device: where the weights go.
+        device: where the weights go; "meta" reads the folder, but not the weights.
         dtype: what the weights become, whatever the file holds.
         revision: branch, tag or commit on the hub.
     Raises:
@@ -129,7 +129,8 @@ def read_weights(model: Model, folder: Path) -> None:
                     problems.append(f"{name} is stored as {dtype}, not as one of {', '.join(FILE_DTYPES)}")
                     found.add(name)
                 elif name in views and shape == tuple(views[name].shape):
-                    _copy_rows(file.get_slice(name), views[name])
+                    if not views[name].is_meta:  # where the shapes alone are wanted, and whether the files have them
+                        _copy_rows(file.get_slice(name), views[name])
                     found.add(name)
                 elif name in views:
                     problems.append(f"{name} has shape {shape} but config.json asks for {tuple(views[name].shape)}")

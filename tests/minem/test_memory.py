@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
-from minem.memory import activation_bytes, flops, parameters, peak_flops
+from minem.cli import main
+from minem.memory import (
+    Work,
+    activation_bytes,
+    fitted,
+    flops,
+    lora_parameters,
+    parameters,
+    peak_flops,
+    trains,
+)
 from minem.model import Model, ModelConfig
-from tests.minem.folders import BASE, SHAPES
+from minem.weights import TOY
+from tests.minem.folders import BASE, SHAPES, make_model
 
 
 def shape(kind: str, **fields) -> ModelConfig:
@@ -35,6 +56,33 @@ def test_parameters_under_every_option(options):
     with torch.device("meta"):
         model = Model(config)
     assert parameters(config).total == sum(p.numel() for p in model.parameters())
+
+
+def test_parameters_of_published_models():
+    """The totals that the hub shows for these checkpoints."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
+    try:
+        from memory import model_config
+    finally:
+        sys.path.pop(0)
+    for name, total in {
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen2.5-7B": 7_615_616_512,
+        "Llama-3.2-1B": 1_235_814_400,
+        "Llama-3.1-8B": 8_030_261_248,
+        "Qwen3-0.6B": 596_049_920,
+    }.items():
+        assert parameters(model_config(name)).total == total
+
+
+@pytest.mark.parametrize("targets", ["all", "q_proj, v_proj", "down_proj"])
+@pytest.mark.parametrize("kind", ["llama-head-dim", "qwen2", "qwen3"])
+def test_adapters_are_those_that_peft_makes(kind, targets):
+    peft = pytest.importorskip("peft")
+    names = "all-linear" if targets == "all" else [name.strip() for name in targets.split(",")]
+    made = peft.get_peft_model(make_model(kind), peft.LoraConfig(r=3, target_modules=names))
+    counted = sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert lora_parameters(shape(kind), 3, targets) == counted
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -96,3 +144,177 @@ def test_activations_are_those_that_autograd_keeps(kind, lengths):
     saved = saved_bytes(model, lengths, rows) - head
     planned = activation_bytes(config, sum(lengths), len(rows), 0, torch.float32, "cpu")
     assert planned == pytest.approx(saved, rel=0.06)
+
+
+@given(st.lists(st.integers(0, 200_000_000_000), min_size=2, max_size=2), st.booleans(), st.booleans())
+def test_more_memory_never_means_less_slots_or_more_recomputation(free, lora, keeps):
+    config = shape("qwen3", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, head_dim=128)
+    adapters = lora_parameters(config, 16) if lora else 0
+    work = Work(256, 256, 1024, 8192, 6553, micro_batches=2, adapters=adapters, moments_kept=keeps)
+    less, more = (fitted(config, torch.bfloat16, "cuda", work, size) for size in sorted(free))
+    assert less.slots <= more.slots
+    assert less.checkpointed >= more.checkpointed
+    for planned, size in zip((less, more), sorted(free), strict=True):
+        if 0 < planned.checkpointed < 28:  # as few as fit, and no fewer would
+            assert trains(config, torch.bfloat16, "cuda", planned, size)
+            fewer = dataclasses.replace(planned, checkpointed=planned.checkpointed - 1)
+            assert not trains(config, torch.bfloat16, "cuda", fewer, size)
+
+
+# ------------------------------------------------------------------------------------------------------- the dry run
+
+
+def dry_run(*flags: str) -> dict:
+    done = CliRunner().invoke(main, ["train", "--dry-run", "--device", "cpu", "--json", *flags])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_dry_run_makes_nothing(tmp_path, monkeypatch):
+    def read(source, target):
+        raise AssertionError("a dry run reads no weights")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("minem.weights._copy_rows", read)
+    result = dry_run("--out", "runs/x")
+    assert list(tmp_path.iterdir()) == []
+    assert result["parameters"]["total"] == 790_400
+    assert result["fits"] is True
+    for step in ("e_step", "m_step"):
+        memory = result["memory"]
+        assert memory[f"{step}_peak"] == memory["taken"] + sum(memory[step].values())
+
+
+def test_a_dry_run_counts_the_work_of_an_iteration():
+    flags = ("--limit", "10", "--budget", "3", "--set", "mstep.batch_size=4", "--set", "mstep.epochs=2")
+    first = dry_run(*flags)["iteration"]
+    assert (first["questions"], first["draws"], first["accepted"]) == (10, 30, 10)
+    assert first["tokens_drawn"] == 30 * 64
+    assert first["optimizer_steps"] == 2 * 3
+    every = dry_run(*flags, "--set", "sampler.draws=all")["iteration"]
+    assert (every["accepted"], every["optimizer_steps"]) == (30, 2 * 8)
+
+
+def test_a_dry_run_knows_what_lora_trains():
+    full, lora = dry_run(), dry_run("--set", "mstep.lora_rank=4", "--set", "mstep.lora_targets=q_proj,v_proj")
+    assert full["parameters"]["trained"] == full["parameters"]["total"] == lora["parameters"]["total"]
+    assert lora["parameters"]["trained"] == 4 * 4 * 2 * (128 + 128)  # rank, layers, targets, in + out
+    for part in ("AdamW moments", "loss or backward"):
+        assert lora["memory"]["m_step"][part] < full["memory"]["m_step"][part]
+
+
+def test_a_dry_run_refuses_what_a_run_would_refuse(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(TOY, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"intermediate_size": raw["intermediate_size"] - 2}))
+    for flags, words in (
+        (["--model", str(folder)], "the weights do not fit config.json"),
+        (["--set", "sampler.max_new_tokens=600"], "lower sampler.max_new_tokens"),
+        (["--task", str(tmp_path / "none.jsonl")], "none.jsonl"),
+        (["--samples", "rows.jsonl"], "give either"),
+        (["--gpus", "2"], "leave --gpus out"),
+    ):
+        done = CliRunner().invoke(main, ["train", "--dry-run", *flags])
+        assert done.exit_code == 2
+        assert words in done.stderr
+
+
+def test_a_dry_run_says_what_to_change_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr("minem.dryrun.free_memory", lambda device: 80_000_000)
+    result = dry_run("--set", "run.slots=8", "--set", "mstep.pack_tokens=8192", "--set", "mstep.batch_size=512")
+    assert result["fits"] is False
+    assert ["mstep.pack_tokens=" in sentence for sentence in result["advice"]] == [True]
+    pack = result["advice"][0].partition("mstep.pack_tokens=")[2].split()[0]
+    again = dry_run("--set", "run.slots=8", "--set", f"mstep.pack_tokens={pack}", "--set", "mstep.batch_size=512")
+    assert again["fits"] is True
+
+
+# ------------------------------------------------------------------------------------------------------- and the run
+
+
+SETTINGS = (  # a few seconds of work, in two optimizer steps of two micro-batches each, so that all parts are there
+    "sampler.filter=none",
+    "sampler.max_new_tokens=24",
+    "mstep.batch_size=24",
+    "mstep.pack_tokens=512",
+    "mstep.epochs=2",
+    "eval.max_new_tokens=2",
+    "eval.samples=0",
+    "eval.diagnostics=0",
+    "run.iterations=1",
+    "run.slots=24",
+)
+
+
+def make_random_model(folder: Path) -> None:
+    """59 M parameters as transformers makes them, with the toy's tokenizer, whose ids are the first of 16,384."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    raw = json.loads((TOY / "config.json").read_text())
+    config = LlamaConfig(
+        vocab_size=16_384,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=raw["bos_token_id"],
+        eos_token_id=raw["eos_token_id"],
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for file in TOY.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, folder)
+
+
+def anonymous_peak(command: list[str], log: Path) -> int:
+    """Bytes of anonymous memory that a child process holds at most, looked at every 3 ms."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    peak = 0
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as child:
+        while child.poll() is None:
+            try:
+                status = Path(f"/proc/{child.pid}/status").read_text()
+            except OSError:
+                break
+            held = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
+            peak = max([peak, *held])
+            time.sleep(0.003)
+    assert child.returncode == 0, log.read_text()
+    return peak * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["mstep.checkpointing=off"],
+        ["mstep.checkpointing=full", "mstep.optimizer_state=keep"],
+        ["mstep.checkpointing=off", "mstep.lora_rank=16"],
+    ],
+    ids=" ".join,
+)
+def test_the_plan_is_what_a_run_of_59_million_parameters_takes(tmp_path, more):
+    """Within 15 % of the peak of anonymous memory. The random model accepts nothing, so every draw is kept."""
+    make_random_model(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--task", "toy", "--limit", "24", "--budget", "1", "--device", "cpu"]
+    for setting in (*SETTINGS, *more):
+        flags += ["--set", setting]
+    flags += ["--out", str(tmp_path / "run")]
+    # Also in a process of its own: what it takes before it begins is part of the plan.
+    done = subprocess.run(
+        [sys.executable, "-m", "minem", "train", *flags, "--dry-run", "--json"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout.splitlines()[-1])
+    assert plan["parameters"]["total"] == 58_737_152
+    peak = anonymous_peak([sys.executable, "-m", "minem", "train", *flags], tmp_path / "log")
+    planned = max(plan["memory"]["e_step_peak"], plan["memory"]["m_step_peak"])
+    print(f"{' '.join(more)}: planned {planned / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+    assert planned == pytest.approx(peak, rel=0.15)
