@@ -85,6 +85,12 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return {"peak_process_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, CUDA, cuBLAS or the C library had no memory left; each says so in words of its own."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 class KVCache:
     """Keys and values of `slots` sequences and of as many prompts."""
 

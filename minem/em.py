@@ -101,6 +101,7 @@ class Experiment:
         limit_threads(self.model)
         self.generator = self._generator(self.model)
         self.mstep = MStep(self.model, config.mstep, ranks, config.run.seed, self.base_folder)
+        self.mstep.on_note = self._note
         self.longest = self._check_lengths()
 
     @contextmanager
@@ -505,12 +506,12 @@ class Experiment:
         base = load_model(self.base_folder, self.device, self.dtype)
         return self._generator(base)
 
-    def _generator(self, model: Model) -> Generator:
-        def note(text: str) -> None:
-            self.progress.note(f"note    {text}")
+    def _note(self, text: str) -> None:
+        self.progress.note(f"note    {text}")
 
+    def _generator(self, model: Model) -> Generator:
         slots = self.config.run.slots or DEFAULT_SLOTS[self.device.type]
-        return Generator(model, self.tokenizer, slots=slots, on_note=note)
+        return Generator(model, self.tokenizer, slots=slots, on_note=self._note)
 
     def _prepare_training(self) -> None:
         """The weights that an M-step starts from, and memory for it."""

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import torch
 
-from minem.cache import MEMORY_SHARE, cache_bytes, fitting_slots, free_memory, give_back
+from minem.cache import MEMORY_SHARE, cache_bytes, fitting_slots, free_memory, give_back, out_of_memory
 from minem.engine import Engine, Step
 from minem.errors import GuardError, UserError
 from minem.model import Model
@@ -258,7 +258,7 @@ class Generator:
         try:
             self._advance()
         except BaseException as error:
-            exhausted = _out_of_memory(error)
+            exhausted = out_of_memory(error)
             if not exhausted:
                 self._restart()
                 raise
@@ -473,9 +473,3 @@ class Generator:
         if found:
             slot.stop_text = text[: min(found)]
         return bool(found)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, CUDA, cuBLAS or the C library had no memory left; each says so in words of its own."""
-    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from minem.cache import free_memory, peak_memory
+from minem.cache import free_memory, give_back, out_of_memory, peak_memory
 from minem.distributed import ALONE, Ranks
-from minem.errors import GuardError, NotFinite, UserError, one_of, require
+from minem.errors import GuardError, Interrupted, NotFinite, UserError, one_of, require
 from minem.lora import TARGETS, LoRA, adapter_parameters, read_targets
 from minem.memory import SAFE_SHARE, activation_bytes, flops, loss_bytes, peak_flops
 from minem.model import Model
@@ -163,6 +163,8 @@ class MStep:
                 self.trained = sharded_copy(model, ranks, self.strategy == "ddp")
             named = self.trained.named_parameters() if self.lora is None else adapter_parameters(self.trained).items()
             self.working = {name: p for name, p in named if p.requires_grad}
+        self.pack_tokens = config.pack_tokens  # less where memory ran out
+        self.on_note: Callable[[str], None] = lambda text: None  # told what memory had us change
         self.optimizer: torch.optim.AdamW | None = None
         self.history: list[tuple[Totals, float, float]] = []  # of the M-step under way: its steps' sums, norms, seconds
         self.losses: list[float] = []  # of the steps of the last M-step that ended
@@ -337,15 +339,7 @@ class MStep:
         """
         self._check(examples)
         config = self.config
-        steps = plan(
-            [len(example) for example in examples],
-            batch_size=config.batch_size,
-            pack_tokens=config.pack_tokens,
-            epochs=config.epochs,
-            seed=seed,
-            iteration=iteration,
-            ranks=self.ranks.size,
-        )
+        steps = self._plan(examples, seed, iteration)
         divisor = loss_divisor(examples, len(steps) // config.epochs)
         self.trained.checkpointed = self._checkpointed()
         if self.optimizer is None:
@@ -355,9 +349,11 @@ class MStep:
         # The model itself has adapters while it trains; the other processes' one has them for good.
         with self._adapters() if self.trained is self.model else nullcontext(), self._gradients_to_masters():
             for number in range(len(self.history), len(steps)):
-                step, started = steps[number], time.perf_counter()
+                started = time.perf_counter()
                 rate = learning_rate(config, number, len(steps))
-                totals = self.accumulate(examples, step, divisor)
+                while (totals := self._accumulated(examples, steps[number], divisor)) is None:
+                    steps = self._plan(examples, seed, iteration)
+                step = steps[number]
                 norm = self._guarded_norm(examples, step, totals)
                 self._update(self.optimizer, norm, rate)
                 if self.model.device.type == "cuda":
@@ -387,6 +383,49 @@ class MStep:
             "grad_norm": sum(norm for _, norm, _ in history) / len(history),
             **self._metrics(totals, seconds),
         }
+
+    def _plan(self, examples: Sequence[Example], seed: int, iteration: int) -> list[Step]:
+        return plan(
+            [len(example) for example in examples],
+            batch_size=self.config.batch_size,
+            pack_tokens=self.pack_tokens,
+            epochs=self.config.epochs,
+            seed=seed,
+            iteration=iteration,
+            ranks=self.ranks.size,
+        )
+
+    def _accumulated(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals | None:
+        """`accumulate`; None where memory ran out and the step is to be tried again in a way that takes less."""
+        try:
+            return self.accumulate(examples, step, divisor)
+        except BaseException as error:
+            if not out_of_memory(error):
+                raise
+        self._take_less_memory(step)  # out here the error is gone, which holds on to the memory of where it arose
+        return None
+
+    def _take_less_memory(self, step: Step) -> None:
+        """Compute activations again where that is left to us, else halve the micro-batches. The result is the same."""
+        self._clear_gradients()
+        give_back(self.model.device)
+        blocks = self.model.config.num_hidden_layers
+        if self.ranks.size > 1:  # the others are inside a collective by now
+            raise Interrupted(
+                f"memory ran out in the M-step of one of {self.ranks.size} processes; start anew with "
+                f"mstep.pack_tokens below {self.pack_tokens}, mstep.checkpointing = full, or mstep.parallel = fsdp"
+            )
+        if self.config.checkpointing == "auto" and self.trained.checkpointed < blocks:
+            self.trained.checkpointed = blocks
+            self.on_note("memory ran out: the activations of all blocks are computed again from here on")
+        elif all(len(micro_batch) == 1 for micro_batch in step.micro_batches):
+            raise Interrupted(
+                "memory ran out in the M-step with one sequence at a time; start anew with mstep.checkpointing = full, "
+                "with mstep.lora_rank, or with a smaller sampler.max_new_tokens"
+            )
+        else:
+            self.pack_tokens //= 2
+            self.on_note(f"memory ran out: micro-batches have {self.pack_tokens} tokens at most from here on")
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
         """Add the gradient of loss / divisor, over the micro-batches of a step, to `.grad`; no weight changes.

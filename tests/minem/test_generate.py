@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import minem
 from minem import Request, SamplingParams
+from minem.cache import out_of_memory
 from minem.engine import Engine, _bucket
 from minem.errors import GuardError, UserError
-from minem.generate import _out_of_memory, stream_seed
+from minem.generate import stream_seed
 from minem.mstep import MStep, MStepConfig
 from minem.packing import Example
 from tests.minem.folders import VOCABULARY, make_folder
@@ -537,10 +538,10 @@ def test_the_old_cache_is_gone_before_the_new_one_is_planned(loaded, monkeypatch
 
 def test_memory_runs_out_in_many_words():
     for words in ("CUDA out of memory. Tried", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling"):
-        assert _out_of_memory(RuntimeError(words))
-    assert _out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not _out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
-    assert not _out_of_memory(KeyboardInterrupt())
+        assert out_of_memory(RuntimeError(words))
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not out_of_memory(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not out_of_memory(KeyboardInterrupt())
 
 
 @pytest.mark.parametrize("lag", [0, 1])

@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from minem.errors import GuardError, UserError
+from minem.errors import GuardError, Interrupted, UserError
+from minem.model import Model
 from minem.mstep import MStep, MStepConfig, Totals, learning_rate, loss_divisor
 from minem.packing import Example, Step, plan
 from minem.weights import checkpoint_views, load_model
@@ -247,6 +248,47 @@ def test_long_rationales_are_not_weighed_down(folders):
     for name in names:
         wrong = sum(g[name] / len(e.token_ids) for g, e in zip(token_mean, examples, strict=True))
         assert torch.cosine_similarity(wrong.flatten(), expected[name].flatten(), dim=0) < 0.95
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def short_of_memory(monkeypatch, tokens: int, checkpointed: int) -> None:
+    """A model that runs out of memory in the backward pass with more tokens, or fewer blocks recomputed."""
+    forward = Model.forward
+
+    def limited(self, input_ids, *arguments, **more):
+        loss, logprobs, entropy = forward(self, input_ids, *arguments, **more)
+        if len(input_ids) > tokens or self.checkpointed < checkpointed:
+            loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        return loss, logprobs, entropy
+
+    monkeypatch.setattr(Model, "forward", limited)
+
+
+def test_running_out_of_memory_takes_smaller_micro_batches_and_the_same_steps(folders, monkeypatch):
+    examples, rows, notes = make_examples(16), {True: [], False: []}, []
+    for short in (False, True):
+        if short:
+            short_of_memory(monkeypatch, tokens=60, checkpointed=2)
+        mstep = MStep(load_model(folders["llama"]), MStepConfig(lr=1e-3, batch_size=8, epochs=2, pack_tokens=500))
+        mstep.on_note = notes.append
+        mstep.run(examples, seed=0, iteration=1, on_step=rows[short].append)
+    for free, tight in zip(rows[False], rows[True], strict=True):
+        assert tight["loss"] == pytest.approx(free["loss"], abs=1e-6)
+        assert tight["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-5)
+    assert [note.partition(": ")[2].split()[0] for note in notes] == ["the", *["micro-batches"] * 4]
+    assert "31 tokens at most" in notes[-1]
+    assert mstep.pack_tokens == 31
+
+
+def test_one_sequence_that_does_not_fit_is_told(folders, monkeypatch):
+    short_of_memory(monkeypatch, tokens=8, checkpointed=0)
+    model = load_model(folders["llama"])
+    start = weights_of(model)
+    with pytest.raises(Interrupted, match="one sequence at a time"):
+        MStep(model, MStepConfig(batch_size=8)).run(make_examples(16), seed=0, iteration=1)
+    assert all(torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
 
 
 # ---------------------------------------------------------------------------------------- precision
