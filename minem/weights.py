@@ -258,7 +258,7 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if str(folder_or_hub_id) == "toy":
         return TOY
     path = Path(folder_or_hub_id).expanduser()
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+    if os.path.isfile(path / "adapter_config.json") and not os.path.isfile(path / "config.json"):
         raise UserError(f"{path} is a LoRA adapter, not a model; a run has both merged in the folder model beside it")
     if os.path.isdir(path):
         return path

@@ -454,7 +454,7 @@ def test_another_config_is_refused_with_the_difference(finished):
         (["sample", "--iteration", "0"], "--iteration"),
         (["generate"], "--prompt"),
         (["generate", "--prompt", "x", "--prompts", "y"], "either"),
-        (["generate", "--prompt", "x", "--top-p", "2"], "top_p"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "--top-p"),
         (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_length"),
         (["generate", "--prompts", "no-such.jsonl"], "no-such.jsonl"),
     ],
