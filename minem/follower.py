@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minem.disk import is_full
 from minem.distributed import Ranks
-from minem.run import RunDirectory, Stage, read_journal
+from minem.run import RunDirectory, Stage, full_disk, read_journal
 
 if TYPE_CHECKING:
     from minem.config import Config
@@ -32,8 +33,16 @@ class Follower(RunDirectory):
 
     @contextmanager
     def stage(self, name: str, writes: int = 0) -> Iterator[Stage]:
-        """Do this process's part of a stage, then wait for the first one to finish it."""
-        yield Stage(name, self.path)
+        """Do this process's part of a stage, then wait for the first one to finish it.
+
+        Raises Interrupted when the disk is full: what this process hands in goes there, too.
+        """
+        try:
+            yield Stage(name, self.path)
+        except OSError as error:
+            if is_full(error):
+                raise full_disk(self.path, f": it goes on with {name}") from error
+            raise
         self._lines[name] = {"result": self._ranks.receive(f"stage/{name}")}
 
     def close(self) -> None:

@@ -184,7 +184,7 @@ class RunDirectory:
                 raise
         except OSError as error:
             if is_full(error):
-                raise _full_disk(path) from error
+                raise full_disk(path) from error
             raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
         return run
 
@@ -258,7 +258,7 @@ class RunDirectory:
         except BaseException as error:
             stage._abandon()
             if is_full(error):
-                raise _full_disk(self.path, f": it goes on with {name}") from error
+                raise full_disk(self.path, f": it goes on with {name}") from error
             raise
 
     def _enter(self, stage: Stage, seconds: float) -> None:
@@ -362,11 +362,12 @@ def hold_folder(
             yield
         except OSError as error:
             if is_full(error):
-                raise _full_disk(path) from error
+                raise full_disk(path) from error
             raise
 
 
-def _full_disk(path: Path, more: str = "") -> Interrupted:
+def full_disk(path: Path, more: str = "") -> Interrupted:
+    """What to raise where nothing more can be written to a folder."""
     return Interrupted(f"the disk of {path} is full; free some space, then give the same command again{more}")
 
 

@@ -258,6 +258,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
         time.sleep(1)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
         err = finish(process, 3)
     finally:
         process.kill()

@@ -118,6 +118,37 @@ def test_two_processes_draw_and_answer_what_one_does(tmp_path):
     assert not list((tmp_path / "two").rglob(".partial*"))
 
 
+FULL = """
+import errno, os, sys
+
+def hook(event, arguments):
+    if event == "open" and os.environ.get("RANK") == "1" and ".eval.test.1.jsonl" in str(arguments[0]):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+sys.addaudithook(hook)
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_where_another_process_hands_in_its_share(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(FULL)
+    path = os.pathsep.join([str(tmp_path), ENVIRONMENT.get("PYTHONPATH", "")])
+    flags = ["train", *FEW, "--iterations", "1", "--gpus", "2", "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "minem", *flags],
+        env={**ENVIRONMENT, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "is full; free some space" in done.stderr.splitlines()[-1]
+    assert "it goes on with iter-00/eval.test" in done.stderr.splitlines()[-1]
+    minem(*flags)  # the same command, with room
+    assert "iter-01/mstep" in read_journal(tmp_path / "run")
+
+
 def of_rank(launcher: subprocess.Popen[str], rank: int) -> int:
     """The process id of one of those that were launched."""
     for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
