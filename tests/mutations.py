@@ -80,9 +80,9 @@ def damaged_trees(draw: st.DrawFn, good: Any, most: int = 4) -> Any:
             other, place = draw(st.sampled_from(places))
             node[key] = copy.deepcopy(other[place])
         elif isinstance(node, dict):
-            node[draw(st.text(max_size=12) | st.sampled_from(ODD_TEXTS))] = draw(odd_values())
+            node[draw(st.text(max_size=12) | st.sampled_from(ODD_TEXTS))] = copy.deepcopy(draw(odd_values()))
         else:
-            node.insert(0, draw(odd_values()))
+            node.insert(0, copy.deepcopy(draw(odd_values())))
     return tree
 
 
