@@ -22,12 +22,12 @@ from minem.model import ModelConfig
 
 SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
 # On the CPU the gaps are part of the plan: what glibc's heap holds between tensors that stay and tensors that come and
-# go, as a share of what training allocates. Runs of 59 M parameters had 14 to 22 %; mapping every tensor by itself
-# (MALLOC_MMAP_THRESHOLD_=131072) left none, and took a third longer.
+# go, as a share of what training allocates. Chosen on the runs of 59 M parameters that the tests check, too: gaps of 14
+# to 22 %, less what the plan overstates elsewhere. Mapping every tensor by itself (MALLOC_MMAP_THRESHOLD_) left none.
 HEAP_GAPS = 0.1
 
-# Dense bfloat16 peak by the words of torch's device name, FLOP/s, from NVIDIA's data sheets (which print twice as much
-# where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
+# Dense bfloat16 peak by the words of torch's device name, FLOP/s, as NVIDIA's data sheets are quoted (they print twice
+# as much where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
 PEAK_FLOPS = (
     ("B200", 2250e12),
     ("H200 NVL", 836e12),

@@ -59,7 +59,7 @@ def test_parameters_under_every_option(options):
 
 
 def test_parameters_of_published_models():
-    """The totals that the hub shows for these checkpoints."""
+    """Totals as they are quoted for these checkpoints."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
     try:
         from memory import model_config
