@@ -16,8 +16,9 @@ from typing import Any
 
 from minem.distributed import Ranks
 from minem.errors import Interrupted
+from minem.jsonl import read_rows, write_rows
 from minem.mstep import MStep
-from minem.run import RunDirectory, read_rows, write_rows
+from minem.run import RunDirectory
 from minem.stopping import Stop
 
 KEPT = 2  # checkpoints on the disk

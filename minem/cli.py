@@ -27,7 +27,9 @@ from typing import Any, NoReturn
 import click
 
 import minem
+from minem import tables
 from minem.errors import GuardError, MinemError, UserError
+from minem.tables import say
 from minem.text import clean, sentence
 
 
@@ -177,6 +179,8 @@ def _running(config: Any, gpus: int) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def _check_gpus(gpus: int, device: str) -> None:
+    if gpus == 1:
+        return
     import torch
 
     there = torch.cuda.device_count()
@@ -222,9 +226,8 @@ def train(
     if dry_run:
         if samples is not None:
             raise UserError("--dry-run plans a whole run; give either it or --samples")
-        if gpus > 1:
-            raise UserError("--dry-run plans the work of one process; leave --gpus out")
-        _dry_run(config, as_json)
+        _check_gpus(gpus, config.run.device)
+        _dry_run(config, gpus, as_json)
         return
     with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
@@ -240,14 +243,15 @@ def train(
                 config, progress, sys.argv, overwrite, tracker, ranks=ranks, stop=stop, origins=origins
             )
         if ranks.first:
-            _print(result, as_json, lambda: _train_table(result) if samples is None else _mstep_line(result))
+            show = tables.train_table if samples is None else tables.mstep_line
+            _print(result, as_json, lambda: show(result))
 
 
-def _dry_run(config: Any, as_json: bool) -> None:
+def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
     from minem import dryrun
     from minem.progress import Progress, table
 
-    result = dryrun.dry_run(config, Progress())
+    result = dryrun.dry_run(config, Progress(), gpus)
 
     def show() -> None:
         for columns, rows in dryrun.tables(result):
@@ -283,7 +287,7 @@ def sample(
         solved, questions = result["solved"], result["questions"]
         text = f"{solved}/{questions} questions solved ({percent(solved / questions)}), rows in {result['samples']}"
         if ranks.first:
-            _print(result, as_json, lambda: _say(text))
+            _print(result, as_json, lambda: say(text))
 
 
 @main.command()
@@ -330,20 +334,10 @@ def compare(
     tracker = load_tracker(track)
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
     result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins)
-    _print(result, as_json, lambda: _compare_tables(result))
+    _print(result, as_json, lambda: tables.compare_tables(result))
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
         raise GuardError(f"a guard stopped {names} (the first: {reason}); the results are those of the other runs")
-
-
-def _compare_tables(result: dict[str, Any]) -> None:
-    from minem.progress import table
-
-    for one in result["tables"]:
-        table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
-        _say(f"{one['note']}\n")
-    if result["runs"]:
-        _say(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 @main.command("eval")
@@ -431,30 +425,7 @@ def evaluate(
                 on_progress=lambda done, right, told: line.update(done, accuracy=percent(right / max(1, told))),
             )
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
-    _print({**named, **summary}, as_json, lambda: _eval_table(named, summary))
-
-
-def _eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
-    from minem.progress import percent, table
-
-    rows = [["accuracy, greedy", percent(summary["accuracy"], (summary["low"], summary["high"]))]]
-    if summary["sampled"] is not None:
-        rows.append(["accuracy, temperature 1", percent(summary["sampled"])])
-    rows += [[f"pass@{k}", percent(share)] for k, share in summary.get("pass_at_k", {}).items()]
-    if "majority" in summary:
-        rows.append(["majority vote", percent(summary["majority"])])
-    rows += [
-        ["accuracy, lenient reading", percent(summary["flexible"])],
-        ["unparsed", percent(summary["unparsed"])],
-        ["truncated", percent(summary["truncated"])],
-        ["tokens per answer", f"{summary['tokens']:.1f}"],
-    ]
-    table([f"{named['model']} on {named['task']}", f"{named['split']}, n = {summary['n']}"], rows, file=sys.stdout)
-    if "subjects" in summary:
-        subjects = summary["subjects"].items()
-        rows = [[name, str(s["n"]), percent(s["accuracy"], (s["low"], s["high"]))] for name, s in subjects]
-        table(["subject", "n", "accuracy, greedy"], rows, file=sys.stdout)
-    _say(f"answers: {named['answers']}")
+    _print({**named, **summary}, as_json, lambda: tables.eval_table(named, summary))
 
 
 @main.command()
@@ -502,9 +473,9 @@ def generate(
     def show() -> None:
         for text, completions in zip(texts, answers, strict=True):
             if len(texts) > 1:
-                _say(f"> {clean(text)}")
+                say(f"> {clean(text)}")
             for completion in completions:
-                _say(completion.text)
+                say(completion.text)
 
     _print({"model": model, "results": result}, as_json, show)
 
@@ -531,8 +502,8 @@ def show(run: Path, iteration: int | None, status: str | None, question: str | N
 
     def text() -> None:
         for line in lines:
-            _say(line)
-        _say(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
+            say(line)
+        say(f"{len(rows):,} of {matched:,} samples that match" + ("; -n shows more" if matched > n else ""))
 
     _print({"run": str(run), "matched": matched, "samples": rows}, as_json, text)
 
@@ -548,7 +519,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
     from minem.report import write_report
 
     write_report(runs, out)
-    _say(str(out))
+    say(str(out))
 
 
 @main.command()
@@ -570,7 +541,7 @@ def doctor(device: str, as_json: bool) -> None:
 
 
 def _read_prompts(path: Path | None) -> list[str]:
-    from minem.run import read_rows
+    from minem.jsonl import read_rows
 
     assert path is not None
     texts = []
@@ -589,12 +560,7 @@ def _generator(name: str, device: str) -> Any:
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))
     limit_threads(model)
-    return minem.Generator(model, tokenizer, on_note=lambda note: _say(f"note    {note}", err=True))
-
-
-def _say(text: str, err: bool = False) -> None:
-    """Print what may be quoted from files and models."""
-    click.echo(clean(text, keep_lines=True), err=err)
+    return minem.Generator(model, tokenizer, on_note=lambda note: say(f"note    {note}", err=True))
 
 
 def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
@@ -602,48 +568,3 @@ def _print(result: dict[str, Any], as_json: bool, show: Callable[[], None]) -> N
         click.echo(json.dumps(result, allow_nan=False))
     else:
         show()
-
-
-def _mstep_line(result: dict[str, Any]) -> None:
-    _say(f"loss {result['loss']:.4f}, model in {result['model']}")
-
-
-def _train_table(result: dict[str, Any]) -> None:
-    """The short table that a run ends with."""
-    from minem.progress import percent, table
-
-    rows = []
-    for row in result["iterations"]:
-        estep, mstep, validation = row.get("estep"), row.get("mstep"), row["validation"]
-        rows.append(
-            [
-                row["iteration"] or "base",
-                percent(validation["accuracy"], (validation["low"], validation["high"])),
-                "" if validation["sampled"] is None else percent(validation["sampled"]),
-                f"{estep['solved']}/{estep['questions']}" if estep else "",
-                f"{estep['attempts']:,}" if estep else "",
-                f"{estep['tokens']:,}" if estep else "",
-                percent(estep["valid"]) if estep and estep["valid"] is not None else "",
-                f"{mstep['loss']:.4f}" if mstep else "",
-            ]
-        )
-    columns = [
-        "iteration",
-        "validation, greedy",
-        "temperature 1",
-        "solved",
-        "attempts",
-        "tokens drawn",
-        "valid",
-        "loss",
-    ]
-    shown = [i for i in range(len(columns)) if any(row[i] != "" for row in rows)]
-    table([columns[i] for i in shown], [[row[i] for i in shown] for row in rows], file=sys.stdout)
-    test = result["test"]
-    base, last = test["base"], test["last"]
-    _say(
-        f"test ({base['n']} questions, greedy): {percent(base['accuracy'], (base['low'], base['high']))} -> "
-        f"{percent(last['accuracy'], (last['low'], last['high']))}; {test['wrong_to_right']} became right, "
-        f"{test['right_to_wrong']} became wrong, McNemar p = {test['mcnemar_p']:.2g}"
-    )
-    _say(f"model: {result['model']}   report: {result['run']}/report.html")

@@ -33,10 +33,11 @@ from minem.comparison import Cell, Match, markdown, matched, read_comparison
 from minem.config import Config
 from minem.em import Experiment
 from minem.errors import GuardError, UserError
+from minem.jsonl import read_rows
 from minem.packing import Example
 from minem.plot import plot_spent, svg_spent
 from minem.progress import Progress
-from minem.run import default_path, folder_name, hold_folder, read_journal, read_rows, remove_run, write_whole
+from minem.run import default_path, folder_name, hold_folder, read_journal, remove_run, write_whole
 from minem.samplers import SAMPLERS, SamplerConfig, make_sampler
 from minem.train import LAST_STAGE, conclude
 from minem.weights import resolve

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minem.generate import stream_seed
-from minem.run import read_facts, read_journal, read_rows
+from minem.jsonl import read_rows
+from minem.run import read_facts, read_journal
 from minem.statistics import holm, mcnemar, paired_t, standard_deviation
 from minem.text import clean
 

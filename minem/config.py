@@ -25,8 +25,9 @@ from minem.data.tasks import TaskConfig
 from minem.errors import UserError, is_reference, one_of, shown
 from minem.evaluate import EvalConfig
 from minem.mstep import MStepConfig
-from minem.run import RunConfig, difference, to_toml
+from minem.run import RunConfig
 from minem.samplers import SamplerConfig
+from minem.settings import difference, to_toml
 from minem.untrusted import read_toml
 from minem.weights import WeightsConfig
 

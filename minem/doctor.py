@@ -33,7 +33,7 @@ from minem.disk import shown_bytes
 from minem.kernels import linear_cross_entropy, sample
 from minem.kernels.backend import pick
 from minem.model import takes_varlen
-from minem.run import package_versions
+from minem.provenance import package_versions
 
 NEEDED = ("torch", "triton", "safetensors", "tokenizers", "huggingface-hub", "numpy", "jinja2", "pyarrow", "matplotlib")
 OPTIONAL = ("transformers", "wandb", "trackio")  # the tests' referee; live tracking

@@ -1,6 +1,7 @@
 """A run before it is made: what it needs of memory, samples, steps and disk, and whether that is here.
 
     minem train configs/toy.toml --dry-run
+    minem train configs/toy.toml --dry-run --gpus 2 --device cpu
 
 The input is read and checked as a run would (config, task, prompts, tokenizer, the shapes of the weights), but the
 weights stay on the disk, nothing is drawn and no directory is made. All numbers are the most that the run can come to:
@@ -36,15 +37,17 @@ TOKEN_BYTES = 12  # of samples.jsonl: the digits of a token's id, and the text t
 ROW_BYTES = 400  # and of a row beside its tokens
 
 
-def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
+def dry_run(config: Config, progress: Progress, gpus: int = 1) -> dict[str, Any]:
     """What a run of this config would need, at most, as plain JSON values; bytes where nothing else is said.
+
+    gpus: processes that make the run together; memory is that of one of them. On the CPU they share what is free.
 
     Raises what the run itself would for a config or an input that is wrong.
     """
     experiment = Experiment(config, progress, weights=False)
     model, dtype, device = experiment.model.config, experiment.dtype, experiment.device
-    taken, free = process_bytes(device), free_memory(device)
-    counts, micro_batch = _iteration(experiment)
+    taken, free = process_bytes(device), free_memory(device) // (gpus if device.type == "cpu" else 1)
+    counts, micro_batch = _iteration(experiment, gpus)
     work = _work(experiment, micro_batch, free)
     estep = memory.e_step(model, dtype, device.type, work)
     mstep = memory.m_step(model, dtype, device.type, work)
@@ -58,6 +61,7 @@ def dry_run(config: Config, progress: Progress) -> dict[str, Any]:
         "model": config.model.id,
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
+        "parallel": ("fsdp" if work.split else "ddp") if gpus > 1 else None,
         "parameters": {**vars(counted), "total": counted.total, "trained": work.adapters or counted.total},
         "work": vars(work),
         "memory": {
@@ -85,7 +89,7 @@ def process_bytes(device: torch.device) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
 
 
-def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
+def _iteration(experiment: Experiment, gpus: int) -> tuple[dict[str, int], dict[str, Any]]:
     """How much there is to do in one iteration, at most; and the largest micro-batch of it, as fields of `Work`."""
     config, task = experiment.config, experiment.task
     sampler, mstep = config.sampler, config.mstep
@@ -102,8 +106,11 @@ def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
         epochs=mstep.epochs,
         seed=config.run.seed,
         iteration=1,
+        ranks=gpus,
     )
-    tokens = max(*lengths, min(mstep.pack_tokens, sum(sorted(lengths)[-mstep.batch_size :])))
+    # Several processes have equally full micro-batches, but for one sequence.
+    fair = math.ceil(sum(sorted(lengths)[-mstep.batch_size :]) / gpus) + (max(lengths) if gpus > 1 else 0)
+    tokens = max(*lengths, min(mstep.pack_tokens, fair))
     counts = {
         "questions": len(prompts),
         "draws": draws,
@@ -117,11 +124,12 @@ def _iteration(experiment: Experiment) -> tuple[dict[str, int], dict[str, int]]:
     return counts, {
         "tokens": tokens,
         "supervised": min(tokens, math.ceil(tokens * sampler.max_new_tokens * len(lengths) / sum(lengths))),
-        "micro_batches": max(len(step.micro_batches) for step in steps),
+        "micro_batches": max(len(step.micro_batches) for step in steps) // gpus,
+        "ranks": gpus,
     }
 
 
-def _work(experiment: Experiment, micro_batch: Mapping[str, int], free: int) -> memory.Work:
+def _work(experiment: Experiment, micro_batch: Mapping[str, Any], free: int) -> memory.Work:
     """What the run asks of memory, with as many slots and as few recomputed blocks as `free` bytes allow."""
     sampler, mstep = experiment.config.sampler, experiment.config.mstep
     model, dtype, device = experiment.model.config, experiment.dtype, experiment.device.type
@@ -135,7 +143,13 @@ def _work(experiment: Experiment, micro_batch: Mapping[str, int], free: int) -> 
         moments_kept=mstep.optimizer_state == "keep",
         **micro_batch,
     )
-    return memory.fitted(model, dtype, device, work, free, mstep.checkpointing)
+    ddp, fsdp = (
+        memory.fitted(model, dtype, device, replace(work, split=split), free, mstep.checkpointing)
+        for split in (False, True)
+    )
+    if work.ranks == 1 or mstep.parallel == "ddp":
+        return ddp
+    return fsdp if mstep.parallel == "fsdp" or not memory.trains(model, dtype, device, ddp, free) else ddp
 
 
 def _disk(experiment: Experiment, work: memory.Work, counts: Mapping[str, int]) -> dict[str, int]:
@@ -203,7 +217,9 @@ def _remedy(experiment: Experiment, work: memory.Work, free: int) -> str:
             return f"set mstep.pack_tokens={tokens} (now up to {work.tokens} tokens a micro-batch)" + (
                 ' and mstep.checkpointing="auto"' if work.checkpointed < layers else ""
             )
-    return "take a smaller model, or a device with more memory"
+    if work.ranks > 1 and not work.split and fits(replace(recomputed, split=True)):
+        return 'set mstep.parallel="fsdp"'
+    return "take a smaller model, more GPUs (--gpus), or a device with more memory"
 
 
 def _disk_advice(disk: Mapping[str, int]) -> list[str]:
@@ -229,6 +245,8 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]
     rows.append(["at most", shown_bytes(memory_["e_step_peak"]), shown_bytes(memory_["m_step_peak"])])
     rows.append(["free or taken already", *[shown_bytes(memory_["free"] + memory_["taken"])] * 2])
     where = f"memory on {result['device']}, {result['dtype']}"
+    if result["parallel"] is not None:
+        where = f"memory of each of {result['work']['ranks']} processes ({result['parallel']}), {result['dtype']}"
     work = [[name.replace("_", " "), f"{count:,}"] for name, count in counts.items()]
     kinds = [[f"parameters, {kind}", f"{count:,}"] for kind, count in parameters.items()]
     return [

@@ -17,9 +17,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-import minem
 from minem import diagnostics, health, recovery
 from minem.agreement import DRAWS, agreement
 from minem.cache import free_memory, give_back
@@ -34,8 +31,8 @@ from minem.choices import (
     pick_dtype,
     pick_verdict,
 )
-from minem.data.prompts import ANSWER_LINE
 from minem.data.tasks import Question, load_task
+from minem.describe import describe, model_card
 from minem.disk import write_whole
 from minem.distributed import ALONE, Ranks
 from minem.errors import GuardError, NotFinite, UserError
@@ -43,16 +40,16 @@ from minem.estep import Counts, EStep, blocks, encode_prompt, minibatch
 from minem.evaluate import evaluate
 from minem.follower import Follower
 from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
+from minem.jsonl import read_rows, write_rows
 from minem.memory import SAFE_SHARE
 from minem.model import Model
 from minem.mstep import MStep
-from minem.objective import add_plain_logprobs, rationale_tokens, weigh
+from minem.objective import add_plain_logprobs, read_examples
 from minem.packing import Example
 from minem.progress import Progress, percent
-from minem.run import PARTIAL, RunDirectory, read_rows, write_rows
-from minem.samplers import Prompt, default_budget, make_sampler
+from minem.run import PARTIAL, RunDirectory
+from minem.samplers import Prompt, altered, default_budget, make_sampler
 from minem.stopping import Stop
-from minem.text import visible
 from minem.tracking import tracked
 from minem.weights import load, load_model, read_weights, resolve, save, saved_bytes, verify
 
@@ -138,7 +135,7 @@ class Experiment:
             path, whole, self.behind = self.ranks.receive("run")
             self.run = Follower(Path(path), self.config, self.ranks)
         with self.run:
-            self._describe()
+            describe(self)
             self._restore(whole)
             with tracked(self.run, tracker, self.progress):
                 yield self.run
@@ -223,7 +220,7 @@ class Experiment:
             kept = [row for row in rows if row.pop("kept")]
             write_rows(record.path(f"{folder}/samples.jsonl"), rows)
             write_rows(record.path(f"{folder}/accepted.jsonl"), kept)
-            record.result.update(counts.summary(), valid=self._valid_share(kept), altered=self._altered())
+            record.result.update(counts.summary(), valid=self._valid_share(kept), altered=altered(self.config.sampler))
             record.result.update(self.run.result(f"{stage}.1")["agreement"])
             record.result["warnings"] = health.of_draws(record.result)
             self.run.log_metrics(stage, **record.result, tokens_per_second=rate)
@@ -397,7 +394,7 @@ class Experiment:
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 verify(self.model, self.tokenizer, model)
-                (model / "README.md").write_text(self._model_card(iteration), encoding="utf-8")
+                (model / "README.md").write_text(model_card(self, iteration), encoding="utf-8")
                 record.result.update(summary, left_out=self.left_out)
                 record.result["warnings"] = self._health(iteration, self.mstep.losses, summary["entropy"])
             self._warn(stage)
@@ -449,52 +446,14 @@ class Experiment:
     # ---------------------------------------------------------------------------------------------------- the parts
 
     def examples(self, file: Path, keep: Callable[[Mapping[str, Any]], bool]) -> list[Example]:
-        """What is trained of the rows that `keep` keeps: the *plain* prompt of the question with the ids as drawn.
-
-        Rows of which nothing is trained are left out (and weighed all the same): where `mstep.answer_tokens` is off,
-        those that answer at once.
-
-        Raises:
-            UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or
-                more of them than the model has positions; or it lacks what the objective needs.
-        """
-        questions, mstep = {question.id: question for question in self.task.train}, self.config.mstep
-        rows, names, kept = [], [], []
-        for number, row in enumerate(read_rows(file), start=1):
-            if not keep(row):
-                continue
-            where, question, ids = f"{file}, row {number}", questions.get(str(row.get("id"))), row.get("token_ids")
-            if question is None:
-                raise UserError(f"{where}: id {row.get('id')!r} is no training question of {self.task.name}")
-            if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
-                raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
-            if isinstance(row.get("text"), str) and self.tokenizer.decode(ids).split() != row["text"].split():
-                raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")
-            prompt = encode_prompt(self.tokenizer, question)
-            if len(prompt) + len(ids) > self.generator.max_length:
-                raise UserError(
-                    f"{where}: {len(ids)} token ids and their prompt exceed {self.generator.max_length} positions"
-                )
-            supervised = None if mstep.answer_tokens else rationale_tokens(self.tokenizer, ids)
-            if supervised is None and not mstep.answer_tokens:
-                raise UserError(
-                    f'{where}: the text has no line that starts with "{ANSWER_LINE}", so mstep.answer_tokens = false '
-                    "cannot tell its rationale from its answer; such rows need mstep.answer_tokens = true"
-                )
-            rows.append(row)
-            names.append(where)
-            kept.append((question.id, prompt, ids, supervised))
-        weights = weigh(rows, mstep.weights, names)
-        examples = [
-            Example(id_, prompt, ids, weight, supervised)
-            for (id_, prompt, ids, supervised), weight in zip(kept, weights, strict=True)
-            if supervised != 0
-        ]
-        self.left_out = len(rows) - len(examples)
+        """What is trained of the rows that `keep` keeps: `minem.objective.read_examples`."""
+        examples, self.left_out = read_examples(
+            file, keep, self.task, self.tokenizer, self.generator.max_length, self.config.mstep
+        )
         if self.left_out:
             self.progress.note(
-                f"note    {self.left_out} of {len(rows)} accepted rationales answer at once: with mstep.answer_tokens "
-                "= false nothing of them is trained"
+                f"note    {self.left_out} of {self.left_out + len(examples)} accepted rationales answer at once: with "
+                "mstep.answer_tokens = false nothing of them is trained"
             )
         return examples
 
@@ -528,57 +487,6 @@ class Experiment:
             self.progress.note(
                 f"note    the M-step needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the cache "
                 f"({held / 1e9:.1f} GB) and its graphs were released, and are made anew by the next draws"
-            )
-
-    def _model_card(self, iteration: int) -> str:
-        """What the folder holds, for whoever finds it on its own."""
-        sampler = self.config.sampler
-        front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(self.config.model.id)}\ntags: [minem]\n---\n"
-        return visible(
-            f"{front}\n# {self.run.path.name}, iteration {iteration}\n\n"
-            f"`{self.config.model.id}` after {iteration} iteration(s) of expectation maximization on "
-            f"`{self.config.task.name}` with the sampler `{sampler.name}` (budget {sampler.budget}), "
-            f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
-        )
-
-    def _describe(self) -> None:
-        """What was inferred, at start-up."""
-        config, task = self.config, self.task
-        parameters = sum(p.numel() for p in self.model.parameters()) / 1e6
-        dtype = str(self.dtype).removeprefix("torch.")
-        sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
-        where = str(self.device)
-        if self.device.type == "cpu":
-            where += f", {torch.get_num_threads()} thread(s)"
-        self.progress.note(f"model   {config.model.id}: {parameters:,.2f} M parameters, {dtype} on {where}")
-        self.progress.note(f"task    {task.name}: {sizes}" + (f" ({task.note})" if task.note else ""))
-        self.progress.note(
-            f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}"
-        )
-        if self.ranks.size > 1:
-            self.progress.note(f"ranks   {self.ranks.size} processes; the M-step's weights: {self.mstep.strategy}")
-        if self.mstep.lora is not None:
-            trained = sum(p.numel() for p in self.mstep.working.values()) / 1e6
-            self.progress.note(
-                f"lora    rank {self.mstep.lora.rank}, alpha {self.mstep.lora.alpha:g}, {trained:,.2f} M parameters "
-                f"trained beside {', '.join(self.mstep.lora.targets)}"
-            )
-        size = config.run.questions_per_iteration
-        if size is not None and size > len(task.train):
-            self.progress.note(
-                f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} training questions: "
-                "each iteration draws on all of them"
-            )
-        elif size is not None:
-            self.progress.note(f"E-step  {size} of {len(task.train)} training questions in each iteration")
-        self.progress.note(f"run     {self.run.path}")
-        if self._altered():
-            self.progress.note(
-                f"note    {', '.join(self._altered())}: the draws follow this altered policy, not the model's posterior"
-            )
-        if config.mstep.lr > 1e-4 and parameters > 10 and self.mstep.lora is None:
-            self.progress.note(
-                f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual"
             )
 
     def _restore(self, iteration: int) -> None:
@@ -677,22 +585,6 @@ class Experiment:
                     )
                 longest = max(longest, length)
         return longest, max(self.config.eval.max_new_tokens, sampler.max_new_tokens)
-
-    def _altered(self) -> list[str]:
-        """What makes accepted draws follow another distribution than the model's own posterior: none by default.
-
-        The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer.
-        """
-        sampler = self.config.sampler
-        switches = {
-            "sampler.temperature": (sampler.temperature, 1.0),
-            "sampler.top_k": (sampler.top_k, 0),
-            "sampler.top_p": (sampler.top_p, 1.0),
-            "sampler.min_p": (sampler.min_p, 0.0),
-            "sampler.filter": (sampler.filter, "correct"),
-            "sampler.drop_leaks": (sampler.drop_leaks, False),
-        }
-        return [f"{key} = {value}" for key, (value, usual) in switches.items() if value != usual]
 
     def _skip(self, stage: str) -> bool:
         if self.run.finished(stage):

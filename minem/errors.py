@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minem.text import sentence
@@ -74,6 +74,12 @@ def one_of(value: Any, choices: Iterable[str], more: str = "") -> str:
     listed = " ".join(filter(None, ["one of " + ", ".join(names), more]))
     near = difflib.get_close_matches(str(value), names, n=1)
     return f"{listed} (did you mean {near[0]}?)" if near else listed
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first names of many, for a sentence."""
+    listed = ", ".join(names[:most])
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
 
 
 def is_reference(name: str) -> bool:

@@ -23,7 +23,8 @@ from minem.data.verdict import flexible
 from minem.errors import UserError, require
 from minem.estep import Verdict, encode_prompt, judge
 from minem.generate import Completion, Generator, Request, SamplingParams, stream_seed
-from minem.run import hold_folder, json_line, keep_whole
+from minem.jsonl import json_line, keep_whole
+from minem.run import hold_folder
 from minem.statistics import pass_at_k, wilson
 
 FIELDS = ("id", "answer", "gold", "status", "text", "tokens")  # of a row of eval.*.jsonl

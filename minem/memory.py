@@ -10,6 +10,7 @@ the parts of each sum to its peak.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -169,6 +170,8 @@ class Work:
     adapters: int = 0  # parameters of LoRA; 0: all of the model's are trained
     two_models: bool = False  # hinted draws come from a copy of the base model, which has a cache of its own
     moments_kept: bool = False  # AdamW's, from one M-step to the next
+    ranks: int = 1  # processes that train together, each on a device of its own; all numbers above are one process's
+    split: bool = False  # among several: "fsdp", each has its part of what is trained; else "ddp", each has all of it
 
 
 def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
@@ -179,7 +182,7 @@ def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
     scoring = work.tokens * _passing_bytes(config, dtype.itemsize, device)
     scoring += _chunk_bytes(config, work.supervised, dtype, device)
     parts = _resident(config, dtype, work) | {"generator": max(_drawing_bytes(config, dtype, device, work), scoring)}
-    return parts | ({"AdamW moments": 8 * _trained(config, work)} if work.moments_kept else {})
+    return parts | ({"AdamW moments": 8 * _trained_here(config, work)} if work.moments_kept else {})
 
 
 def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
@@ -188,7 +191,7 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
     With a single micro-batch in each step, the gradients grow while the activations go: then the part of the gradients
     is only what they exceed the others by. The loss's workspace is gone when the backward pass reaches the blocks.
     """
-    trained = _trained(config, work)
+    trained = _trained_here(config, work)
     activations = activation_bytes(config, work.tokens, work.supervised, work.checkpointed, dtype, device)
     loss = loss_bytes(config, work.supervised, dtype, device, trained=not work.adapters)
     head = 0 if work.adapters else config.vocab_size * config.hidden_size * dtype.itemsize
@@ -204,6 +207,8 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
         "activations": activations,
         "loss or backward": loss,
     }
+    if work.ranks > 1:
+        parts["gathered weights and gradients"] = _gathered_bytes(config, dtype, work)
     if device == "cpu":
         parts["gaps in the heap"] = int(HEAP_GAPS * sum(parts.values()))
     return _resident(config, dtype, work) | parts
@@ -233,8 +238,21 @@ def trains(config: ModelConfig, dtype: torch.dtype, device: str, work: Work, fre
     return sum(parts.values()) - parts["KV cache"] <= SAFE_SHARE * free
 
 
-def _trained(config: ModelConfig, work: Work) -> int:
-    return work.adapters or parameters(config).total
+def _trained_here(config: ModelConfig, work: Work) -> int:
+    """Parameters of which this process has float32 masters, gradients and moments."""
+    return math.ceil((work.adapters or parameters(config).total) / (work.ranks if work.split else 1))
+
+
+def _gathered_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
+    """What FSDP makes whole for a moment: weights to compute with, and gradients to be summed, in float32.
+
+    Embeddings and head stay whole while a micro-batch lasts; of the blocks, one is at work and the next is on its way.
+    """
+    counted = parameters(config)
+    block = counted.body // config.num_hidden_layers
+    weights = (counted.embeddings + counted.head + 2 * block) * dtype.itemsize
+    gradients = work.adapters // config.num_hidden_layers if work.adapters else max(block, counted.total - counted.body)
+    return weights + gradients * (dtype.itemsize + 4)
 
 
 def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, int]:
@@ -245,8 +263,10 @@ def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, 
         parts["base model for hints"] = weights
     if work.adapters:
         parts["adapters"] = work.adapters * dtype.itemsize
-    if dtype.itemsize < 4:
-        parts["float32 masters"] = 4 * _trained(config, work)
+    if dtype.itemsize < 4 or work.ranks > 1:  # a float32 model of a single process is its own master
+        parts["float32 masters"] = 4 * _trained_here(config, work)
+    if work.adapters and work.ranks > 1:
+        parts["frozen weights of the M-step"] = weights // (work.ranks if work.split else 1)
     cache = cache_bytes(config, dtype, work.slots, work.prompt - 1, work.new)
     return parts | {"KV cache": cache * (2 if work.two_models else 1)}
 

@@ -12,7 +12,6 @@ instead would weigh long rationales down, and the sum would no longer be the gra
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,25 +21,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from minem import trainstate
 from minem.cache import free_memory, give_back, out_of_memory, peak_memory
 from minem.distributed import ALONE, Ranks
-from minem.errors import GuardError, Interrupted, NotFinite, UserError, one_of, require
+from minem.errors import GuardError, Interrupted, NotFinite, UserError, one_of, require, some
 from minem.lora import TARGETS, LoRA, adapter_parameters, read_targets
 from minem.memory import SAFE_SHARE, activation_bytes, flops, loss_bytes, peak_flops
 from minem.model import Model
 from minem.packing import Example, MicroBatch, Step, best_fit_decreasing, pack, plan
-from minem.sharding import assign, complete, gather, local, scatter, sharded_copy
-from minem.tokenizer import read_json
+from minem.sharding import complete, gather, local, scatter, sharded_copy
 
 SCHEDULES = ("cosine", "linear", "constant")
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight, by its names in torch
-STATE_FILE_BYTES = 2 * 2**30  # of one file of a checkpoint: what the first process holds of it at once
-STATE_JSON_LIMIT = 64 * 2**20
 Weights = Literal["equal", "question", "importance"]
 
 
@@ -187,7 +181,10 @@ class MStep:
             return self.config.parallel
         share = self.ranks.size if self.model.device.type == "cpu" else 1  # whose memory they have in common
         blocks = self.model.config.num_hidden_layers
-        tight = self.memory_needed(blocks) > SAFE_SHARE * free_memory(self.model.device) / share
+        # The second model is yet to come: float32 masters, and under LoRA the frozen weights beside them.
+        frozen = 0 if self.lora is None else sum(p.nbytes for p in self.model.parameters())
+        needed = self.memory_needed(blocks) + self.master_bytes + frozen
+        tight = needed > SAFE_SHARE * free_memory(self.model.device) / share
         return "fsdp" if self.ranks.any(tight) else "ddp"
 
     def reset(self) -> None:
@@ -236,7 +233,7 @@ class MStep:
     @property
     def state_bytes(self) -> int:
         """Bytes that `save` writes between two M-steps, about."""
-        return self.master_bytes * (1 + len(MOMENTS) if self.config.optimizer_state == "keep" else 1)
+        return self.master_bytes * (1 + len(trainstate.MOMENTS) if self.config.optimizer_state == "keep" else 1)
 
     @property
     def master_bytes(self) -> int:
@@ -247,69 +244,16 @@ class MStep:
 
         All processes must call it; the first one writes. What is written does not depend on how many they are.
         """
-        parts = [("master", master, master) for master in self.masters.values()]
-        names = list(self.masters)
-        if self.optimizer is not None:
-            parts += [(k, m, self.optimizer.state[m][k]) for k in MOMENTS for m in self.masters.values()]
-        shard: dict[str, torch.Tensor] = {}
-        files = 0
-        for at, (kind, _, tensor) in enumerate(parts):
-            whole = complete(tensor.detach())
-            if not self.ranks.first:
-                continue
-            shard[f"{kind}.{names[at % len(names)]}"] = whole.cpu().contiguous()
-            if at + 1 == len(parts) or sum(t.nbytes for t in shard.values()) >= STATE_FILE_BYTES:
-                folder.mkdir(parents=True, exist_ok=True)
-                save_file(shard, folder / f"state-{files:05d}.safetensors")
-                shard, files = {}, files + 1
-        if self.ranks.first:
-            history = [[*astuple(totals), norm, seconds] for totals, norm, seconds in self.history]
-            text = json.dumps({"updates": self._updates(), "history": history})
-            (folder / "state.json").write_text(text, encoding="utf-8")
+        history = [[*astuple(totals), norm, seconds] for totals, norm, seconds in self.history]
+        trainstate.write(folder if self.ranks.first else None, self.masters, self.optimizer, history)
 
-    @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, on any number of processes. UserError if it is of another model."""
-        found: dict[str, Path] = {}
-        for path in sorted(folder.glob("state-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
-        state = read_json(folder / "state.json", STATE_JSON_LIMIT)
-        kinds = ("master", *(MOMENTS if state["updates"] else ()))
-        wanted = {f"{kind}.{name}" for kind in kinds for name in self.masters}
-        if odd := sorted(wanted ^ found.keys()):
-            raise UserError(f"{folder}: master weights of another model; these names differ: {_some(odd)}")
-        if state["updates"]:
-            self.optimizer = self._optimizer()
-        for path in sorted(set(found.values())):
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    kind, _, name = key.partition(".")
-                    self._assign(kind, self.masters[name], file.get_tensor(key), key, folder, state["updates"])
-        self.history = [(Totals(*numbers[:-2]), *numbers[-2:]) for numbers in state["history"]]
+        self.optimizer, history = trainstate.read(folder, self.masters, self._optimizer)
+        self.history = [(Totals(*sums), norm, seconds) for *sums, norm, seconds in history]
         self._publish()
         if not self.history:
             self._hand_over()
-
-    def _assign(
-        self, kind: str, master: torch.Tensor, value: torch.Tensor, key: str, folder: Path, updates: int
-    ) -> None:
-        if value.shape != master.shape:
-            raise UserError(f"{folder}: {key} has the shape {tuple(value.shape)}, not {tuple(master.shape)}")
-        if kind == "master":
-            assign(master, value)
-            return
-        assert self.optimizer is not None
-        moments = self.optimizer.state[master]
-        moments.setdefault("step", torch.tensor(float(updates), device=master.device))
-        moments[kind] = torch.empty_like(master, requires_grad=False)
-        assign(moments[kind], value)
-
-    def _updates(self) -> int:
-        """How many updates AdamW's state has seen."""
-        if self.optimizer is None or not self.optimizer.state:
-            return 0
-        return int(next(iter(self.optimizer.state.values()))["step"])
 
     # --------------------------------------------------------------------------------------------------- training
 
@@ -463,7 +407,7 @@ class MStep:
         """The last update has no loss after it that would show what it did."""
         odd = [name for name, master in self.masters.items() if not local(master).isfinite().all()]
         if self.ranks.any(bool(odd)):
-            raise GuardError(f"weights are not finite after the last update ({_some(odd)}); lower mstep.lr")
+            raise GuardError(f"weights are not finite after the last update ({some(odd)}); lower mstep.lr")
 
     def _check(self, examples: Sequence[Example]) -> None:
         if not examples:
@@ -536,7 +480,7 @@ class MStep:
         numbers = {"loss": totals.loss, "gradient_norm": float(complete(norm))}
         raise NotFinite(
             f"loss {totals.loss:g} and gradient norm {numbers['gradient_norm']:g} are not both finite, so the weights "
-            f"were not updated; examples at fault: {_some([examples[i].id for i in culprits])}",
+            f"were not updated; examples at fault: {some([examples[i].id for i in culprits])}",
             {
                 **{name: repr(value) for name, value in numbers.items()},
                 "step": len(self.history) + 1,
@@ -614,8 +558,3 @@ def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[t
         for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):
             scored[i] = own.tolist(), spread.tolist()
     return [scored[i] for i in range(len(examples))]
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    shown = ", ".join(names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -16,20 +16,75 @@ Plain draws at temperature 1 have w = 1, so that importance is question there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from minem.data.tasks import Question
+from minem.data.prompts import ANSWER_LINE
+from minem.data.tasks import Question, Task
 from minem.data.verdict import answer_line
 from minem.errors import GuardError, UserError, shown
 from minem.estep import encode_prompt
+from minem.jsonl import read_rows
 from minem.model import Model
-from minem.mstep import Weights, score
+from minem.mstep import MStepConfig, Weights, score
 from minem.packing import Example
 from minem.tokenizer import Tokenizer
 
 SMALLEST = 2.0**-126  # of normal float32, which the loss computes in: beside a sum of 1 it is nothing
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no whole character yet
+
+
+def read_examples(
+    file: Path,
+    keep: Callable[[Mapping[str, Any]], bool],
+    task: Task,
+    tokenizer: Tokenizer,
+    max_length: int,
+    config: MStepConfig,
+) -> tuple[list[Example], int]:
+    """What is trained of the rows that `keep` keeps: the *plain* prompt of the question with the ids as drawn.
+
+    Args:
+        file: of rows as in samples.jsonl. max_length: positions of the model.
+    Returns:
+        the examples, and how many of the rows are left out (but weighed all the same) since nothing of them is trained:
+        where `mstep.answer_tokens` is off, those that answer at once.
+    Raises:
+        UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or more of
+            them than the model has positions; or it lacks what the objective needs.
+    """
+    questions = {question.id: question for question in task.train}
+    rows, names, kept = [], [], []
+    for number, row in enumerate(read_rows(file), start=1):
+        if not keep(row):
+            continue
+        where, question, ids = f"{file}, row {number}", questions.get(str(row.get("id"))), row.get("token_ids")
+        if question is None:
+            raise UserError(f"{where}: id {row.get('id')!r} is no training question of {task.name}")
+        if not (isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
+            raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
+        if isinstance(row.get("text"), str) and tokenizer.decode(ids).split() != row["text"].split():
+            raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")
+        prompt = encode_prompt(tokenizer, question)
+        if len(prompt) + len(ids) > max_length:
+            raise UserError(f"{where}: {len(ids)} token ids and their prompt exceed {max_length} positions")
+        supervised = None if config.answer_tokens else rationale_tokens(tokenizer, ids)
+        if supervised is None and not config.answer_tokens:
+            raise UserError(
+                f'{where}: the text has no line that starts with "{ANSWER_LINE}", so mstep.answer_tokens = false '
+                "cannot tell its rationale from its answer; such rows need mstep.answer_tokens = true"
+            )
+        rows.append(row)
+        names.append(where)
+        kept.append((question.id, prompt, ids, supervised))
+    weights = weigh(rows, config.weights, names)
+    examples = [
+        Example(id_, prompt, ids, weight, supervised)
+        for (id_, prompt, ids, supervised), weight in zip(kept, weights, strict=True)
+        if supervised != 0
+    ]
+    return examples, len(rows) - len(examples)
 
 
 def weigh(rows: Sequence[Mapping[str, Any]], weights: Weights, names: Sequence[str]) -> list[float]:

@@ -23,7 +23,8 @@ from minem.data.prompts import messages
 from minem.data.tasks import Question, Task, load_task
 from minem.errors import UserError
 from minem.hub import cache_only
-from minem.run import read_facts, read_journal, read_rows
+from minem.jsonl import read_rows
+from minem.run import read_facts, read_journal
 
 STATUSES = ("accepted", "wrong", "unparsed", "truncated")
 SECTIONS = ("model", "task", "sampler", "mstep", "eval", "run")

@@ -22,21 +22,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
-import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-import minem
 from minem.disk import (
     PARTIAL,
     flush,
@@ -50,14 +45,15 @@ from minem.disk import (
     write_whole,
 )
 from minem.errors import Interrupted, UserError, require
-from minem.text import redact, visible
-from minem.untrusted import own_file, parse, read_json, read_toml
+from minem.jsonl import json_line, keep_whole, whole_lines
+from minem.provenance import now, run_facts
+from minem.settings import difference, to_toml
+from minem.untrusted import own_file, read_json, read_toml
 
 if TYPE_CHECKING:
     from minem.config import Config
 
 LOCK = ".lock"
-ROW_LIMIT = 16 << 20  # bytes of one line of a JSONL file
 JOURNAL_LIMIT = 256 << 20  # bytes
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
@@ -265,7 +261,7 @@ class RunDirectory:
         """The journal line that makes a stage finished, after everything it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
             flush_tree(self.path / "metrics.jsonl")
-        more = {"files": stage.files, "seconds": round(seconds, 3), "time": _now()}
+        more = {"files": stage.files, "seconds": round(seconds, 3), "time": now()}
         line = json_line({"stage": stage.name, "result": stage.result, **more})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(line)
@@ -305,7 +301,7 @@ class RunDirectory:
             self._refuse_another_run(inputs)
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
-            facts = _facts(self.config, command, inputs, origins)
+            facts = run_facts(self.config, command, inputs, origins)
             write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
             write_whole(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
@@ -391,49 +387,12 @@ def remove_run(path: Path) -> None:
             remove(path / name)
 
 
-def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
-    """The config as TOML, as `load_config` reads it back to an equal one. Keys that are None are left out.
-
-    origins: where values were written, {"section.key": "--flag" or a path}; they become comments.
-    """
-    lines = []
-    for section, values in dataclasses.asdict(config).items():
-        lines.append(f"[{section}]")
-        for key, value in values.items():
-            origin = (origins or {}).get(f"{section}.{key}")
-            comment = f"  # by {_toml_value(origin)}" if origin else ""  # quoted: a path may hold a line break
-            lines += [f"{key} = {_toml_value(value)}{comment}"] if value is not None else []
-        lines.append("")
-    return "\n".join(lines)
-
-
-def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One line per key that differs, like "sampler.budget: 8 -> 4"; {section: {key: value}}, None for not set."""
-    before, after = ({f"{s}.{key}": v for s, values in c.items() for key, v in values.items()} for c in (old, new))
-    keys = {**after, **before}
-    return [f"{k}: {_shown(before.get(k))} -> {_shown(after.get(k))}" for k in keys if before.get(k) != after.get(k)]
-
-
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     """What `to_toml` wrote."""
     try:
         return read_toml(path)
     except UserError as error:
         raise UserError(f"{error}; give --overwrite to start anew") from error
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else _toml_value(value)
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, str):
-        # TOML's basic strings are JSON's, but that they also escape DEL; so that the file is harmless to look at, too,
-        # whatever a terminal would obey is escaped like it.
-        return visible(json.dumps(value, ensure_ascii=False))
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
 
 
 def folder_name(name: str) -> str:
@@ -455,7 +414,7 @@ def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
     path = own_file(Path(folder), "journal.jsonl")
     if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
         raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    lines = _replay(_whole_lines(path)[0], Path(folder))
+    lines = _replay(whole_lines(path)[0], Path(folder))
     return {stage: line["result"] for stage, line in lines.items()}
 
 
@@ -467,34 +426,6 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
-def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write JSON lines (UTF-8, one object a line) and say how many."""
-    count = 0
-    with open(path, "wb") as file:
-        for count, row in enumerate(rows, start=1):  # noqa: B007 (the count is the result)
-            file.write(json_line(row))
-    return count
-
-
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file, which may be anyone's. UserError names the file and the line."""
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(ROW_LIMIT + 1):
-                number += 1
-                if len(line) > ROW_LIMIT:
-                    raise UserError(f"{path}, line {number}: longer than {ROW_LIMIT} bytes")
-                if line.isspace():
-                    continue
-                row = _parse(line)
-                if row is None:
-                    raise UserError(f"{path}, line {number}: not a JSON object")
-                yield row
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
     """The journal's lines by stage."""
     wanted = {"stage": str, "result": dict, "files": dict}
@@ -502,46 +433,6 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     if not all(isinstance(line.get(key), kind) for line in lines for key, kind in wanted.items()):
         raise UserError(f"{folder / 'journal.jsonl'} is damaged; give --overwrite to start the run anew")
     return {line["stage"]: line for line in lines}
-
-
-def json_line(row: Mapping[str, Any]) -> bytes:
-    """One line of a JSONL file."""
-    # ASCII only, so that hostile text (control characters, lone surrogates) is harmless to look at and always valid.
-    return json.dumps(row, allow_nan=False).encode("ascii") + b"\n"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = parse(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows of a file that we append to, and the bytes they take: a last line that was cut off is left out."""
-    rows: list[dict[str, Any]] = []
-    size = 0
-    content = path.read_bytes() if path.exists() else b""
-    lines = content.splitlines(keepends=True)
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line) if line.endswith(b"\n") else None
-        if row is None and number < len(lines):
-            raise UserError(f"{path}, line {number}: damaged; give --overwrite to start the run anew")
-        if row is not None:
-            rows.append(row)
-            size += len(line)
-    return rows, size
-
-
-def keep_whole(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that we append to, a cut off last line removed so that the next one starts afresh."""
-    rows, size = _whole_lines(path)
-    if path.exists() and path.stat().st_size > size:
-        with open(path, "r+b") as file:
-            file.truncate(size)
-            flush(file)
-    return rows
 
 
 def check_place(path: Path, mark: str = "run.json", kind: str = "run directory") -> None:
@@ -571,47 +462,6 @@ def take_lock(path: Path) -> IO[str]:
     return lock
 
 
-def package_versions(names: Iterable[str]) -> dict[str, str]:
-    """Those of the named packages that are installed."""
-    versions = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _facts(config: Config, command: list[str], inputs: dict[str, str], origins: dict[str, str]) -> dict[str, Any]:
-    packages = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy")
-    keys = [f"{section}.{key}" for section, values in dataclasses.asdict(config).items() for key in values]
-    return {
-        "versions": {"minem": minem.__version__, "python": platform.python_version(), **package_versions(packages)},
-        "platform": platform.platform(),
-        "commit": _commit(),
-        "command": [redact(word) for word in command],
-        "seed": config.run.seed,
-        "config": dataclasses.asdict(config),
-        "origins": {key: origins.get(key, "default") for key in keys},
-        "inputs": inputs,
-        "started": _now(),
-    }
-
-
-def _commit() -> str | None:
-    """The git commit of minem's own source tree, "-dirty" where it was changed; None for an installed copy."""
-    root = Path(__file__).resolve().parent.parent
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None  # an installed copy that lies inside somebody's repository
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _without_out(config: Config) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, out=None))
 
@@ -619,7 +469,3 @@ def _without_out(config: Config) -> Config:
 def _last_part(name: str) -> str:
     """Of a path or a hub id."""
     return Path(name).name or Path(name).resolve().name
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

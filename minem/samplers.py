@@ -179,3 +179,19 @@ def import_object(name: str, key: str, known: str = "") -> type:
     if not hasattr(imported, attribute):
         raise UserError(f"{key} = {name!r}: module {module!r} has no {attribute!r}")
     return getattr(imported, attribute)
+
+
+def altered(sampler: SamplerConfig) -> list[str]:
+    """What makes accepted draws follow another distribution than the model's own posterior: none by default.
+
+    The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer.
+    """
+    switches = {
+        "sampler.temperature": (sampler.temperature, 1.0),
+        "sampler.top_k": (sampler.top_k, 0),
+        "sampler.top_p": (sampler.top_p, 1.0),
+        "sampler.min_p": (sampler.min_p, 0.0),
+        "sampler.filter": (sampler.filter, "correct"),
+        "sampler.drop_leaks": (sampler.drop_leaks, False),
+    }
+    return [f"{key} = {value}" for key, (value, usual) in switches.items() if value != usual]

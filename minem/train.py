@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from minem.distributed import ALONE, Ranks
 from minem.em import Experiment
 from minem.errors import GuardError, UserError
+from minem.jsonl import read_rows
 from minem.progress import Progress
-from minem.run import RunDirectory, default_path, read_rows
+from minem.run import RunDirectory, default_path
 from minem.statistics import mcnemar
 from minem.stopping import Stop
 

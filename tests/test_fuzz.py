@@ -36,7 +36,7 @@ from minem.data.tasks import TOY, Question, load_task
 from minem.em import Experiment
 from minem.errors import UserError
 from minem.progress import Progress
-from minem.run import to_toml
+from minem.settings import to_toml
 from minem.text import clean, visible
 from minem.tokenizer import Tokenizer
 from tests.minem.runs import answer, make_run, sample

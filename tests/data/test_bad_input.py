@@ -20,7 +20,7 @@ from minem.cli import main
 from minem.data.tasks import SPLITS, TOY, Question
 from minem.estep import judge
 from minem.generate import Completion
-from minem.run import read_rows
+from minem.jsonl import read_rows
 
 ARC = {
     "id": "q",

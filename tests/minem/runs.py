@@ -10,7 +10,8 @@ from typing import Any
 
 from minem.config import load_config
 from minem.data.tasks import load_task
-from minem.run import to_toml, write_rows
+from minem.jsonl import write_rows
+from minem.settings import to_toml
 from minem.statistics import wilson
 
 

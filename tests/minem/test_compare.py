@@ -24,9 +24,10 @@ from minem.config import load_config
 from minem.data.tasks import TOY, load_task
 from minem.errors import Interrupted, UserError
 from minem.estep import encode_prompt
+from minem.jsonl import read_rows
 from minem.mstep import MStep
 from minem.packing import Example
-from minem.run import RunDirectory, read_journal, read_rows
+from minem.run import RunDirectory, read_journal
 from minem.samplers import Budgeted
 from tests.minem.test_em import contents
 

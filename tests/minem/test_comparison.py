@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from minem.comparison import Cell, markdown, read_comparison
-from minem.run import write_rows
+from minem.jsonl import write_rows
 
 # Statuses of ten test questions: of the base model, and after training with a sampler from a seed.
 BASE = ["unparsed", "truncated", *4 * ["wrong"], *4 * ["accepted"]]

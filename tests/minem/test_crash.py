@@ -21,10 +21,11 @@ import torch
 from minem.config import load_config
 from minem.em import Experiment
 from minem.errors import GuardError, Interrupted
+from minem.jsonl import read_rows
 from minem.mstep import MStep
 from minem.packing import Example
 from minem.progress import Progress
-from minem.run import read_journal, read_rows
+from minem.run import read_journal
 from minem.stopping import Stop
 from minem.train import train
 

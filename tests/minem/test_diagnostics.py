@@ -16,7 +16,8 @@ from minem.data.verdict import strict
 from minem.diagnostics import EXPLAINED, Draw, acceptance, choose, draw, early_share, falling, shown, summarise
 from minem.estep import encode_prompt, judge
 from minem.generate import Generator, Request, SamplingParams, stream_seed
-from minem.run import read_journal, read_rows
+from minem.jsonl import read_rows
+from minem.run import read_journal
 from minem.statistics import wilson
 from minem.weights import load
 

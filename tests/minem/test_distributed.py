@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minem.distributed import SILENCE, Ranks
-from minem.run import read_journal, read_rows
+from minem.jsonl import read_rows
+from minem.run import read_journal
 
 FEW = ["--device", "cpu", "--limit", "24", "--set", "eval.samples=1", "--set", "eval.diagnostics=4"]
 SPLIT = ["--set", "mstep.parallel=fsdp"]

@@ -22,8 +22,9 @@ from minem.data.tasks import load_task
 from minem.em import Experiment
 from minem.errors import Interrupted
 from minem.estep import EStep, encode_prompt
+from minem.jsonl import read_rows
 from minem.model import Model
-from minem.run import RunDirectory, read_journal, read_rows
+from minem.run import RunDirectory, read_journal
 from minem.samplers import Budgeted
 from tests.minem.folders import make_model
 

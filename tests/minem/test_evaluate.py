@@ -17,7 +17,7 @@ from minem.cli import main
 from minem.data.tasks import Question, load_task
 from minem.errors import Interrupted
 from minem.evaluate import FIELDS, answer_file, evaluate, majority, summarise_answers
-from minem.run import read_rows
+from minem.jsonl import read_rows
 from minem.statistics import wilson
 
 SMALL = ["--limit", 6, "--max-new-tokens", 64]

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from minem import health
 from minem.cli import main
-from minem.run import read_journal, read_rows
+from minem.jsonl import read_rows
+from minem.run import read_journal
 
 
 def counted(accepted: int, attempts: int, solved: int, *, prompts: str = "plain", **rejected: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -213,7 +214,7 @@ def test_a_dry_run_refuses_what_a_run_would_refuse(tmp_path):
         (["--set", "sampler.max_new_tokens=600"], "lower sampler.max_new_tokens"),
         (["--task", str(tmp_path / "none.jsonl")], "none.jsonl"),
         (["--samples", "rows.jsonl"], "give either"),
-        (["--gpus", "2"], "leave --gpus out"),
+        (["--gpus", "2", "--device", "cuda"], "--gpus 2"),
     ):
         done = CliRunner().invoke(main, ["train", "--dry-run", *flags])
         assert done.exit_code == 2
@@ -272,41 +273,49 @@ def make_random_model(folder: Path) -> None:
             shutil.copy(file, folder)
 
 
+def anonymous_bytes(process: int) -> int:
+    """What a process holds now; 0 once it is gone."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon"))
+
+
 def anonymous_peak(command: list[str], log: Path) -> int:
-    """Bytes of anonymous memory that a child process holds at most, looked at every 3 ms."""
+    """Bytes of anonymous memory that the largest of a child process and its children holds at most, every 3 ms."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     peak = 0
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=out, env=environment) as child:
+        children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
         while child.poll() is None:
-            try:
-                status = Path(f"/proc/{child.pid}/status").read_text()
-            except OSError:
-                break
-            held = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
-            peak = max([peak, *held])
+            with contextlib.suppress(OSError):
+                peak = max(peak, *map(anonymous_bytes, [child.pid, *map(int, children.read_text().split())]))
             time.sleep(0.003)
     assert child.returncode == 0, log.read_text()
-    return peak * 1024
+    return peak
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 @pytest.mark.parametrize(
-    "more",
+    ("processes", "more"),
     [
-        ["mstep.checkpointing=off"],
-        ["mstep.checkpointing=full", "mstep.optimizer_state=keep"],
-        ["mstep.checkpointing=off", "mstep.lora_rank=16"],
+        (1, ["mstep.checkpointing=off"]),
+        (1, ["mstep.checkpointing=full", "mstep.optimizer_state=keep"]),
+        (1, ["mstep.checkpointing=off", "mstep.lora_rank=16"]),
+        (2, ["mstep.checkpointing=off", "mstep.parallel=ddp"]),
+        (2, ["mstep.checkpointing=off", "mstep.parallel=fsdp"]),
     ],
-    ids=" ".join,
+    ids=str,
 )
-def test_the_plan_is_what_a_run_of_59_million_parameters_takes(tmp_path, more):
+def test_the_plan_is_what_a_run_of_59_million_parameters_takes(tmp_path, processes, more):
     """Within 15 % of the peak of anonymous memory. The random model accepts nothing, so every draw is kept."""
     make_random_model(tmp_path / "model")
     flags = ["--model", str(tmp_path / "model"), "--task", "toy", "--limit", "24", "--budget", "1", "--device", "cpu"]
     for setting in (*SETTINGS, *more):
         flags += ["--set", setting]
-    flags += ["--out", str(tmp_path / "run")]
+    flags += ["--out", str(tmp_path / "run"), "--gpus", str(processes)]
     # Also in a process of its own: what it takes before it begins is part of the plan.
     done = subprocess.run(
         [sys.executable, "-m", "minem", "train", *flags, "--dry-run", "--json"], capture_output=True, text=True
@@ -316,5 +325,5 @@ def test_the_plan_is_what_a_run_of_59_million_parameters_takes(tmp_path, more):
     assert plan["parameters"]["total"] == 58_737_152
     peak = anonymous_peak([sys.executable, "-m", "minem", "train", *flags], tmp_path / "log")
     planned = max(plan["memory"]["e_step_peak"], plan["memory"]["m_step_peak"])
-    print(f"{' '.join(more)}: planned {planned / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
+    print(f"{processes} x {' '.join(more)}: planned {planned / 1e6:.0f} MB, measured {peak / 1e6:.0f} MB")
     assert planned == pytest.approx(peak, rel=0.15)

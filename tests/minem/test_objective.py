@@ -24,10 +24,11 @@ from minem.data.tasks import TOY, load_task
 from minem.data.verdict import answer_line
 from minem.errors import GuardError, UserError
 from minem.estep import encode_prompt
+from minem.jsonl import read_rows, write_rows
 from minem.mstep import MStep, MStepConfig, loss_divisor
 from minem.objective import SMALLEST, add_plain_logprobs, rationale_tokens, weigh
 from minem.packing import Example, Step
-from minem.run import read_journal, read_rows, write_rows
+from minem.run import read_journal
 from minem.tokenizer import Tokenizer
 from minem.weights import load
 

@@ -24,7 +24,8 @@ import minem.run
 from minem.cli import main
 from minem.config import load_config
 from minem.errors import Interrupted
-from minem.run import RunDirectory, json_line, read_facts, read_journal, read_rows
+from minem.jsonl import json_line, read_rows
+from minem.run import RunDirectory, read_facts, read_journal
 
 SMALL = [
     "--limit",

@@ -15,19 +15,12 @@ from typing import Any
 
 import pytest
 
+import minem.provenance
 import minem.run
 from minem.config import Config, load_config
 from minem.errors import Interrupted, UserError
-from minem.run import (
-    LOCK,
-    PARTIAL,
-    RunDirectory,
-    default_path,
-    read_facts,
-    read_journal,
-    read_rows,
-    write_rows,
-)
+from minem.jsonl import read_rows, write_rows
+from minem.run import LOCK, PARTIAL, RunDirectory, default_path, read_facts, read_journal
 
 
 def config(out: Path, **flags: Any) -> Config:
@@ -112,7 +105,9 @@ def dies_at(fatal: int, work: Callable[[], None]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_at_any_write_it_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(minem.run, "_commit", lambda: None)  # asking git each time would take most of the test's time
+    monkeypatch.setattr(
+        minem.provenance, "_commit", lambda: None
+    )  # asking git each time would take most of the test's time
     small_run(tmp_path / "undisturbed")
     expected = everything(tmp_path / "undisturbed")
     assert len(expected) == 10
