@@ -37,7 +37,7 @@ MODELS = {
     "Llama-3.1-8B": ("llama", 32, 4096, 32, 8, 128, 14_336, 128_256, False),
     "Qwen3-8B": ("qwen3", 36, 4096, 32, 8, 128, 12_288, 151_936, False),
 }
-GPUS = (24, 80, 141)  # GB
+GPUS = ((1, 24), (1, 80), (1, 141), (8, 80))  # how many, GB of each; several train with FSDP
 CONTEXT = 1e9  # bytes that are allowed for CUDA itself and its libraries
 PROMPT, NEW, SLOTS, RANK = 256, 1024, 256, 16
 
@@ -86,14 +86,14 @@ def model_config(name: str) -> ModelConfig:
     )
 
 
-def cell(config: ModelConfig, gigabytes: int, pack: int, adapters: int) -> str:
-    """How a run does its work on a GPU of this size, and the peak of both steps; or what is missing."""
+def cell(config: ModelConfig, gpus: int, gigabytes: int, pack: int, adapters: int) -> str:
+    """How a run does its work on GPUs of this size, and the peak of both steps; or what is missing."""
     free = int(gigabytes * 1e9 - CONTEXT)
     dtype, supervised = torch.bfloat16, pack * NEW // (PROMPT + NEW)
-    for slots in (
-        SLOTS >> n for n in range(5)
-    ):  # below 16, an E-step of thousands of draws takes too long to be of use
-        asked = Work(slots, PROMPT, NEW, pack, supervised, micro_batches=2, adapters=adapters)
+    for slots in (SLOTS >> n for n in range(5)):  # below 16, an E-step of thousands of draws takes too long
+        asked = Work(
+            slots, PROMPT, NEW, pack, supervised, micro_batches=2, adapters=adapters, ranks=gpus, split=gpus > 1
+        )
         work = fitted(config, dtype, "cuda", asked, free)
         drawing = sum(e_step(config, dtype, "cuda", work).values())
         if drawing <= free:
@@ -115,16 +115,18 @@ measured. Working weights in bf16; float32 masters and AdamW for what is trained
 {NEW:,} new ones; {CONTEXT / 1e9:g} GB left to CUDA itself, and of the rest {SAFE_SHARE:.0%} to the M-step.
 
 Cells: slots, blocks whose activations are recomputed / all blocks: GB at the peak of the E-step, of the M-step (with
-the cache where there is room for both). "no" where one of the two does not fit, and what they would take.
+the cache where there is room for both). "no" where one of the two does not fit, and what they would take. Several GPUs
+train with FSDP, and the bytes are those of each.
 """
-    yield f"| model | parameters | trained | pack | {' | '.join(f'{size} GB' for size in GPUS)} |"
+    sizes = " | ".join(f"{gpus} x {size} GB" if gpus > 1 else f"{size} GB" for gpus, size in GPUS)
+    yield f"| model | parameters | trained | pack | {sizes} |"
     yield "|---" * (4 + len(GPUS)) + "|"
     for name in MODELS:
         config = model_config(name)
         for trained, rank in (("all", 0), (f"LoRA {RANK}", RANK)):
             adapters = lora_parameters(config, rank)
             for pack in (8192, 16_384):
-                cells = " | ".join(cell(config, size, pack, adapters) for size in GPUS)
+                cells = " | ".join(cell(config, gpus, size, pack, adapters) for gpus, size in GPUS)
                 count = parameters(config).total
                 yield f"| {name} | {count / 1e9:.2f} B | {trained} | {pack:,} | {cells} |"
 
