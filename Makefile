@@ -1,5 +1,5 @@
 # make demo    train the embedded toy by EM, in minutes on two CPU cores
-# make test    the quick tests (no GPU)          make check   lint, format, types, links
+# make test    the quick tests (no GPU), on two cores          make check   lint, format, types, links
 # make clean   remove what these made            make demo PYTHON=python3.12   another Python (3.11 or later)
 #
 # All work in one virtual environment, .venv. The demo needs only what minem runs on; transformers (the tests' referee),
@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(RUN) -m minem train --sampler rsm --budget 8
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 check: $(VENV)/installed-dev
 	$(RUN) -m ruff check .
