@@ -297,12 +297,13 @@ class RunDirectory:
             remove_run(self.path)
         for partial in list(self.path.rglob(PARTIAL + "*")):
             remove(partial)
-        if (self.path / "config.toml").exists():
-            self._refuse_another_run(inputs)
+        if (before := self._config_before()) is not None:
+            self._refuse_another_run(before, inputs)
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = run_facts(self.config, command, inputs, origins)
             write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+        if not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
             write_whole(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
         self._lines = _replay(keep_whole(self.path / "journal.jsonl"), self.path)
@@ -315,10 +316,23 @@ class RunDirectory:
         if len(kept) < len(metrics):
             write_whole(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
-    def _refuse_another_run(self, inputs: dict[str, str]) -> None:
-        changes = difference(_read_config(self.path / "config.toml"), dataclasses.asdict(self.config))
-        before = read_facts(self.path).get("inputs", {})
-        changes += [f"{name} changed" for name in {**before, **inputs} if before.get(name) != inputs.get(name)]
+    def _config_before(self) -> Mapping[str, Mapping[str, Any]] | None:
+        """The config that the run was started with; None where it was not."""
+        config, journal = self.path / "config.toml", self.path / "journal.jsonl"
+        if config.exists():
+            return _read_config(config)
+        if not journal.exists() or not journal.stat().st_size:
+            return None
+        found = read_facts(self.path).get("config")  # config.toml was removed since
+        if not (isinstance(found, dict) and all(isinstance(values, dict) for values in found.values())):
+            raise UserError(f"{self.path / 'run.json'} has no config; give --overwrite to start the run anew")
+        return found
+
+    def _refuse_another_run(self, before: Mapping[str, Mapping[str, Any]], inputs: dict[str, str]) -> None:
+        changes = difference(before, dataclasses.asdict(self.config))
+        read = read_facts(self.path).get("inputs")
+        read = read if isinstance(read, dict) else {}
+        changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
         if changes:
             raise UserError(
                 f"{self.path} holds a run that was started differently ({'; '.join(changes)}): "
@@ -392,7 +406,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
         return read_toml(path)
     except UserError as error:
-        raise UserError(f"{error}; give --overwrite to start anew") from error
+        raise UserError(f"{error}; delete it to have it written anew, or give --overwrite to start anew") from error
 
 
 def folder_name(name: str) -> str:

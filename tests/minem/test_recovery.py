@@ -280,6 +280,29 @@ def test_the_config_of_a_run_repeats_it(finished: Callable[[str], Path], tmp_pat
     assert 'budget = 2  # by "--budget"' in (source / "config.toml").read_text()
 
 
+def test_a_run_without_its_config_is_still_known(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("last"), run)
+    cut_journal(run, "iter-01/estep")
+    (run / "config.toml").write_text("[model")
+    refused = train(run)
+    assert refused.exit_code == 2
+    assert "delete it" in refused.stderr
+    (run / "config.toml").unlink()
+    refused = minem_cli("train", *SMALL, "--set", "mstep.lr=0.5", "--out", run)
+    assert refused.exit_code == 2
+    assert "mstep.lr: 0.001 -> 0.5" in refused.stderr
+    assert train(run).exit_code == 0
+    assert load_config(run / "config.toml") == load_config(finished("last") / "config.toml")
+    assert outcome(run) == outcome(finished("last"))
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"config": 3}))
+    (run / "config.toml").unlink()
+    refused = train(run)
+    assert refused.exit_code == 2
+    assert "run.json has no config" in refused.stderr
+
+
 # --------------------------------------------------------------------------------------------------------- the disk
 
 
