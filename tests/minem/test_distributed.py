@@ -213,3 +213,15 @@ def test_an_error_is_told_once(tmp_path):
     _, err = minem("train", *FEW[2:], "--device", "auto", "--gpus", 500, "--out", tmp_path / "run", code=2)
     assert err.count("--gpus 500") == len(err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_death_after_the_others_have_ended_is_told(tmp_path):
+    process = tmp_path / "process"
+    process.write_text('#!/bin/sh\n[ "$RANK" = 0 ] || kill -9 $$\n')
+    process.chmod(0o755)
+    code = (
+        f"import sys; sys.executable = {str(process)!r}; from minem.distributed import launch; sys.exit(launch(2, []))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3
+    assert done.stderr == "minem: process 2 of 2 was ended by SIGKILL; give the same command again\n"
