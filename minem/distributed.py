@@ -287,9 +287,9 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         signal.signal(number, lambda received, frame: _pass_on(processes, received))
     codes = _wait(processes)
     if any(codes) and max(codes) == 0:  # the others had ended well by then, so that none of them has told it
-        number = next(n for n, code in enumerate(codes, start=1) if code)
-        name = signal.Signals(-codes[number - 1]).name
-        print(f"minem: process {number} of {count} was ended by {name}; give the same command again", file=sys.stderr)
+        killed = next(n for n, code in enumerate(codes, start=1) if code)
+        killer = signal.Signals(-codes[killed - 1]).name
+        print(f"minem: process {killed} of {count} was ended by {killer}; give the same command again", file=sys.stderr)
     # What a person can mend outranks what the others only noticed; a process that was killed has a negative code.
     return next((code for code in (2, 4, 1, 3) if code in codes), 3 if any(codes) else 0)
 
