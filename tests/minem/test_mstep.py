@@ -2,12 +2,14 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 import transformers
 
 from minem.errors import GuardError, Interrupted, UserError
+from minem.kernels import linear_cross_entropy
 from minem.model import Model
 from minem.mstep import MStep, MStepConfig, Totals, learning_rate, loss_divisor
 from minem.packing import Example, Step, plan
@@ -132,11 +134,15 @@ def test_packed_sequences_have_the_gradients_of_one_by_one(folders):
 # ----------------------------------------------------------------------------- the whole trajectory
 
 
-@pytest.mark.parametrize("pack_tokens", [1, 48])
-def test_micro_batches_do_not_change_the_trajectory(folders, pack_tokens):
+@pytest.mark.parametrize(("pack_tokens", "chunk_rows"), [(1, None), (48, None), (10_000, 1), (10_000, 7), (48, 5)])
+def test_micro_batches_and_chunks_of_the_loss_do_not_change_the_trajectory(
+    folders, pack_tokens, chunk_rows, monkeypatch
+):
+    """All in one micro-batch and one chunk of logits, against smaller ones of either."""
     examples = make_examples(40)
     losses = []
-    for capacity in (10_000, pack_tokens):
+    for capacity, chunk in ((10_000, 10_000), (pack_tokens, chunk_rows)):
+        monkeypatch.setattr("minem.model.linear_cross_entropy", partial(linear_cross_entropy, chunk_rows=chunk))
         rows: list[dict] = []
         one = load_model(folders["llama"])
         config = MStepConfig(lr=1e-3, batch_size=8, epochs=6, pack_tokens=capacity)
