@@ -77,6 +77,18 @@ def hash_prompts(questions: Sequence[Question], hint: str) -> str:
     return digest.hexdigest()
 
 
+def set_deterministic(device: torch.device, wanted: bool) -> None:
+    """Whether PyTorch may use what does not repeat bit for bit on a GPU: the backward pass of flash attention, say.
+
+    Call it before anything is computed: cuBLAS reads its part of it once. On the CPU there is nothing to choose.
+    """
+    if device.type == "cuda":
+        if wanted:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(wanted)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, against bugs
+
+
 def limit_threads(model: Model) -> None:
     """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS says otherwise.
 

@@ -30,6 +30,7 @@ from minem.choices import (
     pick_device,
     pick_dtype,
     pick_verdict,
+    set_deterministic,
 )
 from minem.data.tasks import Question, load_task
 from minem.describe import describe, model_card
@@ -88,6 +89,7 @@ class Experiment:
         self.stop = Stop() if stop is None else stop
         self.task = load_task(config.task.name, config.task.limit, config.run.seed)
         self.device = pick_device(config.run.device)
+        set_deterministic(self.device, config.run.deterministic)
         self.dtype = pick_dtype(config.model.dtype, self.device)
         self.sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
         self.verdict = pick_verdict(config.task.verdict)

@@ -70,7 +70,10 @@ def whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(lines, start=1):
         row = _parse(line) if line.endswith(b"\n") else None
         if row is None and number < len(lines):
-            raise UserError(f"{path}, line {number}: damaged; give --overwrite to start the run anew")
+            raise UserError(
+                f"{path}, line {number}: damaged; delete it and all lines below it to go on from there, or give "
+                "--overwrite to start anew"
+            )
         if row is not None:
             rows.append(row)
             size += len(line)

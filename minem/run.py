@@ -71,6 +71,7 @@ class RunConfig:
     init: Literal["previous", "base"] = "previous"  # what each M-step starts from; "base" as in STaR
     keep: Literal["last", "all"] = "last"  # model folders that stay on disk
     checkpoint_minutes: float = 15.0  # between two checkpoints inside an M-step; the last two are kept while it lasts
+    deterministic: bool = False  # on a GPU, only what repeats bit for bit, at some cost; a CPU always does
     slots: int | None = None  # sequences generated at once; by default 96 on the CPU, 256 on a GPU
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ import minem
 import minem.em
 import minem.estep
 import minem.weights
+from minem.choices import set_deterministic
 from minem.cli import main
 from minem.data.tasks import load_task
 from minem.em import Experiment
@@ -640,3 +641,33 @@ def test_the_cache_makes_room_for_training_and_says_so(tmp_path, monkeypatch):
     ok(tight)
     assert "its graphs were released, and are made anew by the next draws" in " ".join(tight.stderr.split())
     assert contents(tmp_path / "tight") == contents(tmp_path / "plain")
+
+
+@pytest.fixture
+def as_before():
+    """What `set_deterministic` changes is of the whole process."""
+    algorithms, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    fill = filling.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(algorithms)
+    filling.fill_uninitialized_memory = fill
+
+
+def test_deterministic_is_for_gpus_and_can_be_taken_back(as_before, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_deterministic(torch.device("cpu"), True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    set_deterministic(torch.device("cuda"), True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    set_deterministic(torch.device("cuda"), False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_the_same_seed_gives_the_same_bytes(as_before, tmp_path, dtype):
+    settings = ["--device", "cuda", "--set", f"model.dtype={dtype}", "--set", "run.deterministic=true"]
+    for name in ("one", "two"):
+        ok(train(tmp_path / name, *settings))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

@@ -218,6 +218,20 @@ def test_a_torn_journal(finished: Callable[[str], Path], tmp_path: Path) -> None
     assert outcome(run) == outcome(finished("last"))
 
 
+def test_a_journal_that_was_changed_goes_on_from_above_it(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("last"), run)
+    lines = (run / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    lines[6] = b"\xff" + lines[6]
+    (run / "journal.jsonl").write_bytes(b"".join(lines))
+    refused = train(run)
+    assert refused.exit_code == 2
+    assert "journal.jsonl, line 7: damaged; delete it and all lines below it" in refused.stderr
+    (run / "journal.jsonl").write_bytes(b"".join(lines[:6]))
+    assert train(run).exit_code == 0
+    assert outcome(run) == outcome(finished("last"))
+
+
 def test_a_journal_of_before_there_were_manifests_is_continued(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished("last"), run)

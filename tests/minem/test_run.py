@@ -147,7 +147,7 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
     journal = (tmp_path / "journal.jsonl").read_text()
     for damaged in (journal.replace("{", "", 1), journal.replace('"stage"', '"stag"', 1), "[]\n" + journal):
         (tmp_path / "journal.jsonl").write_text(damaged)
-        with pytest.raises(UserError, match=r"journal\.jsonl.* damaged; give --overwrite"):
+        with pytest.raises(UserError, match=r"journal\.jsonl.* damaged; delete it and all"):
             RunDirectory.open(config(tmp_path))
 
 
