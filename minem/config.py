@@ -77,6 +77,11 @@ class Config:
                 'mstep.answer_tokens = false leaves out the answer line, which draws kept by sampler.filter = "none" '
                 'may lack; it needs sampler.filter = "correct"'
             )
+        if self.mstep.optimizer_state == "keep" and self.run.init == "base":
+            raise UserError(
+                'mstep.optimizer_state = "keep" goes on from the last M-step, and run.init = "base" starts each from the '
+                "base model: leave one of the two out"
+            )
 
 
 SECTIONS: dict[str, type] = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config)}

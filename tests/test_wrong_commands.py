@@ -154,6 +154,8 @@ WRONG = {
     "train --set mstep.lr=fast": '--set: mstep.lr is "fast"; it must be',
     "train --set mstep.lr=nan": "--set: mstep.lr is nan; it must be a finite number",
     "train --set sampler.draws=frist": "(did you mean first?)",
+    "train --set mstep.weights=question": 'it needs sampler.draws = "all"',
+    "train --set mstep.optimizer_state=keep --set run.init=base": "leave one of the two out",
     "train --set sampler.hint=forwards": "(did you mean forward?)",
     "train --set run.keep=newest": 'run.keep is "newest"; it must be one of last, all',
     "train --set run.slots=0": "run.slots is 0; it must be between 1 and 65536",
