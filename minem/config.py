@@ -79,8 +79,8 @@ class Config:
             )
         if self.mstep.optimizer_state == "keep" and self.run.init == "base":
             raise UserError(
-                'mstep.optimizer_state = "keep" goes on from the last M-step, and run.init = "base" starts each from the '
-                "base model: leave one of the two out"
+                'mstep.optimizer_state = "keep" goes on from the last M-step, and run.init = "base" starts each from '
+                "the base model: leave one of the two out"
             )
 
 

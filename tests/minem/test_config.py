@@ -334,6 +334,8 @@ def configs(draw: st.DrawFn) -> Config:
         drawn["sampler"] = dataclasses.replace(drawn["sampler"], draws="all")
     if not drawn["mstep"].answer_tokens:
         drawn["sampler"] = dataclasses.replace(drawn["sampler"], filter="correct")
+    if drawn["run"].init == "base":
+        drawn["mstep"] = dataclasses.replace(drawn["mstep"], optimizer_state="reset")
     return Config(**drawn)
 
 
