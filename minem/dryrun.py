@@ -23,7 +23,7 @@ from minem import memory
 from minem.cache import free_memory
 from minem.checkpoints import KEPT
 from minem.disk import shown_bytes
-from minem.em import Experiment
+from minem.em import ROW_BYTES, TOKEN_BYTES, Experiment
 from minem.estep import encode_prompt
 from minem.packing import plan
 from minem.progress import Progress
@@ -32,9 +32,6 @@ from minem.samplers import default_budget
 
 if TYPE_CHECKING:
     from minem.config import Config
-
-TOKEN_BYTES = 12  # of samples.jsonl: the digits of a token's id, and the text that it stands for
-ROW_BYTES = 400  # and of a row beside its tokens
 
 
 def dry_run(config: Config, progress: Progress, gpus: int = 1) -> dict[str, Any]:
