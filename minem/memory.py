@@ -89,7 +89,7 @@ def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int
         "up_proj": width + inner,
         "down_proj": inner + width,
     }
-    names = [name.strip() for name in targets.split(",")]
+    names = {name.strip() for name in targets.split(",")}  # naming one twice makes one of it
     return config.num_hidden_layers * rank * sum(sizes[name] for name in (sizes if "all" in names else names))
 
 

@@ -179,13 +179,15 @@ class MStep:
         self.strategy = "ddp"
         if self.config.parallel != "auto":
             return self.config.parallel
-        share = self.ranks.size if self.model.device.type == "cpu" else 1  # whose memory they have in common
-        blocks = self.model.config.num_hidden_layers
-        # The second model is yet to come: float32 masters, and under LoRA the frozen weights beside them.
-        frozen = 0 if self.lora is None else sum(p.nbytes for p in self.model.parameters())
-        needed = self.memory_needed(blocks) + self.master_bytes + frozen
-        tight = needed > SAFE_SHARE * free_memory(self.model.device) / share
-        return "fsdp" if self.ranks.any(tight) else "ddp"
+        # The second model (`sharded_copy`) is still to be made: float32 where it is trained, the rest as it is.
+        copied = self.master_bytes + sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
+        needed = copied + self.memory_needed(self.model.config.num_hidden_layers)
+        return "fsdp" if self.ranks.any(needed > self._room()) else "ddp"
+
+    def _room(self) -> int:
+        """Bytes that this process may plan with; on the CPU all processes have one memory in common."""
+        share = self.ranks.size if self.model.device.type == "cpu" else 1
+        return int(SAFE_SHARE * free_memory(self.model.device) / share)
 
     def reset(self) -> None:
         """Take the model's present weights as the masters; call it whenever someone else has written the weights.
@@ -219,7 +221,7 @@ class MStep:
         blocks = self.model.config.num_hidden_layers
         if self.config.checkpointing != "auto":
             return blocks if self.config.checkpointing == "full" else 0
-        room = int(SAFE_SHARE * free_memory(self.model.device))
+        room = self._room()
         return next((n for n in range(blocks) if self.memory_needed(n) <= room), blocks)
 
     # ----------------------------------------------------------------------------------------------- on the disk

@@ -76,7 +76,7 @@ def test_parameters_of_published_models():
         assert parameters(model_config(name)).total == total
 
 
-@pytest.mark.parametrize("targets", ["all", "q_proj, v_proj", "down_proj"])
+@pytest.mark.parametrize("targets", ["all", "q_proj, v_proj", "down_proj", "up_proj,up_proj"])
 @pytest.mark.parametrize("kind", ["llama-head-dim", "qwen2", "qwen3"])
 def test_adapters_are_those_that_peft_makes(kind, targets):
     peft = pytest.importorskip("peft")

@@ -8,8 +8,11 @@ import pytest
 import torch
 import transformers
 
+import minem.mstep
+from minem.distributed import Ranks
 from minem.errors import GuardError, Interrupted, UserError
 from minem.kernels import linear_cross_entropy
+from minem.memory import SAFE_SHARE
 from minem.model import Model
 from minem.mstep import MStep, MStepConfig, Totals, learning_rate, loss_divisor
 from minem.packing import Example, Step, plan
@@ -295,6 +298,28 @@ def test_one_sequence_that_does_not_fit_is_told(folders, monkeypatch):
     with pytest.raises(Interrupted, match="one sequence at a time"):
         MStep(model, MStepConfig(batch_size=8)).run(make_examples(16), seed=0, iteration=1)
     assert all(torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_weights_are_split_where_a_whole_copy_of_them_does_not_fit_too(folders, monkeypatch, rank):
+    """Several processes train a second model beside the generator's; only its float32 masters make the difference."""
+
+    class Two(Ranks):
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    config = MStepConfig(lora_rank=rank)
+    model = load_model(folders["llama"], dtype=torch.bfloat16)
+    alone = MStep(model, config, base=folders["llama"])
+    beside = alone.memory_needed(model.config.num_hidden_layers)
+    weights = sum(p.numel() for p in model.parameters())
+    copied = 4 * weights if not rank else 2 * weights + alone.master_bytes
+    monkeypatch.setattr(minem.mstep, "sharded_copy", lambda model, ranks, replicate: copy.deepcopy(model))
+    for needed, strategy in ((beside + 0.9 * copied, "fsdp"), (beside + 1.1 * copied, "ddp")):
+        free = needed / SAFE_SHARE * 2  # two processes on a CPU share it
+        monkeypatch.setattr(minem.mstep, "free_memory", lambda device, free=free: free)
+        model = load_model(folders["llama"], dtype=torch.bfloat16)
+        assert MStep(model, config, Two(0, 2), base=folders["llama"]).strategy == strategy
 
 
 # ---------------------------------------------------------------------------------------- precision
