@@ -164,8 +164,11 @@ class _Watch:
         self.silence = SILENCE
         self.parent = os.getppid()
         self.ended = False
+        self.left = False
+        self.unanswered = 0.0  # seconds since the store last answered, not counting those that this process was stopped
         self.lock = threading.Lock()  # `failed` and `finished` speak on the same connection
         threading.Thread(target=self._watch, daemon=True).start()
+        threading.Thread(target=self._guard, daemon=True).start()
 
     def _watch(self) -> None:
         seen: dict[int, tuple[bytes, float]] = {other: (b"", time.monotonic()) for other in self.others}
@@ -195,6 +198,15 @@ class _Watch:
                 self._stop("the process that started this one", "is gone")
             time.sleep(BEAT)
 
+    def _guard(self) -> None:
+        """End this process where the store is silent: who serves it is stopped, and whoever asks it waits for good."""
+        while not self.left:
+            time.sleep(BEAT)
+            self.unanswered += BEAT
+            if self.unanswered > self.silence and not self.left:
+                self.ended = False  # whatever this process was about to say, nobody can be told it any more
+                self._stop("the first process", f"has given no sign of life for {self.silence:.0f} s")
+
     def _is_dead(self, beat: bytes) -> bool:
         """Known at once of a process on this machine; of others only their silence tells."""
         host, _, rest = beat.decode().rpartition(" ")[0].partition(" ")
@@ -207,7 +219,9 @@ class _Watch:
         return False
 
     def _read(self, key: str) -> bytes:
-        return self.store.get(key) if self.store.check([key]) else b""
+        value = self.store.get(key) if self.store.check([key]) else b""
+        self.unanswered = 0.0
+        return value
 
     def _stop(self, name: str, what: str) -> None:
         if not self.ended:
@@ -233,6 +247,7 @@ class _Watch:
             self.store.set(f"beat/{self.rank}", "finished")
             self.ended = True
             self._wait_for_the_others()
+        self.left = True
 
     def failed(self, error: BaseException) -> None:
         """Tell the others of an error here; a broken connection is most likely the end of another process instead."""
@@ -244,11 +259,13 @@ class _Watch:
         with suppress(Exception), self.lock:
             self.ended = True
             self.store.set(f"failed/{self.rank}", json.dumps({"code": code, "text": text}))
+            self.unanswered = 0.0
             if self.rank == 0:
                 self._wait_for_the_others()
-                return
-            time.sleep(3 * BEAT)  # for the first process to see it
-            self.store.set(f"beat/{self.rank}", "finished")
+            else:
+                time.sleep(3 * BEAT)  # for the first process to see it
+                self.store.set(f"beat/{self.rank}", "finished")
+        self.left = True
         if self.rank and code != 1:
             os._exit(code)  # the first process has told it
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minem.distributed import SILENCE, Ranks
+from minem import distributed
+from minem.distributed import GRACE, SILENCE, Ranks
+from minem.errors import GuardError
 from minem.jsonl import read_rows
 from minem.run import read_journal
 
@@ -195,6 +200,58 @@ def test_the_death_of_one_process_ends_all_and_the_run_goes_on(tmp_path, rank, s
         assert ids(out, file) == ids(tmp_path / "undisturbed", file)
     mine, theirs = (read_journal(run)["iter-01/mstep"] for run in (out, tmp_path / "undisturbed"))
     assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_stands_still_is_missed_as_well(tmp_path, rank):
+    """Nothing tells of it: its connections stay open, and those of the first one are the store's."""
+    out = tmp_path / "run"
+    command = ["train", *FEW, "--iterations", 1, "--set", "mstep.epochs=40", "--out", out]
+    running = start(*command, "--gpus", 2)
+    metrics = out / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and b'"iter-01/mstep"' in metrics.read_bytes())
+    survivor, stopped = of_rank(running, 1 - rank), of_rank(running, rank)
+    os.kill(stopped, signal.SIGSTOP)
+    since = time.monotonic()
+    try:
+        wait_for(lambda: not Path(f"/proc/{survivor}").exists(), 60)
+        _, err = finish(running, code=3)  # which ends the one that was stopped
+    finally:
+        for process in (stopped, survivor):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+    assert time.monotonic() - since < 60 + GRACE
+    assert f"no sign of life for {SILENCE:.0f} s" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    minem(*command)
+
+
+@pytest.mark.parametrize("silent", ["set", "check", "get"])
+def test_a_store_that_does_not_answer_ends_the_process(monkeypatch, silent):
+    """Whoever serves it is stopped: the thread that asks it waits for good, as does whoever tells of a failure."""
+
+    class Silent:
+        def __getattr__(self, name):
+            if name == silent:
+                return lambda *arguments: threading.Event().wait()
+            known = {"set": lambda *_: None, "check": lambda keys: "beat" in keys[0], "get": lambda key: b"finished"}
+            return known[name]
+
+    ended: queue.Queue = queue.Queue()
+
+    def leave(self, message, code):
+        ended.put((message, code))
+        threading.Event().wait()
+
+    monkeypatch.setattr(distributed, "BEAT", 0.02)
+    monkeypatch.setattr(distributed, "SILENCE", 0.2)
+    monkeypatch.setattr(distributed._Watch, "_exit", leave)
+    watch = distributed._Watch(1, 2, Silent())
+    threading.Thread(target=watch.failed, args=[GuardError("an error here, meanwhile")], daemon=True).start()
+    message, code = ended.get(timeout=20)
+    assert code == 3
+    assert "the first process has given no sign of life" in message
 
 
 @pytest.mark.slow
