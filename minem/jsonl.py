@@ -51,6 +51,14 @@ def json_line(row: Mapping[str, Any]) -> bytes:
     return json.dumps(row, allow_nan=False).encode("ascii") + b"\n"
 
 
+def damaged(path: Path, number: int) -> UserError:
+    """What to say of a line of a file that we append to, and of which what stands above it is enough to go on."""
+    return UserError(
+        f"{path}, line {number}: damaged; delete it and all lines below it to go on from there, or give --overwrite to "
+        "start anew"
+    )
+
+
 def keep_whole(path: Path) -> list[dict[str, Any]]:
     """The rows of a file that we append to, a cut off last line removed so that the next one starts afresh."""
     rows, size = whole_lines(path)
@@ -70,10 +78,7 @@ def whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     for number, line in enumerate(lines, start=1):
         row = _parse(line) if line.endswith(b"\n") else None
         if row is None and number < len(lines):
-            raise UserError(
-                f"{path}, line {number}: damaged; delete it and all lines below it to go on from there, or give "
-                "--overwrite to start anew"
-            )
+            raise damaged(path, number)
         if row is not None:
             rows.append(row)
             size += len(line)

@@ -45,7 +45,7 @@ from minem.disk import (
     write_whole,
 )
 from minem.errors import Interrupted, UserError, require
-from minem.jsonl import json_line, keep_whole, whole_lines
+from minem.jsonl import damaged, json_line, keep_whole, whole_lines
 from minem.provenance import now, run_facts
 from minem.settings import difference, to_toml
 from minem.untrusted import own_file, read_json, read_toml
@@ -445,8 +445,9 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     """The journal's lines by stage."""
     wanted = {"stage": str, "result": dict, "files": dict}
     lines = [{"files": {}, **line} for line in lines]  # older journals have none
-    if not all(isinstance(line.get(key), kind) for line in lines for key, kind in wanted.items()):
-        raise UserError(f"{folder / 'journal.jsonl'} is damaged; give --overwrite to start the run anew")
+    for number, line in enumerate(lines, start=1):
+        if not all(isinstance(line.get(key), kind) for key, kind in wanted.items()):
+            raise damaged(folder / "journal.jsonl", number)
     return {line["stage"]: line for line in lines}
 
 

@@ -336,7 +336,7 @@ def test_warnings_of_the_iterations_are_told(tmp_path):
         (lambda run: (run / "run.json").unlink(), "run.json cannot be read"),
         (lambda run: (run / "run.json").write_text("[1]"), "holds a JSON list"),
         (lambda run: (run / "run.json").write_text('{"config": {"task": {}}}'), "holds no config"),
-        (lambda run: (run / "journal.jsonl").write_text('{"stage": 1}\n'), "journal.jsonl is damaged"),
+        (lambda run: (run / "journal.jsonl").write_text('{"stage": 1}\n'), "journal.jsonl, line 1: damaged"),
         (lambda run: (run / "iter-01" / "samples.jsonl").write_text('{"id": 7}\n'), "a row has no id"),
         (
             lambda run: (run / "iter-01" / "samples.jsonl").write_text("no\n"),
