@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 40.0  # seconds without one until a process counts as lost
+START = 600.0  # and until its first: torch may come from a cold disk
 GRACE = 30.0  # seconds that `launch` gives the others to end by themselves after one has failed
 PATIENCE = timedelta(days=2)  # of a collective: a death is noticed by silence, not by a timeout
 
@@ -171,7 +172,8 @@ class _Watch:
         threading.Thread(target=self._guard, daemon=True).start()
 
     def _watch(self) -> None:
-        seen: dict[int, tuple[bytes, float]] = {other: (b"", time.monotonic()) for other in self.others}
+        # Silence is counted in rounds of this loop: where all processes were suspended together, none was silent.
+        seen: dict[int, tuple[bytes, int]] = dict.fromkeys(self.others, (b"", 0))
         number = 0
         while not self.ended:
             number += 1
@@ -191,9 +193,11 @@ class _Watch:
                 if self._is_dead(beats[other]):
                     self._stop(name, "has ended before its time")
                 elif beats[other] != seen[other][0]:
-                    seen[other] = (beats[other], time.monotonic())
-                elif beats[other] != b"finished" and time.monotonic() - seen[other][1] > self.silence:
-                    self._stop(name, f"has given no sign of life for {self.silence:.0f} s")
+                    seen[other] = (beats[other], number)
+                    continue
+                most = self.silence if beats[other] else START
+                if beats[other] != b"finished" and (number - seen[other][1]) * BEAT > most:
+                    self._stop(name, f"has given no sign of life for {most:.0f} s")
             if os.getppid() != self.parent:
                 self._stop("the process that started this one", "is gone")
             time.sleep(BEAT)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from minem import diagnostics, health, recovery
 from minem.agreement import DRAWS, agreement
-from minem.cache import free_memory, give_back
+from minem.cache import give_back
 from minem.checkpoints import Checkpoints
 from minem.choices import (
     fingerprint,
@@ -42,7 +42,6 @@ from minem.evaluate import evaluate
 from minem.follower import Follower
 from minem.generate import DEFAULT_SLOTS, Completion, Generator, SamplingParams
 from minem.jsonl import read_rows, write_rows
-from minem.memory import SAFE_SHARE
 from minem.model import Model
 from minem.mstep import MStep
 from minem.objective import add_plain_logprobs, read_examples
@@ -129,6 +128,8 @@ class Experiment:
                 self.config, command=command, overwrite=overwrite, inputs=inputs, origins=origins
             )
             self.run.on_finished = lambda stage, result: self.ranks.publish(f"stage/{stage}", result)
+            for change in self.run.changes:
+                self._note(f"{change}, since this run was started; it is memory and time alone, but for rounding")
             if sentence := recovery.go_back(self.run):
                 self.progress.note(f"warning {sentence}")
             whole, self.behind = recovery.whole_model(self.run)
@@ -484,10 +485,10 @@ class Experiment:
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
         give_back(self.device)
-        needed, free = self.mstep.memory_needed(), free_memory(self.device)
-        if needed > SAFE_SHARE * free and (held := self.generator.release()):
+        needed, room = self.mstep.memory_needed(), self.mstep.room()
+        if needed > room and (held := self.generator.release()):
             self.progress.note(
-                f"note    the M-step needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: the cache "
+                f"note    the M-step needs about {needed / 1e9:.1f} GB and has {room / 1e9:.1f} GB of room: the cache "
                 f"({held / 1e9:.1f} GB) and its graphs were released, and are made anew by the next draws"
             )
 

@@ -182,9 +182,9 @@ class MStep:
         # The second model (`sharded_copy`) is still to be made: float32 where it is trained, the rest as it is.
         copied = self.master_bytes + sum(p.nbytes for p in self.model.parameters() if not p.requires_grad)
         needed = copied + self.memory_needed(self.model.config.num_hidden_layers)
-        return "fsdp" if self.ranks.any(needed > self._room()) else "ddp"
+        return "fsdp" if self.ranks.any(needed > self.room()) else "ddp"
 
-    def _room(self) -> int:
+    def room(self) -> int:
         """Bytes that this process may plan with; on the CPU all processes have one memory in common."""
         share = self.ranks.size if self.model.device.type == "cpu" else 1
         return int(SAFE_SHARE * free_memory(self.model.device) / share)
@@ -221,7 +221,7 @@ class MStep:
         blocks = self.model.config.num_hidden_layers
         if self.config.checkpointing != "auto":
             return blocks if self.config.checkpointing == "full" else 0
-        room = self._room()
+        room = self.room()
         return next((n for n in range(blocks) if self.memory_needed(n) <= room), blocks)
 
     # ----------------------------------------------------------------------------------------------- on the disk
@@ -358,7 +358,7 @@ class MStep:
         blocks = self.model.config.num_hidden_layers
         if self.ranks.size > 1:  # the others are inside a collective by now
             raise Interrupted(
-                f"memory ran out in the M-step of one of {self.ranks.size} processes; start anew with "
+                f"memory ran out in the M-step of one of {self.ranks.size} processes; go on with "
                 f"mstep.pack_tokens below {self.pack_tokens}, mstep.checkpointing = full, or mstep.parallel = fsdp"
             )
         if self.config.checkpointing == "auto" and self.trained.checkpointed < blocks:
@@ -366,8 +366,8 @@ class MStep:
             self.on_note("memory ran out: the activations of all blocks are computed again from here on")
         elif all(len(micro_batch) == 1 for micro_batch in step.micro_batches):
             raise Interrupted(
-                "memory ran out in the M-step with one sequence at a time; start anew with mstep.checkpointing = full, "
-                "with mstep.lora_rank, or with a smaller sampler.max_new_tokens"
+                "memory ran out in the M-step with one sequence at a time; go on with mstep.checkpointing = full, "
+                "or start anew with mstep.lora_rank or a smaller sampler.max_new_tokens"
             )
         else:
             self.pack_tokens //= 2

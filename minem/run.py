@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 
 LOCK = ".lock"
 JOURNAL_LIMIT = 256 << 20  # bytes
+# May differ when a run goes on: they decide about memory and time, and about results no more than rounding does.
+MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
 OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
 
@@ -144,6 +146,7 @@ class RunDirectory:
         self._lock = lock
         self._lines: dict[str, dict[str, Any]] = {}  # of the journal, by stage
         self._damaged: dict[str, list[str]] = {}  # what was found out about stages
+        self.changes: list[str] = []  # of MEMORY_ALONE, since the run was started
         self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # sees what log_metrics writes
         self.on_finished: Callable[[str, dict[str, Any]], None] | None = None  # sees each stage's result
 
@@ -166,7 +169,7 @@ class RunDirectory:
         origins: where values of the config were written (`minem.config.origins`), for the record.
 
         Raises UserError where the directory holds something else, belongs to a running process, was started with a
-        different config or other inputs, or cannot be written; Interrupted where the disk is full.
+        different config (MEMORY_ALONE apart) or other inputs, or cannot be written; Interrupted where the disk is full.
         """
         path = Path(config.run.out).expanduser() if config.run.out is not None else default_path(config)
         config = _without_out(config)
@@ -331,6 +334,8 @@ class RunDirectory:
 
     def _refuse_another_run(self, before: Mapping[str, Mapping[str, Any]], inputs: dict[str, str]) -> None:
         changes = difference(before, dataclasses.asdict(self.config))
+        self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
+        changes = [change for change in changes if change not in self.changes]
         read = read_facts(self.path).get("inputs")
         read = read if isinstance(read, dict) else {}
         changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]

@@ -636,7 +636,7 @@ def test_the_cache_makes_room_for_training_and_says_so(tmp_path, monkeypatch):
     plain = train(tmp_path / "plain", "--iterations", 1)
     assert "cache   " in plain.stderr
     assert "released" not in plain.stderr
-    monkeypatch.setattr(minem.em, "free_memory", lambda device: 1_000)
+    monkeypatch.setattr("minem.mstep.MStep.room", lambda self: 1_000)
     tight = train(tmp_path / "tight", "--iterations", 1)
     ok(tight)
     assert "its graphs were released, and are made anew by the next draws" in " ".join(tight.stderr.split())

@@ -294,6 +294,27 @@ def test_the_config_of_a_run_repeats_it(finished: Callable[[str], Path], tmp_pat
     assert 'budget = 2  # by "--budget"' in (source / "config.toml").read_text()
 
 
+def test_what_is_memory_alone_may_change_when_a_run_goes_on(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished("last"), run)
+    cut_journal(run, "iter-03/estep")
+    smaller = ["--set", "mstep.pack_tokens=64", "--set", "mstep.checkpointing=full", "--set", "run.slots=8"]
+    again = minem_cli("train", *SMALL, *smaller, "--out", run)
+    assert again.exit_code == 0, again.output
+    said = " ".join(again.stderr.split())
+    assert "mstep.pack_tokens: 8192 -> 64, since this run was started" in said
+    assert 'mstep.checkpointing: "auto" -> "full", since' in said
+    here, there = (read_journal(path)["iter-03/mstep"] for path in (run, finished("last")))
+    assert here["micro_batches"] > there["micro_batches"]
+    assert here["checkpointed"] > 0
+    assert here["loss"] == pytest.approx(there["loss"], abs=1e-6)
+    # The config that the run was started with stands, and still nothing else may differ.
+    assert load_config(run / "config.toml") == load_config(finished("last") / "config.toml")
+    refused = minem_cli("train", *SMALL, *smaller, "--set", "mstep.epochs=3", "--out", run)
+    assert refused.exit_code == 2
+    assert "(mstep.epochs: 1 -> 3)" in refused.stderr
+
+
 def test_a_run_without_its_config_is_still_known(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished("last"), run)
