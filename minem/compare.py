@@ -117,7 +117,7 @@ def compare(
     Raises:
         UserError: bad input, or a folder that holds another comparison.
     """
-    out = Path(config.run.out).expanduser() if config.run.out is not None else _default_out(config, plan)
+    out = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else _default_out(config, plan)
     runs = _runs(config, plan, out)
     for task in plan.tasks:  # all that can be wrong with tasks and lengths is said before the folder is made
         _check(runs, task, progress)

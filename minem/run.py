@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -171,7 +172,7 @@ class RunDirectory:
         Raises UserError where the directory holds something else, belongs to a running process, was started with a
         different config (MEMORY_ALONE apart) or other inputs, or cannot be written; Interrupted where the disk is full.
         """
-        path = Path(config.run.out).expanduser() if config.run.out is not None else default_path(config)
+        path = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else default_path(config)
         config = _without_out(config)
         try:
             check_place(path)
@@ -230,9 +231,13 @@ class RunDirectory:
         """
         undone = self.stages[self.stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}
-        write_whole(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
-        self._lines, self._damaged = kept, {}
-        self._drop_metrics()
+        try:
+            write_whole(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
+            self._lines, self._damaged = kept, {}
+            self._drop_metrics()
+        except OSError as error:
+            self._explain(error)
+            raise
         return list(undone)
 
     @contextlib.contextmanager
@@ -241,11 +246,16 @@ class RunDirectory:
 
         writes: bytes, about, that the disk must have room for before it is begun.
 
-        Raises Interrupted when the disk is full, or too full to begin: nothing but this stage is lost.
+        Raises Interrupted when the disk is full or broken, or too full to begin: nothing but this stage is lost.
         """
         if self.finished(name):
             raise ValueError(f"stage {name} is already finished")
-        if short := shortage(self.path, writes):
+        try:
+            short = shortage(self.path, writes)
+        except OSError as error:
+            self._explain(error)
+            raise
+        if short:
             raise Interrupted(
                 f"the disk of {self.path} has no room for {name}: {short}; free some space, then give the same "
                 "command again"
@@ -256,10 +266,24 @@ class RunDirectory:
             stage._commit()
             self._enter(stage, time.monotonic() - start)
         except BaseException as error:
-            stage._abandon()
-            if is_full(error):
-                raise full_disk(self.path, f": it goes on with {name}") from error
+            with contextlib.suppress(OSError):  # of a folder that went away or became read-only: say that instead
+                stage._abandon()
+            self._explain(error, f": it goes on with {name}")
             raise
+
+    def _explain(self, error: BaseException, more: str = "") -> None:
+        """Raise Interrupted where nothing is wrong but the disk: full, broken, read-only now, the folder moved away."""
+        if is_full(error):
+            raise full_disk(self.path, more) from error
+        if not isinstance(error, OSError):
+            return
+        own = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(self.path)
+        refused = own and error.errno in (errno.EACCES, errno.EPERM)
+        if refused or error.errno in (errno.EIO, errno.EROFS, errno.ESTALE) or not self.path.is_dir():
+            raise Interrupted(
+                f"{self.path} cannot be read or written any more ({error.strerror}); put that right, then give the "
+                f"same command again{more}"
+            ) from error
 
     def _enter(self, stage: Stage, seconds: float) -> None:
         """The journal line that makes a stage finished, after everything it stands for is on the disk."""
@@ -301,16 +325,20 @@ class RunDirectory:
             remove_run(self.path)
         for partial in list(self.path.rglob(PARTIAL + "*")):
             remove(partial)
+        journal = self.path / "journal.jsonl"
         if (before := self._config_before()) is not None:
             self._refuse_another_run(before, inputs)
+            if not journal.exists():  # what it did is not known, so it would all be done again, over what is there
+                raise UserError(f"{journal} is missing; put it back, or give --overwrite to start the run anew")
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = run_facts(self.config, command, inputs, origins)
             write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+            write_whole(journal, b"")
         if not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
             write_whole(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
-        self._lines = _replay(keep_whole(self.path / "journal.jsonl"), self.path)
+        self._lines = _replay(keep_whole(journal), self.path)
         self._drop_metrics()
 
     def _drop_metrics(self) -> None:
@@ -336,8 +364,12 @@ class RunDirectory:
         changes = difference(before, dataclasses.asdict(self.config))
         self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
         changes = [change for change in changes if change not in self.changes]
-        read = read_facts(self.path).get("inputs")
-        read = read if isinstance(read, dict) else {}
+        try:
+            read = read_facts(self.path).get("inputs", {})
+        except UserError as error:
+            raise UserError(f"{error}; give --overwrite to start anew") from error
+        if not isinstance(read, dict):
+            raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start anew")
         changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
         if changes:
             raise UserError(
@@ -366,6 +398,8 @@ def hold_folder(
         path.mkdir(parents=True, exist_ok=True)
         lock = take_lock(path)
     except OSError as error:
+        if is_full(error):
+            raise full_disk(path) from error
         raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
     with lock:
         if clear is not None:
@@ -401,8 +435,9 @@ def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping
 
 def remove_run(path: Path) -> None:
     """Remove what a run wrote in its folder, and nothing else that may lie there."""
-    # The journal goes first: without it nothing here counts as done, however far the removal gets.
-    for name in sorted(os.listdir(path), key=lambda name: name != "journal.jsonl"):
+    # The journal goes first: without it nothing here counts as done, however far the removal gets. run.json goes last:
+    # without it the rest would be a stranger's folder, which nothing is ever written to.
+    for name in sorted(os.listdir(path), key=lambda name: (name == "run.json") - (name == "journal.jsonl")):
         if OWN_NAMES.fullmatch(name):
             remove(path / name)
 
@@ -410,9 +445,12 @@ def remove_run(path: Path) -> None:
 def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     """What `to_toml` wrote."""
     try:
-        return read_toml(path)
+        content = read_toml(path)
     except UserError as error:
         raise UserError(f"{error}; delete it to have it written anew, or give --overwrite to start anew") from error
+    if not all(isinstance(values, dict) for values in content.values()):
+        raise UserError(f"{path} is damaged; delete it to have it written anew, or give --overwrite to start anew")
+    return content
 
 
 def folder_name(name: str) -> str:
@@ -469,7 +507,8 @@ def check_place(path: Path, mark: str = "run.json", kind: str = "run directory")
 
 def take_lock(path: Path) -> IO[str]:
     """Hold the folder for this process alone until the file is closed. UserError names the process that has it."""
-    lock = open(path / LOCK, "a+")  # noqa: SIM115 (held as long as the run)
+    # Held as long as the run. No link is followed: in a folder of a stranger it could lead to any file of the user's.
+    lock = os.fdopen(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

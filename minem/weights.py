@@ -257,7 +257,7 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise UserError("model is empty; give a folder, a hub id, or toy")
     if str(folder_or_hub_id) == "toy":
         return TOY
-    path = Path(folder_or_hub_id).expanduser()
+    path = Path(os.path.expanduser(folder_or_hub_id))  # which leaves a user whom nobody knows as it is
     if os.path.isfile(path / "adapter_config.json") and not os.path.isfile(path / "config.json"):
         raise UserError(f"{path} is a LoRA adapter, not a model; a run has both merged in the folder model beside it")
     if os.path.isdir(path):

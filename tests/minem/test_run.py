@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 
+import minem.disk
 import minem.provenance
 import minem.run
 from minem.config import Config, load_config
@@ -187,10 +189,80 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     with RunDirectory.open(config(tmp_path)) as run:
+        (tmp_path / "journal.jsonl").unlink()
         (tmp_path / "journal.jsonl").symlink_to("/dev/full")
         with pytest.raises(Interrupted), run.stage("iter-00/eval"):
             pass
         assert not run.finished("iter-00/eval")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EROFS, "Read-only file system")]
+)
+def test_a_disk_that_breaks_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
+        patch.setattr(minem.run, "flush_tree", fails)
+        patch.setattr(minem.run, "remove", fails)  # the clean-up does not work on such a disk, either
+        sentence = rf"cannot be read or written any more \({said}\); put that right, .* it goes on with iter-00/eval"
+        with pytest.raises(Interrupted, match=sentence), run.stage("iter-00/eval") as stage:
+            stage._paths.append((tmp_path / "a", tmp_path / "b"))
+        assert not run.finished("iter-00/eval")
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_one_sentence(tmp_path: Path) -> None:
+    run = RunDirectory.open(config(tmp_path / "run"))
+    with pytest.raises(Interrupted, match="No such file"), run.stage("iter-00/eval"):  # noqa: PT012
+        shutil.rmtree(tmp_path / "run")
+        run.log_metrics("iter-00/eval", accuracy=1.0)
+    with pytest.raises(Interrupted, match="No such file or directory"), run.stage("iter-00/eval"):
+        pytest.fail("begun")
+    run.close()
+
+
+def test_going_back_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    small_run(tmp_path)
+    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
+        patch.setattr(minem.run, "write_whole", full)
+        with pytest.raises(Interrupted, match="is full; free some space"):
+            run.undo(run.stages[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(minem.run, "take_lock", full)
+        with pytest.raises(Interrupted, match="is full; free some space"):
+            minem.run.hold_folder(tmp_path / "new", "plan.json", "comparison", {}).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "seed", "said"),
+    [
+        ("config.toml", None, 3, r"started differently \(run\.seed: 0 -> 3\)"),
+        ("config.toml", "model = 3\n", 0, r"config\.toml is damaged; delete it to have it written anew"),
+        ("journal.jsonl", None, 0, r"journal\.jsonl is missing; put it back, or give --overwrite"),
+        ("run.json", "", 0, r"run\.json is not valid JSON: .*; give --overwrite"),
+        ("run.json", '{"inputs": [1]}', 0, r"run\.json is damaged; give --overwrite"),
+        ("run.json", '{"inputs": null}', 0, r"run\.json is damaged; give --overwrite"),
+    ],
+)
+def test_files_that_say_what_a_run_is_are_not_made_up(
+    tmp_path: Path, name: str, content: str | None, seed: int, said: str
+) -> None:
+    """Neither taken for a start that was cut short, whatever the next config, nor done all over again unasked."""
+    small_run(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != LOCK}
+    with pytest.raises(UserError, match=said):
+        RunDirectory.open(config(tmp_path, seed=seed))
+    assert {path: path.read_bytes() for path in before} == before
+    RunDirectory.open(config(tmp_path, seed=seed), overwrite=True).close()
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -204,7 +276,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
     RunDirectory.open(config(tmp_path)).close()  # and nothing was harmed
     with RunDirectory.open(config(tmp_path, budget=4), overwrite=True) as run:
         assert run.stages == ()
-        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "config.toml", "run.json"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "config.toml", "journal.jsonl", "run.json"]
         assert run.config.sampler.budget == 4
 
 
@@ -221,8 +293,34 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path: Path) -> None:
     (tmp_path / "iter-final").mkdir()
     (tmp_path / "report.html").write_text("old")
     RunDirectory.open(config(tmp_path), overwrite=True).close()
-    kept = {LOCK, "config.toml", "run.json", "my notes.txt", "iter-final"}
+    kept = {LOCK, "config.toml", "journal.jsonl", "run.json", "my notes.txt", "iter-final"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_an_overwrite_that_is_killed_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run(tmp_path)
+    removed: list[str] = []
+
+    def remove(path: Path) -> None:
+        minem.disk.remove(path)
+        removed.append(path.name)
+        minem.run.check_place(tmp_path)  # had it been killed here, what is left would be known as a run, or nothing
+
+    monkeypatch.setattr(minem.run, "remove", remove)
+    names = {path.name for path in tmp_path.iterdir()} - {LOCK}
+    minem.run.remove_run(tmp_path)
+    assert set(removed) == names
+    assert (removed[0], removed[-1]) == ("journal.jsonl", "run.json")
+
+
+def test_the_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
+    """In a run directory of a stranger it may be a link."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="cannot be used"):
+        RunDirectory.open(config(tmp_path / "run"))
+    assert (tmp_path / "mine").read_text() == "precious"
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
