@@ -23,6 +23,7 @@ from minem.estep import Verdict
 from minem.model import Model
 from minem.samplers import import_object
 from minem.tokenizer import FILES, Tokenizer
+from minem.untrusted import own_file
 
 SMALL_MODEL = 10_000_000  # parameters
 
@@ -48,7 +49,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def fingerprint(folder: Path) -> str:
     """SHA-256 over the weights and the config of a model folder: a run is continued on the same model only."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(own_file(folder, found.name) for found in folder.glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -25,6 +25,7 @@ from minem.errors import UserError
 from minem.untrusted import CONFIG_LIMIT, MEBIBYTE, own_file, read_json, read_limited
 
 PROBE = "0 The best answer is (B).\n\n\t na\u00efve \u65e5\u672c \U0001f642 <s>" + 40 * "a"  # what must be readable
+TOKEN_LIMIT = 10_000  # characters of one token; runs of blanks and of dashes have some hundred
 GROWTH_LIMIT = 4096  # times as long as the text that a tokenizer's replacements may make it
 TOKENIZER_LIMIT = 64 * MEBIBYTE  # the largest tokenizer.json in wide use (Gemma's) has 34 MiB
 
@@ -69,6 +70,10 @@ class Tokenizer:
         Raises UserError when tokenizer.json is missing, a file is broken or too large, or a field has the wrong type.
         """
         folder = Path(path)
+        for name in FILES:  # not all are read here, but all are hashed, and copied when a model is saved, hours later
+            file = own_file(folder, name)
+            if file.is_file() and file.stat().st_size > TOKENIZER_LIMIT:
+                raise UserError(f"{file} has {file.stat().st_size} bytes; the limit is {TOKENIZER_LIMIT}")
         backend = _read_backend(own_file(folder, "tokenizer.json"))
         config = _read_optional(folder, "tokenizer_config.json")
         # As in transformers: special_tokens_map.json counts only where tokenizer_config.json is of the old kind.
@@ -153,8 +158,6 @@ def _read_optional(folder: Path, name: str) -> dict[str, Any]:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UserError(f"{path} is missing: a checkpoint folder needs its tokenizer.json")
-    if path.stat().st_size > TOKENIZER_LIMIT:
-        raise UserError(f"{path} has {path.stat().st_size} bytes; the limit is {TOKENIZER_LIMIT}")
     try:
         with _without_stderr():
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -194,13 +197,19 @@ def _without_stderr() -> Iterator[None]:
 
 
 def _check_growth(backend: tokenizers.Tokenizer) -> None:
-    """Refuse replacements that multiply a text: forty that write two characters for one fill any memory."""
+    """Refuse what makes a short text very long: forty replacements that write two characters for one fill any memory,
+    and so does a thousand times a token of megabytes."""
+    longest = max(map(len, backend.get_vocab(with_added_tokens=True)), default=0)
+    if longest > TOKEN_LIMIT:
+        raise ValueError(f"one of its tokens has {longest} characters")
     for part in (backend.normalizer, backend.decoder):
         steps = [json.loads(part.__getstate__())] if part is not None else []
         growth = 1
         while steps:
             step = steps.pop()
             steps += step.get("normalizers") or step.get("decoders") or []
+            if step.get("type") == "Prepend" and len(step["prepend"]) > TOKEN_LIMIT:
+                raise ValueError(f"it puts {len(step['prepend'])} characters before a text")
             if step.get("type") == "Replace":  # a pattern may match at every character, and between any two
                 growth *= 1 + len(step["content"])
         if growth > GROWTH_LIMIT:

@@ -78,7 +78,12 @@ def load(
         UserError: no such folder or repository, a broken or missing file, tensors that do not match the config.
     """
     folder = resolve(folder_or_hub_id, revision)
-    return load_model(folder, device, dtype), Tokenizer.from_folder(folder)
+    model, tokenizer = load_model(folder, device, dtype), Tokenizer.from_folder(folder)
+    if beyond := [id_ for id_ in tokenizer.eos_ids if id_ >= model.config.vocab_size]:
+        raise UserError(
+            f"{folder}: eos_token_id {min(beyond)} is beyond the vocab_size of {model.config.vocab_size} in config.json"
+        )
+    return model, tokenizer
 
 
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import os
 import resource
 import shutil
 import struct
@@ -29,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import minem
 from minem import template
+from minem.choices import fingerprint
 from minem.cli import main
 from minem.config import Config, load_config
 from minem.data import verdict
@@ -176,6 +178,44 @@ def test_replacements_that_multiply_a_text_are_refused(model: Path) -> None:
         path.write_text(json.dumps({**good, key: {"type": "Sequence", inner: [doubling] * 40}}))
         with pytest.raises(UserError, match=r"tokenizer.json is not .* times as long$"):
             Tokenizer.from_folder(model)
+
+
+def test_tokens_and_prefixes_of_megabytes_are_refused(model: Path) -> None:
+    """A model that draws a thousand such tokens would fill any memory with their text."""
+    path = model / "tokenizer.json"
+    good = json.loads(path.read_text())
+    token = {"id": 278, "content": "x" * 1_000_000, "special": False, "lstrip": False, "rstrip": False}
+    added = {**good, "added_tokens": [*good["added_tokens"], {**token, "single_word": False, "normalized": False}]}
+    prefix = {**good, "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "x" * 10**6}]}}
+    for bad, said in ((added, "one of its tokens has 1000000 characters"), (prefix, "puts 1000000 characters before")):
+        path.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=rf"tokenizer\.json is not a tokenizer .*{said}"):
+            Tokenizer.from_folder(model)
+
+
+@pytest.mark.parametrize("harm", ["link", "large", "pipe"])
+def test_a_file_that_is_only_copied_is_looked_at_beforehand(model: Path, harm: str) -> None:
+    """Not when a model is saved, after hours of training; nor is it hashed where it has no end."""
+    if harm == "link":
+        (model / "vocab.json").symlink_to(__file__)
+        said = "vocab.json is a link that leads out of its folder"
+    elif harm == "large":
+        with (model / "tokenizer.model").open("wb") as file:
+            file.truncate(1 << 40)
+        said = "tokenizer.model has 1099511627776 bytes; the limit is"
+    else:
+        os.mkfifo(model / "other.safetensors")
+        said = "other.safetensors is not a file"
+    act = fingerprint if harm == "pipe" else minem.load
+    with watched(), pytest.raises(UserError, match=said):
+        act(model)
+
+
+@pytest.mark.parametrize("id_", [278, 5_000_000, 2**70])
+def test_an_eos_that_the_model_cannot_draw_is_refused(model: Path, id_: int) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [257, id_]}))
+    with pytest.raises(UserError, match=rf"eos_token_id {id_} is beyond the vocab_size of 278"):
+        minem.load(model)
 
 
 def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
