@@ -43,7 +43,9 @@ def dry_run(config: Config, progress: Progress, gpus: int = 1) -> dict[str, Any]
     """
     experiment = Experiment(config, progress, weights=False)
     model, dtype, device = experiment.model.config, experiment.dtype, experiment.device
-    taken, free = process_bytes(device), free_memory(device) // (gpus if device.type == "cpu" else 1)
+    taken, free = process_bytes(device), free_memory(device)
+    if device.type == "cpu":  # where the other processes, too, take as much as this one before they allocate anything
+        free = max(0, free - (gpus - 1) * taken) // gpus
     counts, micro_batch = _iteration(experiment, gpus)
     work = _work(experiment, micro_batch, free)
     estep = memory.e_step(model, dtype, device.type, work)

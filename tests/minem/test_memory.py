@@ -196,6 +196,17 @@ def test_a_dry_run_counts_the_work_of_an_iteration():
     assert (every["accepted"], every["optimizer_steps"]) == (30, 2 * 8)
 
 
+def test_processes_on_the_cpu_share_what_is_free_and_each_takes_its_own(monkeypatch):
+    monkeypatch.setattr("minem.dryrun.free_memory", lambda device: 10 * 2**30)
+    for processes in (1, 2, 40):
+        planned = dry_run("--limit", "10", "--gpus", str(processes))
+        memory = planned["memory"]
+        together = processes * max(memory["e_step_peak"], memory["m_step_peak"])
+        if planned["fits"]:
+            assert together <= 10 * 2**30 + memory["taken"]  # which this process has already
+        assert planned["fits"] == (processes < 40)
+
+
 def test_a_dry_run_knows_what_lora_trains():
     full, lora = dry_run(), dry_run("--set", "mstep.lora_rank=4", "--set", "mstep.lora_targets=q_proj,v_proj")
     assert full["parameters"]["trained"] == full["parameters"]["total"] == lora["parameters"]["total"]
