@@ -329,11 +329,14 @@ def compare(
     config, origins = _config(config_file, overrides, flags)
     from minem import compare as comparison
     from minem.progress import Progress
+    from minem.stopping import Stop
     from minem.tracking import load_tracker
 
     tracker = load_tracker(track)
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
-    result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins)
+    stop = Stop()
+    with stop.listening():
+        result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins, stop)
     _print(result, as_json, lambda: tables.compare_tables(result))
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
@@ -373,7 +376,7 @@ def evaluate(
 
     Answers are kept as they finish in --out: the same command goes on from them, also with more --samples.
     """
-    from minem.choices import fingerprint, hash_source, pick_verdict
+    from minem.choices import fingerprint, hash_source, hash_tokenizer, pick_verdict
     from minem.data.tasks import load_task
     from minem.estep import encode_prompt
     from minem.evaluate import answer_file
@@ -397,6 +400,7 @@ def evaluate(
     new = max_new_tokens or min(1024, room)
     settings = {
         "model": fingerprint(folder)[:16],
+        **{name: digest[:16] for name, digest in hash_tokenizer(generator.tokenizer).items()},
         "rows": loaded.rows_sha256[:16],
         "split": split,
         "limit": limit,

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from minem import recovery
 from minem.choices import fingerprint, hash_source
 from minem.comparison import Cell, Match, markdown, matched, read_comparison
 from minem.config import Config
@@ -39,6 +40,7 @@ from minem.plot import plot_spent, svg_spent
 from minem.progress import Progress
 from minem.run import default_path, folder_name, hold_folder, read_journal, remove_run, write_whole
 from minem.samplers import SAMPLERS, SamplerConfig, make_sampler
+from minem.stopping import Stop
 from minem.train import LAST_STAGE, conclude
 from minem.weights import resolve
 
@@ -66,7 +68,7 @@ class Plan:
         if len(set(chosen)) < len(chosen):
             raise UserError(f"--samplers {samplers}: each sampler and budget once")
         numbers = _listed("--seeds", seeds, "0,1,2")
-        wrong = [number for number in numbers if not (number.isascii() and number.isdigit())]
+        wrong = [number for number in numbers if not _is_number(number)]
         if wrong:
             raise UserError(f"--seeds {seeds}: {wrong[0]!r} is no seed; give whole numbers with commas, like 0,1,2")
         if len({int(number) for number in numbers}) < len(numbers):
@@ -75,6 +77,10 @@ class Plan:
 
     def labels(self) -> tuple[str, ...]:
         return tuple(f"{name}:{budget}" for name, budget in self.samplers)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 100  # Python reads none of thousands of digits
 
 
 def _listed(flag: str, text: str, example: str) -> tuple[str, ...]:
@@ -87,7 +93,7 @@ def _listed(flag: str, text: str, example: str) -> tuple[str, ...]:
 def _sampler(text: str) -> tuple[str, int]:
     """ "rsm:8" -> ("rsm", 8); without a budget the sampler's own; "module:Class:4" for a user's."""
     name, _, budget = text.rpartition(":")
-    if not (name and budget.isascii() and budget.isdigit()):
+    if not (name and _is_number(budget)):
         if name in SAMPLERS:
             raise UserError(f"--samplers {text}: the budget of {name} must be a whole number, like {name}:8")
         name, budget = text, ""
@@ -108,6 +114,7 @@ def compare(
     overwrite: bool = False,
     tracker: ModuleType | None = None,
     origins: Mapping[str, str] | None = None,
+    stop: Stop | None = None,
 ) -> dict[str, Any]:
     """Run or continue the comparison in `config.run.out`; everything else of the config is common to all runs.
 
@@ -123,7 +130,9 @@ def compare(
         _check(runs, task, progress)
     with hold_folder(out, "plan.json", "comparison", _settings(config, plan), _clear if overwrite else None):
         own = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
-        comparison = _Comparison(runs, plan.match, progress, list(command), tracker, {**(origins or {}), **own})
+        told = {**(origins or {}), **own}
+        stop = Stop() if stop is None else stop
+        comparison = _Comparison(runs, plan.match, progress, list(command), tracker, told, stop)
         comparison.run()
         result = {**read_comparison(list(runs), plan.match), "stopped": comparison.stopped}
         _write(out, result)
@@ -141,6 +150,7 @@ class _Comparison:
         command: list[str],
         tracker: ModuleType | None,
         origins: Mapping[str, str],
+        stop: Stop,
     ) -> None:
         self.runs = runs
         self.match = match
@@ -148,6 +158,7 @@ class _Comparison:
         self.command = command
         self.tracker = tracker
         self.origins = origins
+        self.stop = stop
         self.stopped: dict[str, str] = {}  # by a guard: name and why
 
     def run(self) -> None:
@@ -176,11 +187,12 @@ class _Comparison:
 
     def _advance(self, cell: Cell, group: Sequence[Cell]) -> bool:
         """One run as far as it can go. Returns whether it is done."""
-        if LAST_STAGE in read_journal(cell.folder):
+        self.stop.check(cell.folder.name)
+        if LAST_STAGE in read_journal(cell.folder) and recovery.is_whole(cell.folder, self.runs[cell]):
             self.progress.note(f"run     {cell.folder}  done before, not repeated")
             return True
         inputs = {} if self.match == "none" else {"match": f"{self.match} of {', '.join(c.sampler for c in group)}"}
-        experiment = Experiment(self.runs[cell], self.progress)
+        experiment = Experiment(self.runs[cell], self.progress, stop=self.stop)
         try:
             with experiment.open(self.command, False, self.tracker, self.origins, **inputs) as run:
                 self._share_base(cell, experiment)
@@ -220,7 +232,7 @@ class _Comparison:
         """Take over what another run of the task has found out about the base model."""
         for split, questions in (("validation", experiment.task.validation), ("test", experiment.task.test)):
             stage = f"iter-00/eval.{split}"
-            donors = [c for c in self.runs if c.task == cell.task and stage in read_journal(c.folder)]
+            donors = [c for c in self.runs if c.task == cell.task and recovery.has(c.folder, self.runs[c], stage)]
             if not donors or experiment.run.finished(stage):
                 continue
             donor = min(donors, key=lambda other: other.seed != cell.seed)  # of the same seed, if there is one

@@ -80,7 +80,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _machine() -> dict[str, Any]:
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
     return {
@@ -100,9 +100,18 @@ def _machine() -> dict[str, Any]:
         "hub_cache_bytes": sum(blob.stat().st_size for blob in cache.glob("*/blobs/*") if blob.is_file()),
         "hub_cache_models": len(list(cache.glob("models--*"))),
         "hub_cache_datasets": len(list(cache.glob("datasets--*"))),
-        "hub_token": get_token() is not None,
+        "hub_token": _has_token(),
         "hub_offline": constants.HF_HUB_OFFLINE,
     }
+
+
+def _has_token() -> bool:
+    from huggingface_hub import get_token
+
+    try:
+        return get_token() is not None
+    except OSError:  # a file where HF_HOME should be a folder, or one that may not be read
+        return False
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -160,7 +160,8 @@ def answer_file(
 
     with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear if overwrite else None):
         rows = keep_whole(folder / "answers.jsonl")
-        if not all(row.keys() >= {*FIELDS, "draw"} for row in rows):
+        kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
+        if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
             raise UserError(f"{folder / 'answers.jsonl'} is damaged; give --overwrite to start the evaluation anew")
         with open(folder / "answers.jsonl", "ab", buffering=0) as file:
 

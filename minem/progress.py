@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from rich import box
@@ -113,8 +113,12 @@ class Progress:
             self.note(line.text(ending))
 
     def note(self, text: str) -> None:
-        """Print one line: a warning, or what was inferred or skipped."""
-        self._console.print(Text(redact(clean(text))), soft_wrap=True)
+        """Print one line: a warning, or what was inferred or skipped.
+
+        Where nobody can read it (the other end of a pipe has gone, the disk of a log is full), the work goes on.
+        """
+        with suppress(OSError):
+            self._console.print(Text(redact(clean(text))), soft_wrap=True)
 
     @contextmanager
     def _shown_live(self, line: Line) -> Iterator[None]:
@@ -164,8 +168,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the process, and with it a run of hours, for want of a reader."""
+        self.quiet = True
+
+
 def _console(stream: TextIO, width: int | None = None) -> Console:
-    return Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
+    return _Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
 
 
 def _label(name: str) -> str:

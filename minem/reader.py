@@ -25,6 +25,7 @@ from minem.errors import UserError
 from minem.hub import cache_only
 from minem.jsonl import read_rows
 from minem.run import read_facts, read_journal
+from minem.untrusted import own_file
 
 STATUSES = ("accepted", "wrong", "unparsed", "truncated")
 SECTIONS = ("model", "task", "sampler", "mstep", "eval", "run")
@@ -74,13 +75,13 @@ class Run:
     def samples(self, iteration: int | None = None) -> Iterator[dict[str, Any]]:
         """The rows of samples.jsonl, of one iteration or of all."""
         for i in self.iterations if iteration is None else [iteration]:
-            path = self.path / f"iter-{i:02d}" / "samples.jsonl"
+            path = own_file(self.path / f"iter-{i:02d}", "samples.jsonl")
             if f"iter-{i:02d}/estep" in self.results and path.exists():
                 yield from (_checked(row, path) for row in read_rows(path))
 
     def answers(self, iteration: int, split: str) -> dict[str, dict[str, Any]]:
         """{question id: row} of eval.*.jsonl."""
-        path = self.path / f"iter-{iteration:02d}" / f"eval.{split}.jsonl"
+        path = own_file(self.path / f"iter-{iteration:02d}", f"eval.{split}.jsonl")
         return {row["id"]: row for row in (_checked(row, path) for row in read_rows(path))}
 
     @cached_property

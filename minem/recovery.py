@@ -10,7 +10,13 @@ are still there, and training on them again gives the same weights.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from minem.run import RunDirectory
+
+if TYPE_CHECKING:
+    from minem.config import Config
 
 
 def go_back(run: RunDirectory) -> str | None:
@@ -29,6 +35,18 @@ def go_back(run: RunDirectory) -> str | None:
         f"{damaged[0]}{more} is missing or not what was written: the run goes back to before {undone[0]} "
         f"and does {len(undone)} stage(s) again"
     )
+
+
+def is_whole(folder: Path, config: Config) -> bool:
+    """Are the files of a run those that it wrote? It may be another process's: nothing is held, nothing changed."""
+    run = RunDirectory.seen(folder, config)
+    return not any(_lost(run, stage) for stage in run.stages)
+
+
+def has(folder: Path, config: Config, stage: str) -> bool:
+    """Has a run, which may be another process's, finished a stage whose files are those that it wrote?"""
+    run = RunDirectory.seen(folder, config)
+    return run.finished(stage) and not run.damaged(stage)
 
 
 def whole_model(run: RunDirectory) -> tuple[int, list[int]]:

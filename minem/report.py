@@ -15,6 +15,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
         shown before all else, where they are there.
     Raises UserError for what is no run directory, or a file that cannot be written.
     """
+    if not out.name or os.path.isdir(out):
+        raise UserError(f"the report {out} cannot be written: that is a folder")
     with told_as_damage(*runs):
         page = render([read_run(path) for path in runs], comparison or {})
     partial = out.with_name(f".partial.{out.name}")
@@ -49,6 +52,8 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
         partial.write_text(page, encoding="utf-8")
         os.replace(partial, out)
     except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f"the report {out} cannot be written: {error.strerror or error}") from error
 
 

@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import os
 import re
@@ -187,6 +188,13 @@ class RunDirectory:
             if is_full(error):
                 raise full_disk(path) from error
             raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
+        return run
+
+    @classmethod
+    def seen(cls, path: Path, config: Config) -> RunDirectory:
+        """The run in a directory that another process may hold, to look at and not to change."""
+        run = cls(path, config, io.StringIO())
+        run._lines = _read_lines(path)
         return run
 
     def close(self) -> None:
@@ -469,11 +477,14 @@ def default_path(config: Config) -> Path:
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
     """{stage: result} of a run directory that another process may be writing to; nothing is changed."""
-    path = own_file(Path(folder), "journal.jsonl")
+    return {stage: line["result"] for stage, line in _read_lines(Path(folder)).items()}
+
+
+def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
+    path = own_file(folder, "journal.jsonl")
     if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
         raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    lines = _replay(whole_lines(path)[0], Path(folder))
-    return {stage: line["result"] for stage, line in lines.items()}
+    return _replay(whole_lines(path)[0], folder)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:

@@ -77,6 +77,10 @@ class _Process:
             answer = self.child.stdout.readline(ANSWER_LIMIT)
         except BrokenPipeError:
             answer = b""
+        except BaseException:  # Ctrl-C in a notebook: what it still answers would be taken for the next chat
+            child, self.child = self.child, None
+            _stop(child)
+            raise
         if not answer.endswith(b"\n"):
             child, self.child = self.child, None
             raise UserError(_why_it_died(_stop(child, patience=10.0)))

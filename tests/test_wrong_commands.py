@@ -194,6 +194,7 @@ WRONG = {
     "train --task none.jsonl": "split of none.jsonl is empty",
     "compare --task toy,tyo": "no task or path 'tyo' (did you mean 'toy'?)",
     # models
+    "train --model ~nobody-knows/x": "model '~nobody-knows/x' is neither a folder nor a hub id",
     "train --model nowhere": "model 'nowhere' is neither a folder nor a hub id",
     "eval --model ''": "model is empty; give a folder, a hub id, or toy",
     "generate --prompt a --model other": "other/config.json cannot be read: No such file",
@@ -214,6 +215,8 @@ WRONG = {
     "show plan": "plan is a comparison and no run",
     "report nowhere": "nowhere is not a run directory",
     "report run other": "run is not a run directory",
+    "report run -o ''": "the report . cannot be written: that is a folder",
+    "report run -o /": "the report / cannot be written: that is a folder",
     "report plan": "plan is a comparison and no run",
 }
 

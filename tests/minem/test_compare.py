@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import signal
 import sys
 import xml.etree.ElementTree
 from collections import Counter
@@ -142,6 +144,55 @@ def test_it_ends_with_tables_a_picture_and_a_report(compared, report):
     shown = CliRunner().invoke(main, ["show", str(out)])
     assert shown.exit_code == 2
     assert f"{out} is a comparison and no run" in shown.stderr
+
+
+def test_numbers_of_thousands_of_digits_are_refused():
+    with pytest.raises(UserError, match="is no seed; give whole numbers"):
+        Plan.parse("toy", "rsm:8", "9" * 5000)
+    with pytest.raises(UserError, match="the budget of rsm must be a whole number"):
+        Plan.parse("toy", f"rsm:{'9' * 5000}", "0")
+
+
+def test_files_of_finished_runs_that_changed_are_made_again(tmp_path):
+    """Not counted as they are, nor handed on to other runs."""
+    more = ["--iterations", "1", "--limit", "6", "--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
+    ok(compare(tmp_path, *more, samplers="rsm:1,rsm:2"))
+    before = numbers(tmp_path)
+    runs = [tmp_path / f"toy.rsm{budget}.toy-llama.s{seed}" for seed in (0, 1) for budget in (1, 2)]
+    whole = [contents(run) for run in runs]
+    base, last = (runs[i] / f"iter-0{i}/eval.test.jsonl" for i in (0, 1))
+    base.write_bytes(base.read_bytes().replace(b'"accepted"', b'"wrong"', 1))
+    last.unlink()
+    shutil.rmtree(runs[2] / "iter-01" / "model")
+    (runs[3] / "journal.jsonl").write_bytes(b"")  # and it has lost all, so that it asks the others for the base
+    again = ok(compare(tmp_path, *more, samplers="rsm:1,rsm:2"))
+    assert "done before, not repeated" not in re.sub(r"iter-\S+ +done before, not repeated", "", again.stderr)
+    assert again.stderr.count("is missing or not what was written") == 3
+    assert [contents(run) for run in runs] == whole
+    assert numbers(tmp_path) == before
+
+
+def test_asked_to_stop_in_an_m_step_it_writes_a_checkpoint(tmp_path, monkeypatch):
+    more = ["--iterations", "1", "--limit", "12", "--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
+    more += ["--set", "mstep.epochs=3"]
+    update, made = MStep._update, [0]
+
+    def counted(*arguments: Any) -> None:
+        update(*arguments)
+        made[0] += 1
+        if made[0] == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MStep, "_update", counted)
+    stopped = compare(tmp_path / "cut", *more, samplers="rsm:2", seeds="0")
+    assert stopped.exit_code == 3, stopped.output
+    assert "stopped by SIGTERM after step 2 of " in " ".join(stopped.stderr.split())
+    assert (tmp_path / "cut/toy.rsm2.toy-llama.s0/iter-01/checkpoint.2").is_dir()
+    ok(compare(tmp_path / "cut", *more, samplers="rsm:2", seeds="0"))
+    updates = made[0]
+    ok(compare(tmp_path / "whole", *more, samplers="rsm:2", seeds="0"))
+    assert made[0] == 2 * updates > 4
+    assert contents(tmp_path / "cut/toy.rsm2.toy-llama.s0") == contents(tmp_path / "whole/toy.rsm2.toy-llama.s0")
 
 
 def test_the_same_command_repeats_nothing_and_ends_the_same(compared):

@@ -50,6 +50,16 @@ def test_it_says_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) ->
         assert word in text.stdout
 
 
+def test_a_place_of_the_hubs_that_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise NotADirectoryError("/etc/passwd/token")
+
+    monkeypatch.setattr("huggingface_hub.get_token", fails)
+    result = examine("--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["machine"]["hub_token"] is False
+
+
 def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden = Model._packed_hidden
     monkeypatch.setattr(Model, "_packed_hidden", lambda self, ids, lengths: hidden(self, ids.roll(1), lengths))

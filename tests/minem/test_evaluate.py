@@ -208,6 +208,17 @@ def test_another_model_in_the_same_folder_is_refused(whole, tmp_path):
     assert "eval.model: " in refused.stderr
 
 
+def test_another_tokenizer_with_the_same_weights_is_refused(whole, tmp_path):
+    """It puts other questions: their answers may not stand beside those that are there."""
+    out = tmp_path / "copy"
+    shutil.copytree(whole[0], out)
+    minem.save(*minem.load("toy"), tmp_path / "other")
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    refused = minem_eval(*SMALL, "--out", out, "--model", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "eval.chat template: " in refused.stderr
+
+
 def always_a(text, question):
     return "A" if text else None
 
@@ -270,8 +281,14 @@ def test_a_folder_with_something_else_and_a_damaged_one_are_named(tmp_path):
     with answer_file(out, {"seed": 0}) as (known, append):
         assert known == []
         append({"id": "without the other fields"})
-    with pytest.raises(minem.errors.UserError, match="damaged"), answer_file(out, {"seed": 0}):
-        pass
+    row = {"id": "a", "answer": None, "gold": "A", "status": "wrong", "text": "", "tokens": 1, "draw": 0}
+    for damage in ({}, {**row, "id": [1]}, {**row, "tokens": "1"}, {**row, "status": None}, {**row, "answer": 7}):
+        (out / "answers.jsonl").write_text(json.dumps(damage) + "\n")
+        with pytest.raises(minem.errors.UserError, match="damaged"), answer_file(out, {"seed": 0}):
+            pass
+    (out / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    with answer_file(out, {"seed": 0}) as (known, append):
+        assert known == [row]
     busy = tmp_path / "busy"
     with answer_file(busy, {"seed": 0}), pytest.raises(minem.errors.UserError, match="in use by process"):
         answer_file(busy, {"seed": 0}).__enter__()

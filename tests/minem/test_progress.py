@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import pty
@@ -43,6 +44,21 @@ def test_files_get_the_start_one_line_in_ten_seconds_and_the_end() -> None:
         "E-step 1/4  1,000/1,000  accepted 50.0 %  tokens/s 5,300  0:50, 0:00 left",
         "E-step 1/4  1,000/1,000  accepted 50.0 %  tokens/s 5,300  done after 0:50",
     ]
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
+def test_the_work_goes_on_where_nobody_can_read_of_it(number: int) -> None:
+    """The other end of a pipe has gone, the disk of a log is full, a terminal was closed."""
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(number, os.strerror(number))
+
+    done = 0
+    with Progress(Gone(), interval=0).stage("E-step", total=3) as line:
+        for done in (1, 2, 3):
+            line.update(done)
+    assert done == 3
 
 
 def test_what_is_not_known_is_not_shown() -> None:

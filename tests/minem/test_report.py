@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -342,6 +343,11 @@ def test_warnings_of_the_iterations_are_told(tmp_path):
             lambda run: (run / "iter-01" / "samples.jsonl").write_text("no\n"),
             "samples.jsonl, line 1: not a JSON object",
         ),
+        (lambda run: replace_by(run / "iter-01" / "samples.jsonl", os.mkfifo), "samples.jsonl is not a file"),
+        (
+            lambda run: replace_by(run / "iter-01" / "samples.jsonl", lambda path: path.symlink_to(run / "run.json")),
+            "samples.jsonl is a link that leads out of its folder",
+        ),
     ],
 )
 def test_what_is_no_run_is_one_sentence(tmp_path, damage, sentence):
@@ -354,9 +360,14 @@ def test_what_is_no_run_is_one_sentence(tmp_path, damage, sentence):
     assert not (tmp_path / "page.html").exists()
 
 
+def replace_by(path, make):
+    path.unlink()
+    make(path)
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     run = make_run(tmp_path / "run")
-    for out in (tmp_path / "missing" / "page.html", tmp_path):
+    for out in (tmp_path / "missing" / "page.html", tmp_path, Path("/"), Path()):
         result = invoke("report", run, "-o", out)
         assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
         assert f"the report {out} cannot be written" in result.stderr

@@ -327,6 +327,12 @@ def test_the_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "precious"
 
 
+def test_a_home_that_nobody_has_is_a_name_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory.open(config(Path("~nobody-knows/run"))).close()
+    assert (tmp_path / "~nobody-knows" / "run" / "run.json").exists()
+
+
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")

@@ -76,6 +76,28 @@ def test_many_chats_share_one_process_and_one_limit_each(monkeypatch: pytest.Mon
     assert template._process(source).child is child
 
 
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook, while a chat is rendered."""
+    source = GOOD + "; "
+    render(source, CHAT)
+    process = template._process(source)
+    child = process.child
+    assert child is not None
+
+    class Interrupted:
+        def readline(self, limit: int) -> bytes:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(child, "stdout", Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        render(source, {**CHAT, "messages": [{"content": "the one before"}]})
+    assert render(source, CHAT) == "<s>Hi; "
+    assert child.poll() is not None
+
+
 def test_a_process_that_was_killed_is_one_sentence_and_begun_anew() -> None:
     source = GOOD + "!"
     render(source, CHAT)
