@@ -393,7 +393,9 @@ class Experiment:
                 if not self.ranks.first:
                     return
                 if self.mstep.lora is not None:
-                    self.mstep.lora.save(record.path(f"{folder}/adapter"), adapter, self.config.model.id)
+                    place = record.path(f"{folder}/adapter")
+                    self.mstep.lora.save(place, adapter, self.config.model.id)
+                    self.mstep.lora.verify(place, adapter)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
                 verify(self.model, self.tokenizer, model)

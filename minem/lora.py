@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minem.errors import UserError
+from minem.errors import GuardError, UserError
 from minem.model import Model
 from minem.weights import PARTS, checkpoint_views, read_weights
 
@@ -170,6 +171,17 @@ class LoRA:
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
         # safetensors makes files that only their owner can read
         (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode)
+
+    def verify(self, folder: Path, masters: Mapping[str, Tensor]) -> None:
+        """Read an adapter that `save` wrote and compare it with what is in memory. Raises GuardError."""
+        try:
+            with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+                written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise GuardError(f"the adapter that was just written cannot be read again: {error}") from error
+        same = written.keys() == masters.keys()
+        if not same or not all(torch.equal(written[name], master.cpu()) for name, master in masters.items()):
+            raise GuardError(f"{folder}: what was just written is not the adapter in memory")
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

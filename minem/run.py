@@ -14,7 +14,7 @@ flushed to the disk and renamed, and only then the journal gets its line. So a f
 in the journal has all its files, and whatever was in flight when a run died is done again from the start of its stage.
 
 The journal's line also has the size and the SHA-256 of each file, so that a run that is continued notices what was cut
-short, changed or deleted since, and `undo` takes it back to before that stage.
+short, changed or deleted since, and `undo` takes it back to before that stage. The line's own SHA-256 ends it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -298,7 +299,8 @@ class RunDirectory:
         if (self.path / "metrics.jsonl").exists():
             flush_tree(self.path / "metrics.jsonl")
         more = {"files": stage.files, "seconds": round(seconds, 3), "time": now()}
-        line = json_line({"stage": stage.name, "result": stage.result, **more})
+        row = {"stage": stage.name, "result": stage.result, **more}
+        line = json_line({**row, "sha256": _digest(row)})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(line)
             flush(journal)
@@ -496,13 +498,23 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """The journal's lines by stage."""
+    """The journal's lines by stage; each has the SHA-256 of what else is in it, those of older journals apart."""
     wanted = {"stage": str, "result": dict, "files": dict}
-    lines = [{"files": {}, **line} for line in lines]  # older journals have none
+    journal = {}
     for number, line in enumerate(lines, start=1):
-        if not all(isinstance(line.get(key), kind) for key, kind in wanted.items()):
+        whole = {**line, "files": line.get("files", {})}  # older journals have none
+        digest = line.get("sha256")
+        if not all(isinstance(whole.get(key), kind) for key, kind in wanted.items()) or (
+            digest is not None and digest != _digest(line)
+        ):
             raise damaged(folder / "journal.jsonl", number)
-    return {line["stage"]: line for line in lines}
+        journal[line["stage"]] = whole
+    return journal
+
+
+def _digest(line: Mapping[str, Any]) -> str:
+    """Of a line of the journal, but for the place where it stands itself."""
+    return hashlib.sha256(json_line({key: value for key, value in line.items() if key != "sha256"})).hexdigest()
 
 
 def check_place(path: Path, mark: str = "run.json", kind: str = "run directory") -> None:

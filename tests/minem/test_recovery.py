@@ -25,6 +25,7 @@ from minem.cli import main
 from minem.config import load_config
 from minem.errors import Interrupted
 from minem.jsonl import json_line, read_rows
+from minem.lora import LoRA
 from minem.run import RunDirectory, read_facts, read_journal
 
 SMALL = [
@@ -235,11 +236,24 @@ def test_a_journal_that_was_changed_goes_on_from_above_it(finished: Callable[[st
 def test_a_journal_of_before_there_were_manifests_is_continued(finished: Callable[[str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished("last"), run)
-    rows = [{k: v for k, v in row.items() if k != "files"} for row in read_rows(run / "journal.jsonl")]
+    later = ("files", "sha256")
+    rows = [{k: v for k, v in row.items() if k not in later} for row in read_rows(run / "journal.jsonl")]
     (run / "journal.jsonl").write_bytes(b"".join(map(json_line, rows[:-4])))
     assert rows[-4]["stage"] == "iter-03/eval.validation"
     assert train(run).exit_code == 0
     assert outcome(run) == outcome(finished("last"))
+
+
+def test_a_journal_in_which_a_number_changed_is_refused(finished: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is JSON still, and nothing but the line's own digest can tell."""
+    run = tmp_path / "run"
+    shutil.copytree(finished("last"), run)
+    journal = run / "journal.jsonl"
+    journal.write_bytes(re.sub(rb'"accuracy": (0\.\d+)', rb'"accuracy": \g<1>1', journal.read_bytes(), count=1))
+    for command in (["train", *SMALL, "--out", run], ["report", run, "-o", tmp_path / "page.html"], ["show", run]):
+        result = minem_cli(*command)
+        assert result.exit_code == 2
+        assert "journal.jsonl, line 1: damaged" in result.stderr.splitlines()[-1]
 
 
 def test_a_run_that_was_moved_continues(
@@ -459,3 +473,19 @@ def test_a_model_that_was_not_written_as_it_is_stops_the_run(tmp_path: Path, mon
     assert not (tmp_path / "run/iter-01/model").exists()
     monkeypatch.undo()
     assert train(tmp_path / "run").exit_code == 0  # the disk was to blame, or a bug: nothing of the run is lost
+
+
+def test_an_adapter_that_was_not_written_as_it_is_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = LoRA.save
+
+    def writes_badly(self: LoRA, folder: Path, *rest: Any) -> None:
+        write(self, folder, *rest)
+        flip(folder / "adapter_model.safetensors")
+
+    monkeypatch.setattr(LoRA, "save", writes_badly)
+    result = minem_cli("train", *SMALL, "--set", "mstep.lora_rank=2", "--out", tmp_path / "run")
+    assert result.exit_code == 4
+    assert "what was just written is not the adapter in memory" in " ".join(result.stderr.split())
+    assert not (tmp_path / "run/iter-01/adapter").exists()
