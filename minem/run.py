@@ -333,6 +333,8 @@ class RunDirectory:
     ) -> None:
         if overwrite:
             remove_run(self.path)
+        for name in ("run.json", "config.toml", "journal.jsonl", "metrics.jsonl"):  # read, cut and added to in place
+            own_file(self.path, name)
         for partial in list(self.path.rglob(PARTIAL + "*")):
             remove(partial)
         journal = self.path / "journal.jsonl"
