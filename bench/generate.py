@@ -37,13 +37,15 @@ import torch
 from record import ceilings, facts
 from rich.console import Console
 
-from minem.cache import cache_bytes
 from minem.data.tasks import Question
-from minem.estep import EStep, blocks
-from minem.generate import Completion, Generator, Request, SamplingParams
+from minem.em.estep import EStep, blocks
+from minem.em.samplers import make_sampler
+from minem.generation.generator import Generator
+from minem.generation.kv_cache import cache_bytes
+from minem.generation.request import Completion, Request, SamplingParams
 from minem.kernels.resources import SHAPES, Shape
-from minem.model import Model, ModelConfig
-from minem.samplers import make_sampler
+from minem.model.decoder import Model
+from minem.model.hf_config import ModelConfig
 
 SMALL = Shape("small", 256, 8, 4, 32, 704, 16_384)
 LAYERS = {"small": 6, "qwen2.5-0.5b": 24, "qwen2.5-3b": 36, "llama-3.2-1b": 16, "llama-3.2-3b": 28}

@@ -20,8 +20,9 @@ import click
 import torch
 from record import facts
 
-from minem.memory import SAFE_SHARE, Work, e_step, fitted, lora_parameters, m_step, parameters
-from minem.model import ModelConfig
+from minem.model.hf_config import ModelConfig
+from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
+from minem.planning.memory import Work, e_step, fitted, m_step
 
 # Qwen's and Llama's: layers, width, query heads, key heads, channels of a head, MLP's width, vocabulary, tied head.
 MODELS = {

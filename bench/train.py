@@ -49,12 +49,15 @@ from record import ceilings, facts
 from rich.console import Console
 from safetensors.torch import save_file
 
+from minem.config import MStepSection
+from minem.device import peak_flops
+from minem.em.mstep import MStep, learning_rate, loss_divisor
+from minem.em.packing import Example, plan
+from minem.em.scoring import score
 from minem.kernels.resources import SHAPES, Shape
-from minem.memory import flops, peak_flops
-from minem.model import ModelConfig
-from minem.mstep import MStep, MStepConfig, learning_rate, loss_divisor, score
-from minem.packing import Example, plan
-from minem.weights import checkpoint_views, load_model
+from minem.model.hf_config import ModelConfig
+from minem.model.sizes import flops
+from minem.model.weights import checkpoint_views, load_model
 
 ALL_SHAPES = {
     "tiny": Shape("small", 64, 4, 2, 16, 128, 512),  # for the tests
@@ -72,7 +75,7 @@ class Job:
     folder: str  # a Hugging Face folder: config.json and model.safetensors
     device: str
     rows: int
-    settings: MStepConfig
+    settings: MStepSection
     profile: bool = False
     answer: int = ANSWER
     longest: int = LONGEST
@@ -457,7 +460,7 @@ def main(
     """Time one epoch of an M-step beside those of others."""
     gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if gpu else ("cpu", torch.float32)
-    settings = MStepConfig(
+    settings = MStepSection(
         lr=1e-5 if gpu else 1e-4,
         batch_size=72 if gpu else 16,  # on a GPU two full micro-batches, on the CPU one
         pack_tokens=pack_tokens or (16_384 if gpu else 8192),

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from minem.errors import UserError
-from minem.untrusted import MEBIBYTE, parse
+from minem.files import MEBIBYTE, parse
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINE_LIMIT = 4 * MEBIBYTE  # bytes of one row of a .jsonl file

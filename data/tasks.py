@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from minem.data.rows import Question, read_questions
-from minem.errors import UserError, is_reference, require
+from minem.errors import UserError
 from minem.hub import download
 
-__all__ = ["SPLITS", "TASKS", "TOY", "Question", "Task", "TaskConfig", "load_task", "read_questions"]
+__all__ = ["SPLITS", "TASKS", "TOY", "Question", "Task", "load_task", "read_questions"]
 
 SPLITS = ("train", "validation", "test")
 # name -> (dataset on the hub, folder of its parquet files)
@@ -40,20 +40,6 @@ TASKS = ("toy", *HUB)
 TOY = Path(__file__).parent / "toy"
 MMLU_TRAIN = 5_000  # questions sampled from the 99,842 of auxiliary_train: about as many as OpenBookQA has
 GSM8K_VALIDATION = 500  # of GSM8K's 7,473 training questions: about as many as OpenBookQA has
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """Which questions, and who says what is right."""
-
-    name: str = "toy"  # a name of TASKS, or a folder or file of your own
-    limit: int | None = None  # at most so many questions of each split, train and test alike
-    verdict: str | None = None  # module:function that replaces the answer check
-
-    def __post_init__(self) -> None:
-        require("task", self, limit=(self.limit is None or self.limit >= 1, "1 or more"))
-        if self.verdict is not None:
-            require("task", self, verdict=(is_reference(self.verdict), "written as module:function"))
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from minem.data.rows import Question
 from minem.errors import UserError
+from minem.plugins import import_object
 
 REACH = 400  # characters in which a statement must name its answer; keeps the work linear in the text
 
@@ -349,3 +350,29 @@ def _bare(text: str) -> str:
     return " ".join(
         re.sub(r"\\(?:boxed|text|textbf|mathbf)\{", "", text).casefold().strip(" \t*_`$\"'.:()[]{}").split()
     )
+
+
+# (text of a completion, its question) -> the answer it states, or None where it states none: `strict`
+Verdict = Callable[[str, Question], str | None]
+
+
+def pick_verdict(name: str | None) -> Verdict:
+    """The strict verdict, or the user's own function by "module:function"."""
+    if name is None:
+        return strict
+    own: Callable[..., Any] = import_object(name, "task.verdict")
+    if not callable(own):
+        raise UserError(f"task.verdict = {name!r} is not a function")
+
+    def checked(text: str, question: Question) -> str | None:
+        try:
+            answer = own(text, question)
+        except Exception as error:  # it is the user's: whatever it raises is told with the question it failed on
+            raise UserError(f"task.verdict {name!r} raised {error!r} on question {question.id!r}") from error
+        if answer is not None and not isinstance(answer, str):
+            raise UserError(
+                f"task.verdict {name!r} must return a text or None, not {answer!r} (question {question.id!r})"
+            )
+        return answer
+
+    return checked

@@ -16,19 +16,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "minem.weights",
-    "save": "minem.weights",
-    "Generator": "minem.generate",
-    "SamplingParams": "minem.generate",
-    "Completion": "minem.generate",
-    "Request": "minem.generate",
+    "load": "minem.model.weights",
+    "save": "minem.model.weights",
+    "Generator": "minem.generation.generator",
+    "SamplingParams": "minem.generation.generator",
+    "Completion": "minem.generation.generator",
+    "Request": "minem.generation.generator",
 }
 
 __all__ = ["Completion", "Generator", "Request", "SamplingParams", "__version__", "load", "save"]
 
 if TYPE_CHECKING:
-    from minem.generate import Completion, Generator, Request, SamplingParams
-    from minem.weights import load, save
+    from minem.generation.generator import Generator
+    from minem.generation.request import Completion, Request, SamplingParams
+    from minem.model.weights import load, save
 
 
 def __getattr__(name: str) -> Any:

@@ -27,9 +27,9 @@ from typing import Any, NoReturn
 import click
 
 import minem
-from minem import tables
 from minem.errors import GuardError, MinemError, UserError
-from minem.tables import say
+from minem.report import tables
+from minem.report.tables import say
 from minem.text import clean, sentence
 
 
@@ -166,9 +166,9 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
 @contextmanager
 def _running(config: Any, gpus: int) -> Iterator[tuple[Any, Any, Any]]:
     """(ranks, stop, progress) of a run in this process; for --gpus, this one only starts the others."""
-    from minem.distributed import joined, launch
-    from minem.progress import Progress
-    from minem.stopping import Stop
+    from minem.console import Progress
+    from minem.parallel.ranks import joined, launch
+    from minem.parallel.signals import Stop
 
     if gpus > 1 and "WORLD_SIZE" not in os.environ:
         _check_gpus(gpus, config.run.device)
@@ -231,7 +231,7 @@ def train(
         return
     with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
-        from minem.tracking import load_tracker
+        from minem.runs.tracking import load_tracker
 
         tracker = load_tracker(track if ranks.first else None)
         if samples is not None:
@@ -248,8 +248,8 @@ def train(
 
 
 def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
-    from minem import dryrun
-    from minem.progress import Progress, table
+    from minem.console import Progress, table
+    from minem.planning import dryrun
 
     result = dryrun.dry_run(config, Progress(), gpus)
 
@@ -281,7 +281,7 @@ def sample(
     config, origins = _config(config_file, overrides, flags)
     with _running(config, gpus) as (ranks, stop, progress):
         from minem import train as whole
-        from minem.progress import percent
+        from minem.console import percent
 
         result = whole.sample(config, iteration, progress, sys.argv, overwrite, ranks=ranks, stop=stop, origins=origins)
         solved, questions = result["solved"], result["questions"]
@@ -327,10 +327,10 @@ def compare(
         if any(override.partition("=")[0].strip() == key for override in overrides):
             raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
     config, origins = _config(config_file, overrides, flags)
-    from minem import compare as comparison
-    from minem.progress import Progress
-    from minem.stopping import Stop
-    from minem.tracking import load_tracker
+    from minem.compare import experiment as comparison
+    from minem.console import Progress
+    from minem.parallel.signals import Stop
+    from minem.runs.tracking import load_tracker
 
     tracker = load_tracker(track)
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
@@ -376,14 +376,16 @@ def evaluate(
 
     Answers are kept as they finish in --out: the same command goes on from them, also with more --samples.
     """
-    from minem.choices import fingerprint, hash_source, hash_tokenizer, pick_verdict
+    from minem.console import Progress, percent
     from minem.data.tasks import load_task
-    from minem.estep import encode_prompt
-    from minem.evaluate import answer_file
-    from minem.evaluate import evaluate as run
-    from minem.progress import Progress, percent
-    from minem.run import folder_name
-    from minem.weights import resolve
+    from minem.data.verdict import pick_verdict
+    from minem.em.estep import encode_prompt
+    from minem.em.evaluate import answer_file
+    from minem.em.evaluate import evaluate as run
+    from minem.model.weights import resolve
+    from minem.plugins import hash_source
+    from minem.runs.directory import folder_name
+    from minem.runs.record import fingerprint, hash_tokenizer
 
     loaded, check = load_task(task, limit, seed), pick_verdict(verdict)
     questions = getattr(loaded, split)
@@ -454,7 +456,7 @@ def generate(
     if (prompt is None) == (prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
     texts = [prompt] if prompt is not None else _read_prompts(prompts)
-    from minem.generate import SamplingParams
+    from minem.generation.request import SamplingParams
 
     try:
         params = SamplingParams(**sampling)
@@ -493,9 +495,9 @@ def generate(
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as one JSON object on one line.")
 def show(run: Path, iteration: int | None, status: str | None, question: str | None, n: int, as_json: bool) -> None:
     """Show what the model wrote in the E-steps of a run, finished or not."""
-    from minem import show as shown
-    from minem.progress import Progress
-    from minem.reader import read_run, told_as_damage
+    from minem.console import Progress
+    from minem.report import show as shown
+    from minem.report.reader import read_run, told_as_damage
 
     with told_as_damage(run):
         read = read_run(run)
@@ -520,7 +522,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
     Runs that differ in nothing but their seed are shown as their mean and spread.
     """
-    from minem.report import write_report
+    from minem.report.page import write_report
 
     write_report(runs, out)
     say(str(out))
@@ -534,8 +536,8 @@ def doctor(device: str, as_json: bool) -> None:
 
     A self-test of some seconds compares generator, loss and sampling with references; exit code 4 where one fails.
     """
-    from minem import doctor as doctors
-    from minem.progress import clean
+    from minem.console import clean
+    from minem.planning import doctor as doctors
 
     found = doctors.examine(device)
     _print(found, as_json, lambda: click.echo("\n".join(map(clean, doctors.lines(found)))))
@@ -545,7 +547,7 @@ def doctor(device: str, as_json: bool) -> None:
 
 
 def _read_prompts(path: Path | None) -> list[str]:
-    from minem.jsonl import read_rows
+    from minem.files import read_rows
 
     assert path is not None
     texts = []
@@ -559,7 +561,7 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 
 def _generator(name: str, device: str) -> Any:
-    from minem.choices import limit_threads, pick_device, pick_dtype
+    from minem.device import limit_threads, pick_device, pick_dtype
 
     where = pick_device(device)
     model, tokenizer = minem.load(name, where, pick_dtype("auto", where))

@@ -1,39 +1,156 @@
-"""The config of a run: six small sections, read from TOML and flags, and checked before anything starts.
+"""Every setting of a run, on one page: type, default, bounds and meaning.
 
-    minem train CONFIG.toml --set mstep.lr=2e-5 --set sampler.draws=all
+    minem config                                       # this page as TOML
+    minem train CONFIG.toml --set mstep.lr=2e-5        # a file, then flags, then --set: later ones win
 
-Every key has a default, so a config names only what differs; `configs/` holds commented examples. A mistake is one
-sentence that says where it stands (file or flag), which key it is, what would be right, and the nearest valid name.
+A mistake is one sentence: where it stands, which key, what would be right. pydantic checks types and bounds, so that
+no module checks a setting of its own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import math
-import sys
+import json
+import re
 import tomllib
-import types
-import typing
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from minem.data.tasks import TaskConfig
-from minem.errors import UserError, is_reference, one_of, shown
-from minem.evaluate import EvalConfig
-from minem.mstep import MStepConfig
-from minem.run import RunConfig
-from minem.samplers import SamplerConfig
-from minem.settings import difference, to_toml
-from minem.untrusted import read_toml
-from minem.weights import WeightsConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["FLAGS", "Config", "difference", "load_config", "origins", "to_toml"]
+from minem.errors import UserError, one_of, shown
+from minem.files import read_toml
+from minem.plugins import check_origin
+from minem.text import visible
 
-# The flags that are short for a key. They win over the file; saying a key twice on one command line is an error.
+Few = Annotated[int, Field(ge=1, le=1_000)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Rows = Annotated[int, Field(ge=1, le=10_000_000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Size = Annotated[float, Field(ge=0, le=1e6)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+Reference = Annotated[
+    str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")
+]  # module:name of the user's own code
+_TARGET = "(all|[qkvo]_proj|gate_proj|up_proj|down_proj)"
+Targets = Annotated[str, Field(pattern=rf"^\s*{_TARGET}\s*(,\s*{_TARGET}\s*)*$")]
+DEFAULT_BUDGETS = {"rsm": 8, "star": 2, "pps": 1}
+
+
+def default_budget(name: str) -> int:
+    """The most attempts at a question where the config names none."""
+    return DEFAULT_BUDGETS.get(name, 8)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    id: Text = "toy"  # the embedded model, a Hugging Face folder, or a hub id
+    revision: Text | None = None  # branch, tag or commit on the hub
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights; auto: bfloat16 on a GPU, float32 on a CPU
+
+
+class TaskSection(Section):
+    name: Text = "toy"  # a built-in task, or a folder or file of your own
+    limit: Rows | None = None  # use at most N questions of each split
+    verdict: Reference | None = None  # module:function that replaces the answer check
+
+
+class SamplerSection(Section):
+    name: Literal["rsm", "star", "pps"] | Reference = "rsm"  # how rationales are drawn; or your own, module:Class
+    budget: Count = Field(default_factory=lambda own: default_budget(own.get("name", "")))  # attempts per question
+    draws: Literal["first", "all"] = "first"  # stop at the first accepted draw, or spend the budget and keep every one
+    proposal: Literal["current", "base"] = "current"  # the model that hinted draws come from
+    hint: Literal["forward", "derive", "justify"] = "forward"  # the wording that shows the answer
+    filter: Literal["correct", "none"] = "correct"  # none: keep every draw, the control experiment
+    drop_leaks: bool = False  # also reject hinted rationales that cite the hint
+    temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0  # of the draws
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # 0: off
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: off
+    min_p: Share = 0.0  # 0: off
+    max_new_tokens: Count = 1024  # a longer draw is truncated and rejected
+
+
+class MStepSection(Section):
+    lr: Annotated[float, Field(ge=0, le=10)] = 1e-5  # peak learning rate, reached after the warm-up
+    epochs: Few = 1  # passes over the accepted samples of an iteration
+    batch_size: Count = 32  # examples per optimizer step
+    pack_tokens: Count = 8192  # tokens per micro-batch: memory and speed, never the result
+    warmup: Share = 0.1  # share of the steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up, towards 0 or constant
+    weight_decay: Size = 0.0  # of matrices; norms and biases are never decayed
+    beta1: Beta = 0.9  # AdamW
+    beta2: Beta = 0.95  # AdamW
+    clip: Size = 1.0  # largest gradient norm; 0: off
+    checkpointing: Literal["auto", "off", "full"] = "auto"  # recompute activations; auto: of as few blocks as fit
+    optimizer_state: Literal["reset", "keep"] = "reset"  # AdamW's moments at the start of a later iteration
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"  # several GPUs: replicated, sharded, or whichever fits
+    lora_rank: Annotated[int, Field(ge=0, le=65_536)] = 0  # of the adapters; 0: full fine-tuning
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0  # adapters are scaled by lora_alpha / lora_rank
+    lora_targets: Targets = "all"  # linear layers with adapters: all, or Hugging Face's names with commas
+    weights: Literal["equal", "question", "importance"] = "equal"  # of accepted draws: 1, 1/n, or pi/q per question
+
+
+class EvalSection(Section):
+    max_new_tokens: Count = 1024  # a longer answer is truncated and counts as wrong
+    samples: Annotated[int, Field(ge=0, le=1_000)] = 1  # draws per question at temperature 1, beside the greedy answer
+    diagnostics: Annotated[int, Field(ge=0, le=1_000_000)] = 32  # training questions with hinted draws; 0: off
+    hinted_draws: Few = 4  # for each of them
+
+
+class RunSection(Section):
+    iterations: Annotated[int, Field(ge=1, le=10_000)] = 4  # of EM
+    questions_per_iteration: Rows | None = None  # the next N of a shuffle that repeats; by default all
+    seed: Seed = 0  # decides every random choice
+    out: Text | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where torch sees one
+    init: Literal["previous", "base"] = "previous"  # what each M-step starts from; base as in STaR
+    keep: Literal["last", "all"] = "last"  # model folders that stay on disk
+    checkpoint_minutes: Size = 15.0  # between two checkpoints inside an M-step
+    deterministic: bool = False  # on a GPU, bit-for-bit repeatable at some cost; a CPU always is
+    slots: Annotated[int, Field(ge=1, le=65_536)] | None = (
+        None  # sequences decoded at once; by default 96, on a GPU 256
+    )
+
+
+class Config(Section):
+    model: ModelSection = ModelSection()
+    task: TaskSection = TaskSection()
+    sampler: SamplerSection = SamplerSection()
+    mstep: MStepSection = MStepSection()
+    eval: EvalSection = EvalSection()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.mstep.weights != "equal" and self.sampler.draws != "all":
+            raise ValueError(
+                f'mstep.weights = "{self.mstep.weights}" weighs the accepted draws of a question against each other, '
+                f'so it needs sampler.draws = "all", not "{self.sampler.draws}", which keeps one at most'
+            )
+        if self.mstep.optimizer_state == "keep" and self.run.init == "base":
+            raise ValueError(
+                'mstep.optimizer_state = "keep" continues from the last M-step, and run.init = "base" starts each from '
+                "the base model: leave one of the two out"
+            )
+        return self
+
+    def changed(self, keys: Mapping[str, Any]) -> Config:
+        """This config with {"section.key": value} in place, checked again."""
+        values = self.model_dump()
+        for key, value in keys.items():
+            section, _, name = key.partition(".")
+            values[section][name] = value
+        return _validated({f"{s}.{k}": (v, "") for s, own in values.items() for k, v in own.items() if v is not None})
+
+
+# The flags that are short for a key. They win over the file; a key given twice on one command line is an error.
 FLAGS = {
     "model.id": "--model",
     "task.name": "--task",
@@ -46,68 +163,22 @@ FLAGS = {
     "run.out": "--out",
     "run.device": "--device",
 }
-
-
-CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code, module:name
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a run is; each section is owned by the module that uses it.
-
-    Two runs with equal configs, `run.out` apart, are the same experiment.
-    """
-
-    model: WeightsConfig = field(default_factory=WeightsConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    mstep: MStepConfig = field(default_factory=MStepConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    run: RunConfig = field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        """What no section can know alone."""
-        if self.mstep.weights != "equal" and self.sampler.draws != "all":
-            raise UserError(
-                f'mstep.weights = "{self.mstep.weights}" weighs the accepted draws of a question against each other, '
-                f'so it needs sampler.draws = "all", not "{self.sampler.draws}", which keeps one at most'
-            )
-        if not self.mstep.answer_tokens and self.sampler.filter == "none":
-            raise UserError(
-                'mstep.answer_tokens = false leaves out the answer line, which draws kept by sampler.filter = "none" '
-                'may lack; it needs sampler.filter = "correct"'
-            )
-        if self.mstep.optimizer_state == "keep" and self.run.init == "base":
-            raise UserError(
-                'mstep.optimizer_state = "keep" goes on from the last M-step, and run.init = "base" starts each from '
-                "the base model: leave one of the two out"
-            )
-
-
-SECTIONS: dict[str, type] = {f.name: typing.cast(type, f.default_factory) for f in dataclasses.fields(Config)}
+CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code
+SECTIONS: dict[str, type[Section]] = {name: type(field.default) for name, field in Config.model_fields.items()}
+KEYS = {f"{section}.{key}": field for section, kind in SECTIONS.items() for key, field in kind.model_fields.items()}
 
 
 def load_config(
     path: str | Path | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> Config:
-    """Compose a config from a TOML file, `--set` overrides ("section.key=value") and flags, the later ones winning.
+    """A config from a TOML file, flags and `--set` overrides ("section.key=value"), the later ones winning.
 
     path: None starts from the embedded toy's own config as long as `model.id` stays "toy", else from the defaults.
-    flags: {"sampler.budget": 8, ...}, the keys those of FLAGS; None means that the flag was not given.
+    flags: {"sampler.budget": 8, ...}, keys of FLAGS; None means that the flag was not given.
 
     Raises UserError for a file that cannot be read, unknown sections and keys, and values of a wrong type or range.
     """
-    values = _compose(path, overrides, flags or {})
-    sections = {}
-    for section, kind in SECTIONS.items():
-        own = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(section + ".")}
-        typed = {name: _typed(f"{section}.{name}", value, origin) for name, (value, origin) in own.items()}
-        try:
-            sections[section] = kind(**typed)
-        except UserError as error:  # says "section.key is ...": add where that value was written
-            origin = next((o for name, (_, o) in own.items() if str(error).startswith(f"{section}.{name} ")), None)
-            raise UserError(f"{origin}: {error}" if origin else str(error)) from None
-    return Config(**sections)
+    return _validated(_compose(path, overrides, flags or {}))
 
 
 def origins(
@@ -125,17 +196,13 @@ def _compose(path: str | Path | None, overrides: Iterable[str], flags: Mapping[s
     given = _command_line(overrides, {key: value for key, value in flags.items() if value is not None})
     if path is None and given.get("model.id", ("toy",))[0] == "toy":
         path = Path(__file__).parent / "configs" / "toy.toml"
-    values = {} if path is None else {key: (value, str(path)) for key, value in _read_toml(Path(path))}
+    values = {} if path is None else {key: (value, str(path)) for key, value in _file(Path(path))}
     return values | given
 
 
-def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:
-    """("section.key", value) for everything in the file."""
-    try:
-        content = read_toml(path)
-    except UserError as error:
-        raise UserError(f"config {error}") from error
-    for section, values in content.items():
+def _file(path: Path) -> Iterator[tuple[str, Any]]:
+    """("section.key", value) of a TOML file."""
+    for section, values in read_toml(path).items():
         if section not in SECTIONS:
             wanted = one_of(section, [f"[{name}]" for name in SECTIONS])
             raise UserError(f"{path}: there is no section [{section}]; it must be {wanted}")
@@ -147,7 +214,6 @@ def _read_toml(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """{"section.key": (value, where it was written)} of `--set` and the flags."""
     given = {key: (value, FLAGS[key]) for key, value in flags.items()}
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
@@ -162,72 +228,146 @@ def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[st
             parsed = {}
         value = parsed["value"] if parsed.keys() == {"value"} else text
         # Texts need no quotes, whatever they look like: --set model.id=7
-        is_text = str in _types(_hints(SECTIONS[key.partition(".")[0]])[key.partition(".")[2]])
-        given[key] = (text if is_text and not isinstance(value, str) else value, "--set")
+        given[key] = (text if _kind(key) is str and not isinstance(value, str) else value, "--set")
     return given
 
 
-def _check_code(key: str, name: str, origin: str) -> None:
-    """A file may come from anybody, and with `shutil:rmtree` for an answer check it would delete what a model names.
-
-    So it may name minem's own code and that in the folder where the user stands; other code is for the command line.
-    """
-    module = name.partition(":")[0]
-    top = module.partition(".")[0]
-    place = Path.cwd().joinpath(*module.split("."))
-    here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
-    if top != "minem" and (top in sys.stdlib_module_names or not here):
-        flag = f"{FLAGS[key]} {name}"
-        raise UserError(
-            f"{origin}: {key} is {shown(name)}, which is no code of this folder; a config may not run code from "
-            f"elsewhere: if you trust it, give {flag} on the command line"
-        )
-
-
 def _check_key(key: str, origin: str) -> None:
-    known = {f"{section}.{name}" for section, kind in SECTIONS.items() for name in _hints(kind)}
-    if key in known:
+    if key in KEYS:
         return
-    leaf = key.rpartition(".")[2]
-    near = sorted(k for k in known if k.endswith("." + leaf)) or difflib.get_close_matches(key, sorted(known), n=1)
-    section = key.partition(".")[0]
+    section, _, leaf = key.partition(".")
+    near = sorted(k for k in KEYS if k.endswith("." + leaf)) or difflib.get_close_matches(key, KEYS, n=1)
     if near:
         advice = f"did you mean {' or '.join(near)}?"
     elif section in SECTIONS:
-        advice = f"the keys of [{section}] are {', '.join(_hints(SECTIONS[section]))}"
+        advice = f"the keys of [{section}] are {', '.join(SECTIONS[section].model_fields)}"
     else:
         advice = f"a key is written as section.key, and the sections are {', '.join(SECTIONS)}"
     raise UserError(f"{origin}: there is no key {key}; {advice}")
 
 
+def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
+    """The config of {"section.key": (value, origin)}; UserError for the first that is wrong."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, (value, _) in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    try:
+        config = Config.model_validate(sections)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"][:2]))
+        if key not in values:  # a rule about two sections
+            raise UserError(first["msg"].removeprefix("Value error, ")) from None
+        value, origin = values[key]
+        where = f"{origin}: " if origin else ""
+        raise UserError(f"{where}{key} is {shown(value)}; it must be {_wanted(key, value)}") from None
+    for key in CODE:
+        value, origin = values.get(key, (None, ""))
+        if isinstance(value, str) and ":" in value and origin not in ("", "--set", FLAGS[key]):
+            check_origin(key, value, origin, FLAGS[key])
+    return config
+
+
 @cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def _parts(key: str) -> list[tuple[Any, dict[str, Any]]]:
+    """(type, its bounds) of each alternative of a key's annotation: str | None -> [(str, {})]."""
+    field = KEYS[key]
+
+    def flatten(hint: Any, bounds: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
+        if get_origin(hint) is Annotated:
+            yield from flatten(hint.__origin__, [*bounds, *hint.__metadata__])
+        elif get_args(hint) and get_origin(hint) is not Literal:
+            for part in get_args(hint):
+                yield from flatten(part, bounds)
+        elif hint is not type(None):
+            yield hint, bounds
+
+    def limits(metadata: list[Any]) -> dict[str, Any]:
+        flat = [inner for one in metadata for inner in (one.metadata if hasattr(one, "metadata") else [one])]
+        return {
+            name: getattr(one, name)
+            for one in flat
+            for name in ("ge", "gt", "le", "lt", "pattern")
+            if hasattr(one, name)
+        }
+
+    return [(kind, limits(bounds)) for kind, bounds in flatten(field.annotation, list(field.metadata))]
 
 
-def _types(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a type hint: str | None -> (str, None)."""
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+def _kind(key: str) -> Any:
+    kind = _parts(key)[0][0]
+    return str if get_origin(kind) is Literal else kind
 
 
-def _typed(key: str, value: Any, origin: str) -> Any:
-    """The value as its key's type wants it, or UserError."""
-    section, _, name = key.partition(".")
-    hint = next(t for t in _types(_hints(SECTIONS[section])[name]) if t is not type(None))
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise UserError(f"{origin}: {key} is {shown(value)}; it must be {one_of(value, choices)}")
-        return value
-    if hint is float and type(value) is int and abs(value) < 2**53:
-        value = float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        wanted = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}[hint]
-        raise UserError(f"{origin}: {key} is {shown(value)}; it must be {wanted}")
-    if hint is str and (not value or any("\ud800" <= c <= "\udfff" or c == "\0" for c in value)):
-        raise UserError(
-            f"{origin}: {key} is {value!r}; it must be a text that is valid Unicode and not empty, without NUL"
-        )
-    if key in CODE and is_reference(value) and origin not in ("--set", FLAGS[key]):
-        _check_code(key, value, origin)
-    return value
+def _wanted(key: str, value: Any) -> str:
+    """What a value of this key must be, in words."""
+    kind, bounds = _parts(key)[0]
+    if get_origin(kind) is Literal:
+        return one_of(value, get_args(kind), "or module:Class" if key == "sampler.name" else "")
+    if kind is bool:
+        return "true or false"
+    if kind is str and key == "task.verdict":
+        return "written as module:function"
+    if kind is str and key == "mstep.lora_targets":
+        return '"all", or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj with commas'
+    if kind is str:
+        return "a text that is valid Unicode and not empty, without NUL"
+    low = f"{bounds['ge']:,} or more" if "ge" in bounds else f"above {bounds['gt']:,}"
+    high = f"at most {bounds['le']:,}" if "le" in bounds else f"below {bounds['lt']:,}"
+    return f"{'a whole' if kind is int else 'a finite'} number, {low} and {high}"
+
+
+# ----------------------------------------------------------------------------------------------------- as text
+
+
+def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
+    """The config as TOML, as `load_config` reads it back to an equal one. Keys that are not set are left out.
+
+    origins: where values were written, {"section.key": "--flag" or a path}; they become comments.
+    """
+    lines = []
+    for section, values in config.model_dump(exclude_none=True).items():
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            origin = (origins or {}).get(f"{section}.{key}")
+            lines.append(f"{key} = {_toml_value(value)}" + (f"  # by {_toml_value(origin)}" if origin else ""))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def reference(config: Config) -> str:
+    """The config as commented TOML, every key with its meaning, which is the comment beside it in this file."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    lines = []
+    for section, values in config.model_dump().items():
+        body = source.partition(f"class {type(getattr(config, section)).__name__}(Section):\n")[2].partition("\n\n\n")[
+            0
+        ]
+        meaning = dict(re.findall(r"^    (\w+): .*  # (.*)$", body, re.MULTILINE))
+        lines.append(f"[{section}]")
+        for key, value in values.items():
+            setting = f"# {key} =" if value is None else f"{key} = {_toml_value(value)}"
+            lines.append(f"{setting:<32}  # {meaning[key]}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line per key that differs, like "sampler.budget: 8 -> 4"; {section: {key: value}}, None for not set."""
+    before, after = ({f"{s}.{key}": v for s, values in c.items() for key, v in values.items()} for c in (old, new))
+    keys = {**after, **before}
+    return [
+        f"{k}: {_toml_value(before.get(k))} -> {_toml_value(after.get(k))}"
+        for k in keys
+        if before.get(k) != after.get(k)
+    ]
+
+
+def _toml_value(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, str):
+        # TOML's basic strings are JSON's. What a terminal would obey is escaped, so the file is harmless to look at.
+        return visible(json.dumps(value, ensure_ascii=False))
+    return str(value).lower() if isinstance(value, bool) else repr(value)

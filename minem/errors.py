@@ -54,12 +54,6 @@ class NotFinite(GuardError):
         self.dump = dump
 
 
-def require(section: str, values: Any, **rules: tuple[bool, str]) -> None:
-    for name, (valid, wanted) in rules.items():
-        if not valid:
-            raise UserError(f"{section}.{name} is {shown(getattr(values, name))}; it must be {wanted}")
-
-
 def shown(value: Any) -> str:
     """Whatever TOML may hold, short enough for a sentence."""
     try:
@@ -80,9 +74,3 @@ def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of many, for a sentence."""
     listed = ", ".join(names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
-
-
-def is_reference(name: str) -> bool:
-    """Is it written as module:name?"""
-    module, _, attribute = name.partition(":")
-    return attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))

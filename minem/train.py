@@ -3,7 +3,7 @@
     minem train --sampler rsm --budget 8
     minem train --samples runs/first-look/iter-01/samples.jsonl
 
-`minem.em.Experiment` does the stages; here they begin and end.
+`minem.em.loop.Experiment` does the stages; here they begin and end.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from minem.distributed import ALONE, Ranks
-from minem.em import Experiment
+from minem.console import Progress
+from minem.em.loop import Experiment
 from minem.errors import GuardError, UserError
-from minem.jsonl import read_rows
-from minem.progress import Progress
-from minem.run import RunDirectory, default_path
+from minem.files import read_rows
+from minem.parallel.ranks import ALONE, Ranks
+from minem.parallel.signals import Stop
+from minem.runs.directory import RunDirectory, default_path
 from minem.statistics import mcnemar
-from minem.stopping import Stop
 
 if TYPE_CHECKING:
     from minem.config import Config
@@ -54,12 +53,12 @@ def conclude(run: RunDirectory) -> None:
     """What ends a run's directory: its picture and its report."""
     if not run.finished("plot"):
         with run.stage("plot") as record:
-            from minem.plot import plot_accuracy
+            from minem.report.plot import plot_accuracy
 
             plot_accuracy(run, record.path("accuracy.png"))
     if not run.finished(LAST_STAGE):
         with run.stage(LAST_STAGE) as record:
-            from minem.report import write_report
+            from minem.report.page import write_report
 
             write_report([run.path], record.path("report.html"))
 
@@ -113,7 +112,7 @@ def train_on_samples(
     digest = hashlib.sha256(samples.read_bytes()).hexdigest()
     if config.run.out is None:
         out = f"{default_path(config)}.samples-{digest[:8]}"
-        config = replace(config, run=replace(config.run, out=out))
+        config = config.changed({"run.out": out})
 
     def keep(row: Mapping[str, Any]) -> bool:
         return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
@@ -121,10 +120,10 @@ def train_on_samples(
     experiment = Experiment(config, progress, ranks, stop)
     examples = experiment.examples(samples, keep)
     if not examples:
-        why = "every accepted row answers at once" if experiment.left_out else 'no row has status "accepted"'
+        why = 'no row has status "accepted"'
         raise GuardError(f"{samples}: {why}, so there is nothing to train on")
     endless = sum(example.token_ids[-1] not in experiment.tokenizer.eos_ids for example in examples)
-    if endless and config.mstep.answer_tokens:
+    if endless:
         progress.note(
             f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
         )

@@ -29,19 +29,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import minem
-from minem import template
-from minem.choices import fingerprint
 from minem.cli import main
-from minem.config import Config, load_config
+from minem.config import Config, load_config, to_toml
+from minem.console import Progress
 from minem.data import verdict
 from minem.data.tasks import TOY, Question, load_task
-from minem.em import Experiment
+from minem.em.loop import Experiment
 from minem.errors import UserError
-from minem.progress import Progress
-from minem.settings import to_toml
+from minem.model import chat_template as template
+from minem.model.tokenizer import Tokenizer
+from minem.runs.record import fingerprint
 from minem.text import clean, visible
-from minem.tokenizer import Tokenizer
-from tests.minem.runs import answer, make_run, sample
+from tests.minem.made_runs import answer, make_run, sample
 from tests.mutations import (
     HOSTILE,
     ODD_TEXTS,
@@ -526,7 +525,7 @@ def test_token_ids_and_prompts(number: int) -> None:
 @cases(100, 800)
 def test_odd_values_as_json(tmp_path: Path, number: int) -> None:
     """The strict parser itself: what it accepts, Python's own reads the same."""
-    from minem.untrusted import read_json
+    from minem.files import read_json
 
     path = tmp_path / "value.json"
 

@@ -39,13 +39,15 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from minem import weights
 from minem.data import prompts, verdict
 from minem.data.tasks import SPLITS, TOY, Question, read_questions
 from minem.data.toy.check import OPERATIONS, apply, asked_steps, valid_steps
-from minem.generate import Generator, SamplingParams
-from minem.model import Model, ModelConfig
-from minem.tokenizer import Tokenizer
+from minem.generation.generator import Generator
+from minem.generation.request import SamplingParams
+from minem.model import weights
+from minem.model.decoder import Model
+from minem.model.hf_config import ModelConfig
+from minem.model.tokenizer import Tokenizer
 
 SEED = 0
 SIZES = {"train": 512, "validation": 200, "test": 300}

@@ -15,12 +15,12 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 
-from minem.choices import pick_verdict
 from minem.cli import main
 from minem.data.tasks import SPLITS, TOY, Question
-from minem.estep import judge
-from minem.generate import Completion
-from minem.jsonl import read_rows
+from minem.data.verdict import pick_verdict
+from minem.em.estep import judge
+from minem.files import read_rows
+from minem.generation.request import Completion
 
 ARC = {
     "id": "q",

@@ -11,7 +11,7 @@ import pytest
 from minem.data import prompts, verdict
 from minem.data.tasks import Question, read_questions
 from minem.errors import UserError
-from minem.tokenizer import Tokenizer
+from minem.model.tokenizer import Tokenizer
 from tests.minem.folders import make_tokenizer
 
 QUESTION = Question("q", "What do plants need?", ("light", "soup", "shoes"), ("A", "B", "C"), "B")

@@ -11,7 +11,8 @@ import minem
 from minem.data import prompts, verdict
 from minem.data.tasks import SPLITS, TOY, Question, load_task
 from minem.data.toy import check, make
-from minem.generate import Generator, SamplingParams
+from minem.generation.generator import Generator
+from minem.generation.request import SamplingParams
 
 FOLDER = TOY / "model"
 QUESTION = Question(

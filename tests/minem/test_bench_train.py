@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minem.mstep import MStepConfig
+from minem.config import MStepSection
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -25,7 +25,7 @@ def train(monkeypatch):
 
 def test_the_contestants_come_to_the_same_losses(train, tmp_path):
     train.write_model(train.ALL_SHAPES["tiny"], tmp_path, "cpu", torch.float32)
-    settings = MStepConfig(lr=1e-3, batch_size=3, pack_tokens=600)
+    settings = MStepSection(lr=1e-3, batch_size=3, pack_tokens=600)
     job = train.Job(str(tmp_path), "cpu", 9, settings, answer=40, longest=200)
     names = ["minem", "transformers, padding", "transformers, padding, sorted"]
     results = {name: train.measure(name, job) for name in names}
@@ -40,9 +40,9 @@ def test_the_contestants_come_to_the_same_losses(train, tmp_path):
 
 def test_a_step_has_the_examples_of_the_plan(train, tmp_path):
     """In the order of the shuffle, and each once."""
-    from minem.packing import plan, shuffle
+    from minem.em.packing import plan, shuffle
 
-    settings = MStepConfig(batch_size=4, pack_tokens=300)
+    settings = MStepSection(batch_size=4, pack_tokens=300)
     job = train.Job(str(tmp_path), "cpu", 10, settings)
     examples = [train.make_row(i, 512, 40, 200) for i in range(10)]
     steps = job.steps(examples)

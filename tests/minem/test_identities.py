@@ -15,10 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minem.mstep import MStep, MStepConfig
-from minem.objective import weigh
-from minem.packing import Example, Step, pack
-from minem.samplers import Attempt, make_sampler
+from minem.config import MStepSection
+from minem.em.mstep import MStep
+from minem.em.packing import Example, Step, pack
+from minem.em.samplers import Attempt, make_sampler
+from minem.em.weighting import weigh
 
 EOS, A, B, PLAIN, HINTED = range(5)
 LONGEST = 3
@@ -79,7 +80,7 @@ class World:
         self.hinted = self.policy.probabilities(HINTED)
         self.p = sum(chance for outcome, chance in self.plain.items() if accepted(outcome))
         self.a = sum(chance for outcome, chance in self.hinted.items() if accepted(outcome))
-        self.mstep = MStep(self.policy, MStepConfig())
+        self.mstep = MStep(self.policy, MStepSection())
         self.g = {outcome: self._sample_gradient(outcome) for outcome in OUTCOMES if accepted(outcome)}
 
     def _sample_gradient(self, outcome: Outcome) -> torch.Tensor:
@@ -136,7 +137,7 @@ class World:
         return sum((weight * self.g[outcome] for outcome, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
 
     def row(self, prompt: str, outcome: Outcome) -> dict:
-        """What samples.jsonl says of a draw for `minem.objective.weigh`."""
+        """What samples.jsonl says of a draw for `minem.em.weighting.weigh`."""
         chance = {"plain": self.plain, "hinted": self.hinted}[prompt][outcome]
         return {"id": "q", "logprob_q": math.log(chance), "logprob_plain": math.log(self.plain[outcome])}
 

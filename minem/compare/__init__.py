@@ -1,0 +1,1 @@
+"""Samplers compared over seeds, each a run of its own."""

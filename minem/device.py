@@ -1,0 +1,134 @@
+"""The device: which one, in which dtype, how much memory it has and how fast it could be.
+
+python -c "from minem.device import pick_device; print(pick_device('auto'))"
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from minem.errors import UserError
+from minem.model.decoder import Model
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU, PyTorch's own reserve included, or in the machine's memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return 1 << 62  # not Linux: nobody says, so the allocation itself must
+    line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def give_back(device: torch.device) -> None:
+    """Return what is free inside this process to the system: PyTorch on a GPU and malloc on the CPU keep it else.
+
+    After an M-step on the CPU that is most of its memory: more than half of the peak of a run.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        if trim is not None:
+            trim(0)
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes held, under a name that says of what: by tensors on a GPU, or resident in this process.
+
+    A GPU's peak is that since `torch.cuda.reset_peak_memory_stats`, a process's is that since it began.
+    """
+    if device.type == "cuda":
+        return {"peak_gpu_memory": torch.cuda.max_memory_allocated(device)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"peak_process_memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, CUDA, cuBLAS or the C library had no memory left; each says so in words of its own."""
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+# Dense bfloat16 peak by the words of torch's device name, FLOP/s, as NVIDIA's data sheets are quoted (they print twice
+# as much where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
+PEAK_FLOPS = (
+    ("B200", 2250e12),
+    ("H200 NVL", 836e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A40", 149.7e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """The dense bfloat16 peak of a device in FLOP/s; None where it is not known, as for the CPU.
+
+    device: a torch device, or the name that `torch.cuda.get_device_name` gives.
+    """
+    if isinstance(device, torch.device):
+        if device.type != "cuda":
+            return None
+        device = torch.cuda.get_device_name(device)
+    words = set(re.split(r"[\s\-]+", device))
+    return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
+
+
+SMALL_MODEL = 10_000_000  # parameters
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that "auto", "cpu" or "cuda" means here.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device = 'cuda', but torch sees no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the working weights: "auto" is bfloat16 on a GPU and float32 on the CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def set_deterministic(device: torch.device, wanted: bool) -> None:
+    """Whether PyTorch may use what does not repeat bit for bit on a GPU: the backward pass of flash attention, say.
+
+    Call it before anything is computed: cuBLAS reads its part of it once. On the CPU there is nothing to choose.
+    """
+    if device.type == "cuda":
+        if wanted:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(wanted)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, against bugs
+
+
+def limit_threads(model: Model) -> None:
+    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS says otherwise.
+
+    Its matrix products are too short to share: two threads gain nothing in generation, and where another process wants
+    a core they wait for each other at every product (an E-step of 5 s was seen to take a minute).
+    """
+    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
+    if model.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)

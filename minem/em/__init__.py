@@ -1,0 +1,1 @@
+"""Expectation maximization: the loop, the E-step with its samplers, and the M-step."""

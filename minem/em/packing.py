@@ -1,0 +1,189 @@
+"""Which examples form an optimizer step, and how a step's sequences are packed: a plan, made before any tensor exists.
+
+    from minem.packing import Example, pack, plan
+    steps = plan([len(e) for e in examples], batch_size=32, pack_tokens=8192, epochs=1, seed=0, iteration=1)
+    tensors = pack([examples[i] for i in steps[0].micro_batches[0]])
+
+The order matters: the seeded shuffle decides which examples share a step, and only then is each step cut into
+micro-batches. So neither the capacity of a micro-batch (memory) nor the number of ranks that share the work can change
+what is learnt (the trajectory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minem.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair to learn: a plain prompt and the very token ids that were sampled for it, EOS included.
+
+    `weight` multiplies the log-probability of every supervised token. `id` is for messages only and may repeat.
+    """
+
+    id: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise UserError(f"example {self.id!r}: prompt_ids is empty; a sampled token needs a token before it")
+        if not self.token_ids:
+            raise UserError(f"example {self.id!r}: token_ids is empty; it must hold the sampled tokens, EOS included")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise UserError(f"example {self.id!r}: weight is {self.weight}; it must be a positive finite number")
+
+    def __len__(self) -> int:
+        """Tokens that enter the model: the last target is never an input, and nothing after it is either."""
+        return len(self.prompt_ids) + len(self.token_ids) - 1
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: positions in the list of examples, grouped into the micro-batches that fit in memory."""
+
+    epoch: int
+    micro_batches: tuple[tuple[int, ...], ...]
+
+    @property
+    def examples(self) -> list[int]:
+        return sorted(index for micro_batch in self.micro_batches for index in micro_batch)
+
+    def share(self, rank: int, ranks: int) -> tuple[tuple[int, ...], ...]:
+        """The micro-batches of one rank: equally many for each, planned for so many ranks; the empty tuple has no work.
+
+        The ranks' k-th micro-batches are about equally large, for ranks that train in lockstep wait for the largest.
+        """
+        assert len(self.micro_batches) % ranks == 0, f"{len(self.micro_batches)} micro-batches for {ranks} ranks"
+        return self.micro_batches[rank::ranks]
+
+
+def shuffle(n: int, seed: int, iteration: int, epoch: int) -> list[int]:
+    """A permutation of range(n): sorted by a hash, hence the same on every machine and for every library version."""
+
+    def key(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{iteration}/{epoch}/{index}".encode(), digest_size=16).digest()
+
+    return sorted(range(n), key=key)
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Positions of `lengths` in bins that hold at most `capacity`; a longer item gets a bin of its own.
+
+    Longest first, each into the fullest bin that still takes it (Johnson et al. 1974: at most 11/9 of the optimum + 1).
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect_left(room, (lengths[item], -1))
+        if at < len(room):
+            free, target = room.pop(at)
+        else:
+            free, target = max(capacity, lengths[item]), len(bins)
+            bins.append([])
+        bins[target].append(item)
+        insort(room, (free - lengths[item], target))
+    return bins
+
+
+def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
+    """As `best_fit_decreasing`, but a multiple of `ranks` bins, which are as equally full as can be.
+
+    The smallest capacity that needs no more bins is searched for (MULTIFIT: Coffman, Garey, Johnson 1978). What bins
+    are still missing are halves of the fullest ones; only where no bin has two items left to part, they are empty.
+    Bins come in rounds of one for each rank, the fullest round first.
+    """
+
+    def load(one: list[int]) -> int:
+        return sum(lengths[i] for i in one)
+
+    count = math.ceil(len(best_fit_decreasing(lengths, capacity)) / ranks) * ranks
+    low, high = 1, capacity
+    while low < high:
+        middle = (low + high) // 2
+        if len(best_fit_decreasing(lengths, middle)) <= count:
+            high = middle
+        else:
+            low = middle + 1
+    bins = best_fit_decreasing(lengths, high)
+    while len(bins) < count:
+        fullest = max(bins, key=lambda one: (len(one) > 1, load(one)))
+        bins.append(fullest[1::2])  # of items that get ever shorter, every second one is about half
+        del fullest[1::2]
+    bins.sort(key=load, reverse=True)
+    rounds = [bins[i : i + ranks] for i in range(0, count, ranks)]
+    # Every second round backwards, so that no rank gets the largest of each.
+    return [one for number, together in enumerate(rounds) for one in together[:: -1 if number % 2 else 1]]
+
+
+def plan(
+    lengths: Sequence[int], *, batch_size: int, pack_tokens: int, epochs: int, seed: int, iteration: int, ranks: int = 1
+) -> list[Step]:
+    """The optimizer steps of one M-step, in order; a pure function of its arguments.
+
+    Args:
+        lengths: tokens that each example brings into the model.
+        batch_size: the most examples in one optimizer step. The steps of an epoch are equal to within one example,
+            so that no epoch ends with a step of a few stragglers.
+        pack_tokens: capacity of a micro-batch in tokens. Sequences are never split.
+        ranks: processes that share each step (`Step.share`), with equally many micro-batches for each.
+    """
+    steps_per_epoch = math.ceil(len(lengths) / batch_size)
+    steps = []
+    for epoch in range(epochs):
+        order = shuffle(len(lengths), seed, iteration, epoch)
+        for k in range(steps_per_epoch):
+            first, last = (len(order) * j // steps_per_epoch for j in (k, k + 1))
+            members = order[first:last]
+            sizes = [lengths[i] for i in members]
+            bins = best_fit_decreasing(sizes, pack_tokens) if ranks == 1 else even_bins(sizes, pack_tokens, ranks)
+            steps.append(Step(epoch, tuple(tuple(members[position] for position in one) for one in bins)))
+    return steps
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What `Model.forward` takes for N packed input tokens of which R predict a supervised one."""
+
+    input_ids: torch.Tensor  # [N] int64
+    lengths: list[int]  # tokens of each sequence; they sum to N
+    rows: torch.Tensor  # [R] int64, positions in 0..N-1 whose hidden state predicts
+    targets: torch.Tensor  # [R] int64, the sampled tokens
+    token_weights: torch.Tensor  # [R] float32
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = (t.to(device) for t in (self.input_ids, self.rows, self.targets, self.token_weights))
+        input_ids, rows, targets, token_weights = moved
+        return MicroBatch(input_ids, self.lengths, rows, targets, token_weights)
+
+
+def pack(examples: Sequence[Example]) -> MicroBatch:
+    """Lay examples end to end. Prompts are not supervised: only positions that predict a target are rows."""
+    input_ids: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    weights: list[float] = []
+    for example in examples:
+        # The last prompt token predicts the first sampled one, and so on up to the last target (EOS, if all are).
+        start, own = len(input_ids) + len(example.prompt_ids) - 1, example.token_ids
+        rows.extend(range(start, start + len(own)))
+        input_ids.extend(example.prompt_ids)
+        input_ids.extend(own[:-1])
+        targets.extend(own)
+        weights.extend([example.weight] * len(own))
+    return MicroBatch(
+        torch.tensor(input_ids, dtype=torch.int64),
+        [len(example) for example in examples],
+        torch.tensor(rows, dtype=torch.int64),
+        torch.tensor(targets, dtype=torch.int64),
+        torch.tensor(weights, dtype=torch.float32),
+    )

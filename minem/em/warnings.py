@@ -1,0 +1,102 @@
+"""Signs that an iteration teaches the model little, each with what to do next. They warn and change nothing.
+
+    minem train          # prints them as "warning ...", keeps them in journal.jsonl, and shows them in report.html
+
+Each rule is one function of the numbers that the journal and the metrics have: a sentence, or None where all is well.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+ALL_ACCEPTED = 0.99  # share of the attempts from which on rejection selects nothing
+FEW_SOLVED = 0.05  # share of the questions below which hardly anything is learned from
+FEWEST_STEPS = 8  # of an M-step whose losses say anything
+LEAST_FALL = 0.02  # of the loss, from the first half of the steps to the second
+COLLAPSED = 0.25  # of the first iteration's entropy: where 10,000 rationales were likely, 10,000^(1/4) = 10 are
+UNSOLVED = 0.1  # share of the questions that other draws would still be needed for
+
+
+def of_draws(estep: Mapping[str, Any]) -> list[str]:
+    """What an E-step's counts (`minem.em.estep.Counts.summary`) warn of."""
+    return [sentence for sentence in (everything_accepted(estep), almost_nothing_accepted(estep)) if sentence]
+
+
+def of_training(losses: Sequence[float], entropies: Sequence[float | None], solved: float | None) -> list[str]:
+    """What an M-step warns of.
+
+    Args:
+        losses: of its steps, in order.
+        entropies: mean entropy of the policy in the M-steps of the run so far, this one last; None where not known.
+        solved: share of the iteration's questions with a right draw; None where nobody knows.
+    """
+    return [sentence for sentence in (loss_not_falling(losses), entropy_collapsing(entropies, solved)) if sentence]
+
+
+def everything_accepted(estep: Mapping[str, Any]) -> str | None:
+    accepted = estep["statuses"].get("accepted", 0) / max(1, estep["attempts"])
+    if accepted < ALL_ACCEPTED:
+        return None
+    said = f"{100 * accepted:.1f} % of the draws were accepted, so rejecting the others teaches next to nothing: "
+    if estep["acceptance"].get("plain") is None:
+        return said + (
+            "reading some (minem show) tells whether they reason or repeat the answer that they were shown; "
+            'sampler.hint = "derive" asks for a derivation, and rsm draws without a hint'
+        )
+    return said + "the model knows these questions; train on harder ones, or stop here"
+
+
+def almost_nothing_accepted(estep: Mapping[str, Any]) -> str | None:
+    """Where nothing at all was accepted a guard stops the run, with the same advice."""
+    solved = estep["solved"] / max(1, estep["questions"])
+    if solved >= FEW_SOLVED or not estep["solved"]:
+        return None
+    return f"only {estep['solved']} of {estep['questions']} questions have an accepted draw: {advice(estep)}"
+
+
+def advice(estep: Mapping[str, Any]) -> str:
+    """What to do where draws are rejected, by the reason that most of them were rejected for."""
+    rejected = {status: n for status, n in estep["statuses"].items() if status != "accepted"}
+    reason = max(rejected, key=rejected.__getitem__, default="wrong")
+    if reason == "truncated":
+        return "most draws were cut off at the limit, so raise sampler.max_new_tokens"
+    if reason == "unparsed":
+        return (
+            "most draws state no answer that can be read (minem show --status unparsed), so take a model that follows "
+            "instructions, or a verdict of your own (--verdict) that reads its answers"
+        )
+    if estep["acceptance"].keys() == {"plain"}:
+        return "most draws are wrong, so raise sampler.budget, or let star or pps show the answer"
+    return "most draws are wrong although the answer was shown, so raise sampler.budget, or take a larger model"
+
+
+def loss_not_falling(losses: Sequence[float]) -> str | None:
+    """Steps have different examples, so their losses scatter: that the fall is too small must stand out from that."""
+    half = len(losses) // 2
+    if len(losses) < FEWEST_STEPS:
+        return None
+    first, second = losses[:half], losses[-half:]
+    before, after = statistics.fmean(first), statistics.fmean(second)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(second)) / half)
+    if before - after + 2 * error >= LEAST_FALL * before:
+        return None
+    return (
+        f"the loss did not fall: {before:.4f} in the first half of the steps, {after:.4f} in the second, which is "
+        f"{100 * LEAST_FALL:.0f} % less at most, even with two standard errors in its favour; where it rises or jumps, "
+        "lower mstep.lr, and where it stays as it is, raise it"
+    )
+
+
+def entropy_collapsing(entropies: Sequence[float | None], solved: float | None) -> str | None:
+    """Sharpening is what EM is for: it is a bad sign only while questions are left that need other rationales."""
+    first, now = entropies[0], entropies[-1]
+    if not first or now is None or solved is None or now >= COLLAPSED * first or solved > 1 - UNSOLVED:
+        return None
+    return (
+        f"the policy's entropy fell to {now:.3f} nats per token, from {first:.3f} in iteration 1, while "
+        f"{100 * (1 - solved):.0f} % of the questions have no accepted draw: more draws would be more of the same; "
+        'lower mstep.lr or mstep.epochs, or train each iteration from the base model (run.init = "base")'
+    )

@@ -1,0 +1,198 @@
+"""config.json of a Hugging Face folder -> `ModelConfig`.
+
+python -c "from minem.model.hf_config import *; print(ModelConfig.from_dict(__import__('json').load(open('FOLDER/config.json'))))"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from minem.errors import UserError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: its base and how it is stretched beyond the length seen in pre-training."""
+
+    theta: float = 10_000.0
+    type: str = "default"  # "default" | "linear" | "llama3" | "yarn"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    original_length: int = 0  # llama3, yarn: positions seen in pre-training
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    truncate: bool = True  # yarn: round the ramp's ends to whole channels
+    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by this
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder, in the field names of Hugging Face's config.json where those are shared."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as it was read
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
+        """Read a Hugging Face config.json.
+
+        Args:
+            raw: the parsed file.
+            source: its path, for messages.
+        Raises:
+            UserError: a field is missing, of the wrong kind, or asks for something that this decoder does not do.
+        """
+        _refuse_unsupported(raw, source)
+        kind = raw["model_type"]
+        heads = _positive(raw, "num_attention_heads", source)
+        width = _positive(raw, "hidden_size", source)
+        # Qwen3's own default is 128 whatever the width; the others divide the width among the heads.
+        default_head_dim = 128 if kind == "qwen3" else width // heads
+        bias = bool(raw.get("attention_bias", False))
+        config = cls(
+            model_type=kind,
+            vocab_size=_positive(raw, "vocab_size", source),
+            hidden_size=width,
+            intermediate_size=_positive(raw, "intermediate_size", source),
+            num_hidden_layers=_positive(raw, "num_hidden_layers", source),
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(raw, "num_key_value_heads", source, heads),
+            head_dim=_positive(raw, "head_dim", source, default_head_dim),
+            rms_norm_eps=_number(raw, "rms_norm_eps", source, 1e-6),
+            max_position_embeddings=_positive(raw, "max_position_embeddings", source, 2048),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or bias,
+            o_bias=kind != "qwen2" and bias,
+            mlp_bias=kind == "llama" and bool(raw.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            rope=_read_rope(raw, source),
+            raw=raw,
+        )
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise UserError(
+                f"{source}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
+                f"({config.num_key_value_heads})"
+            )
+        if config.head_dim % 2:
+            raise UserError(f"{source}: head_dim must be even for rotary embedding, not {config.head_dim}")
+        return config
+
+
+def _number(raw: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise UserError(f"{source}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def _positive(raw: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = default if raw.get(key) is None else raw[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise UserError(f"{source}: {key} must be a positive whole number, not {value!r}")
+    if value >= 2**31:
+        raise UserError(f"{source}: {key} = {value} is beyond any model")
+    return value
+
+
+def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
+    """Name the first field that asks for what this decoder does not compute; approximating it would be a lie."""
+    kinds = {"model_type": str, "hidden_act": str, "layer_types": list, "sliding_window": int, "max_window_layers": int}
+    kinds |= dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), bool)
+    for key, kind in kinds.items():
+        if raw.get(key) is not None and type(raw[key]) is not kind:
+            raise UserError(f"{source}: {key} must be of the kind {kind.__name__}, not {raw[key]!r}")
+    if raw.get("model_type") not in ARCHITECTURES:
+        raise UserError(f"{source}: model_type {raw.get('model_type')!r} is not one of {', '.join(ARCHITECTURES)}")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported, only 'silu' is")
+    for key, harmless in (("attention_dropout", 0), ("quantization_config", None), ("partial_rotary_factor", 1)):
+        if raw.get(key) not in (None, harmless):
+            raise UserError(f"{source}: {key} = {raw[key]!r} is not supported; use a checkpoint without it")
+    window = raw.get("sliding_window")
+    layers = [str(kind) for kind in raw.get("layer_types") or []]
+    windowed = "sliding_attention" in layers or (
+        not layers
+        and raw.get("use_sliding_window")
+        and raw.get("max_window_layers", 28) < _positive(raw, "num_hidden_layers", source)
+    )
+    if windowed and window is not None and window < raw.get("max_position_embeddings", 2048):
+        raise UserError(f"{source}: sliding_window = {window} would bite; only full attention is supported")
+    if set(layers) - {"full_attention", "sliding_attention"}:
+        raise UserError(f"{source}: layer_types may only hold 'full_attention', not {sorted(set(layers))}")
+
+
+def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
+    """Rotary settings, written as rope_theta + rope_scaling or as transformers 5's rope_parameters."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise UserError(f"{source}: {key} must be an object, not {rope!r}")
+    where = f"{source}: {key}"
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(f"{where}: settings for each kind of layer are not supported, only one for all layers")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"{where}: rope_type {kind!r} is not one of default, linear, llama3, yarn")
+    if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported")
+    theta = _number(rope, "rope_theta", where) if "rope_theta" in rope else _number(raw, "rope_theta", source, 10_000.0)
+    if theta <= 1:
+        raise UserError(f"{where}: rope_theta must be above 1, not {theta:g}")
+    if kind == "default":
+        return RopeConfig(theta)
+    factor = _number(rope, "factor", where)
+    if kind == "linear":
+        return RopeConfig(theta, kind, factor)
+    # A length beside the rope settings (Phi-style) outranks the one inside, as in transformers.
+    holder = raw if raw.get("original_max_position_embeddings") else rope
+    original = _positive(
+        holder, "original_max_position_embeddings", where, _positive(raw, "max_position_embeddings", source, 2048)
+    )
+    if kind == "llama3":
+        low, high = _number(rope, "low_freq_factor", where), _number(rope, "high_freq_factor", where)
+        if low >= high:
+            raise UserError(f"{where}: low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})")
+        return RopeConfig(theta, kind, factor, low, high, original)
+    return RopeConfig(
+        theta,
+        kind,
+        factor,
+        original_length=original,
+        beta_fast=_number(rope, "beta_fast", where, 32.0),
+        beta_slow=_number(rope, "beta_slow", where, 1.0),
+        truncate=bool(rope.get("truncate", True)),
+        attention_factor=_yarn_attention_factor(rope, factor, where),
+    )
+
+
+def _yarn_attention_factor(rope: Mapping[str, Any], factor: float, where: str) -> float:
+    if rope.get("attention_factor") is not None:
+        return _number(rope, "attention_factor", where)
+
+    def scale(m: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * m * math.log(factor) + 1.0
+
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return scale(_number(rope, "mscale", where)) / scale(_number(rope, "mscale_all_dim", where))
+    return scale(1.0)

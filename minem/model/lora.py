@@ -1,0 +1,219 @@
+"""LoRA: train small low-rank terms beside frozen weights, then merge them into the weights that the generator reads.
+
+    minem train --set mstep.lora_rank=16 --set mstep.lr=2e-4
+
+A linear layer W becomes W + scale * B A with scale = alpha / rank, A [rank, in] random and B [out, rank] zero, so that
+training starts at W itself (Hu et al. 2021, arXiv 2106.09685). Gradients, float32 masters and AdamW's state exist for A
+and B alone. Where W is several projections of Hugging Face's in one (`minem.model.weights.PARTS`), each has an A and a B of
+its own, which act on its rows.
+
+There is one set of weights. It holds the base model's while A and B train beside it, and W + scale * B A at all other
+times: what draws, evaluates and is saved is an ordinary model. Rounding never accumulates over iterations, because
+merging starts from the base weights, read once more from their file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minem.errors import GuardError, UserError
+from minem.model.decoder import Model
+from minem.model.weights import PARTS, checkpoint_views, read_weights
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def read_targets(text: str) -> list[str]:
+    """The projections that `mstep.lora_targets` names, as they are written: names with commas, or "all"."""
+    names = [name.strip() for name in text.split(",")]
+    return list(TARGETS) if "all" in names else names
+
+
+class Adapter(nn.Module):
+    """The low-rank terms of one linear layer; part of its block's modules only while they train.
+
+    Args:
+        rows: output features of each of the layer's projections, by its Hugging Face name, in the order of its rows.
+        targets: the projections that are trained, by the last part of their names.
+        width: input features of the layer.
+    """
+
+    def __init__(self, rows: Mapping[str, int], targets: list[str], width: int, rank: int, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.rows = {_short(name): size for name, size in rows.items()}
+        # In the order of the rows, which a ParameterDict does not keep: it sorts.
+        self.names = {_short(name): name for name in rows if _short(name) in targets}
+        self.A = nn.ParameterDict({short: torch.zeros(rank, width) for short in self.names})
+        self.B = nn.ParameterDict({short: torch.zeros(self.rows[short], rank) for short in self.names})
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [N, out] with scale * B (A x) added in place, for the layer's input x [N, in] and output y.
+
+        The projections of a merged layer act as one, A stacked and B block-diagonal: x and y are read once, and y is
+        rounded once.
+        """
+        down = torch.cat([self.A[short] for short in self.names])  # [targets * rank, in]
+        up = [self.B[short] if short in self.names else y.new_empty(size, 0) for short, size in self.rows.items()]
+        return y.addmm_(F.linear(x, down), torch.block_diag(*up).T, alpha=self.scale)
+
+
+class LoRA:
+    """The adapters of a model, whose own parameters are frozen for good.
+
+    Args:
+        targets: as `read_targets` takes them.
+        seed: of the random A, which is the same in every process.
+        base: the folder of the weights that the model holds now; `merge` reads them again.
+    Raises:
+        UserError: a rank beyond the model's width.
+    """
+
+    def __init__(self, model: Model, rank: int, alpha: float, targets: str, seed: int, base: Path):
+        if rank > model.config.hidden_size:
+            raise UserError(f"mstep.lora_rank is {rank}; the model's width of {model.config.hidden_size} is the most")
+        self.model, self.rank, self.alpha, self.seed, self.base = model, rank, alpha, seed, base
+        self.scale = alpha / rank
+        self.targets = read_targets(targets)
+        self.adapters: dict[nn.Linear, Adapter] = {}
+        model.requires_grad_(False)
+        views = checkpoint_views(model)
+        for name, linear in model.named_modules():
+            if isinstance(linear, nn.Linear) and name.startswith("layers."):
+                _, number, kind = name.split(".", 2)
+                parts = [f"model.layers.{number}.{part}" for part in PARTS[kind]]
+                if any(_short(part) in self.targets for part in parts):
+                    rows = {part: len(views[f"{part}.weight"]) for part in parts}
+                    adapter = Adapter(rows, self.targets, linear.in_features, rank, self.scale)
+                    self.adapters[linear] = adapter.to(model.device, model.dtype)
+        self.reset()
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All A and B in the model's dtype, by the names that PEFT gives them in its files."""
+        return _named(self.adapters.values())
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Start again from nothing learned, on the weights that the model holds now: the base model's."""
+        noise = torch.Generator().manual_seed(self.seed)
+        for name, parameter in self.named_parameters().items():
+            start = torch.zeros(parameter.shape)
+            if ".lora_A." in name:
+                nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=noise)
+            parameter.copy_(start)
+        self._merged = False
+
+    def attach(self) -> None:
+        """Put the adapters into the module tree, where the base weights stand: now the model computes with them.
+
+        Each is touched inside its own block's forward only, so that blocks can be sharded or recomputed.
+        """
+        self._unmerge()
+        self._hooks = []
+        for linear, adapter in self.adapters.items():
+            linear.add_module("lora", adapter)
+            self._hooks.append(linear.register_forward_hook(_add_low_rank))
+
+    def detach(self) -> None:
+        """Take them out again; what is left is the base model."""
+        for hook in self._hooks:
+            hook.remove()
+        for linear in self.adapters:
+            del linear.lora
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """While open, the model is the base model with adapters."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
+
+    def merge(self, masters: Mapping[str, Tensor]) -> None:
+        """Make the model's weights base + scale * B A, with A and B (float32) as in `named_parameters`."""
+        self._unmerge()
+        merge(self.model, masters, self.scale)
+        self._merged = True
+
+    def _unmerge(self) -> None:
+        if self._merged:
+            read_weights(self.model, self.base)
+        self._merged = False
+
+    def save(self, folder: Path, masters: Mapping[str, Tensor], base_model: str) -> None:
+        """Write an adapter folder that peft loads: `masters` in float32, and a config that names the base model."""
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "inference_mode": True,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "target_modules": sorted(set(self.targets)),
+            "bias": "none",
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = {name: master.detach().contiguous() for name, master in masters.items()}
+        save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+        # safetensors makes files that only their owner can read
+        (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode)
+
+    def verify(self, folder: Path, masters: Mapping[str, Tensor]) -> None:
+        """Read an adapter that `save` wrote and compare it with what is in memory. Raises GuardError."""
+        try:
+            with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+                written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise GuardError(f"the adapter that was just written cannot be read again: {error}") from error
+        same = written.keys() == masters.keys()
+        if not same or not all(torch.equal(written[name], master.cpu()) for name, master in masters.items()):
+            raise GuardError(f"{folder}: what was just written is not the adapter in memory")
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A and B of all adapters that are attached to a model, by their names in PEFT's files."""
+    return _named(module for module in model.modules() if isinstance(module, Adapter))
+
+
+def _named(adapters: Iterable[Adapter]) -> dict[str, nn.Parameter]:
+    return {
+        _peft_name(name, letter): factors[short]
+        for adapter in adapters
+        for short, name in adapter.names.items()
+        for letter, factors in (("A", adapter.A), ("B", adapter.B))
+    }
+
+
+@torch.no_grad()
+def merge(model: Model, masters: Mapping[str, Tensor], scale: float) -> None:
+    """Add scale * B A to the weights of a model that holds the base ones: summed in float32, then rounded once."""
+    for name, weight in checkpoint_views(model).items():
+        module = name.removesuffix(".weight")
+        if (a := masters.get(_peft_name(module, "A"))) is not None:
+            weight.copy_(torch.addmm(weight.to(a.dtype), masters[_peft_name(module, "B")], a, alpha=scale))
+
+
+def _add_low_rank(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return linear.get_submodule("lora")(inputs[0], output)
+
+
+def _peft_name(module: str, letter: str) -> str:
+    return f"base_model.model.{module}.lora_{letter}.weight"
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,143 @@
+"""What a decoder weighs, from its config alone: parameters, FLOPs, and the bytes that training keeps.
+
+minem train --dry-run
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minem.kernels.cross_entropy import CHUNK_BYTES
+from minem.model.hf_config import ModelConfig
+
+SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters of a model by part; they sum to what `Model.parameters()` counts."""
+
+    embeddings: int
+    body: int  # all but embeddings and head: the blocks and the last norm
+    head: int  # 0 where the head is the embeddings
+
+    @property
+    def total(self) -> int:
+        return self.embeddings + self.body + self.head
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Count a model's parameters, exactly, from its config."""
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, merged = config.num_attention_heads * channels, _merged(config)
+    block = width * (merged + queries + 3 * inner) + 2 * width  # the matrices, and two norms
+    block += config.qkv_bias * merged + config.o_bias * width + config.mlp_bias * (2 * inner + width)
+    block += config.qk_norm * 2 * channels
+    vocabulary = config.vocab_size * width
+    return Parameters(
+        embeddings=vocabulary,
+        body=config.num_hidden_layers * block + width,
+        head=0 if config.tie_word_embeddings else vocabulary,
+    )
+
+
+def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
+    """Parameters of LoRA's terms: for each target, A [rank, in] and B [out, rank].
+
+    targets: linear layers of the blocks under Hugging Face's names, with commas; or "all".
+    """
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
+    sizes = {  # in + out
+        "q_proj": width + queries,
+        "k_proj": width + keys,
+        "v_proj": width + keys,
+        "o_proj": queries + width,
+        "gate_proj": width + inner,
+        "up_proj": width + inner,
+        "down_proj": inner + width,
+    }
+    names = {name.strip() for name in targets.split(",")}  # naming one twice makes one of it
+    return config.num_hidden_layers * rank * sum(sizes[name] for name in (sizes if "all" in names else names))
+
+
+def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
+    """Floating-point operations of forward and backward, as MFU counts them: 6 for each weight that a token meets.
+
+    6 x (body parameters x tokens + head parameters x supervised). The head's are V x D, tied or not, for the product is
+    made in either case; looking a token up in the embeddings is no arithmetic. Attention and whatever is computed again
+    are not counted.
+
+    tokens: that enter the model. supervised: that reach the head.
+    """
+    head = config.vocab_size * config.hidden_size
+    return 6 * (parameters(config).body * tokens + head * supervised)
+
+
+def activation_bytes(
+    config: ModelConfig,
+    tokens: int,
+    supervised: int,
+    checkpointed: int,
+    dtype: torch.dtype,
+    device: str = "cuda",
+) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, the loss and its workspace apart.
+
+    Args:
+        tokens: that enter the model.
+        supervised: of them, those that reach the head.
+        checkpointed: blocks that keep their input alone. The backward pass makes one of them whole at a time.
+        device: "cuda", where the Triton kernels run, or "cpu", whose eager references keep more.
+    """
+    width, size = config.hidden_size, dtype.itemsize
+    blocks = config.num_hidden_layers - checkpointed
+    whole = max(blocks, min(checkpointed, 1)) * _block_bytes(config, size, device)
+    inputs = checkpointed * 2 * width * size  # the residual stream, and what the block before adds to it
+    last = width * size * (2 if device == "cpu" else 1)
+    return tokens * (whole + inputs + last) + supervised * width * size
+
+
+def loss_bytes(
+    config: ModelConfig, supervised: int, dtype: torch.dtype, device: str = "cuda", trained: bool = True
+) -> int:
+    """Bytes that `linear_cross_entropy` takes at its peak beside what `activation_bytes` counts.
+
+    trained: whether the head gets a gradient, as it does but under LoRA.
+    """
+    weight = config.vocab_size * config.hidden_size if trained else 0
+    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
+    return weight * 4 + max(_chunk_bytes(config, supervised, dtype, device), weight * dtype.itemsize)
+
+
+def _chunk_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, device: str) -> int:
+    """Bytes of the logits of `linear_cross_entropy`, a chunk of rows at a time."""
+    vocabulary, size = config.vocab_size, dtype.itemsize
+    rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))
+    # Eager, shifted logits and their exponentials in float32, beside the logits themselves where these are narrower.
+    return rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
+
+
+def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
+    """Bytes that one block keeps of each token."""
+    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, turned = config.num_attention_heads, (config.num_attention_heads + config.num_key_value_heads) * channels
+    eager = device == "cpu"
+    numbers = 4 * width  # what each of two norms read, and what it wrote
+    numbers += _merged(config) + turned + heads * channels  # q, k, v before the rotation and after, and the result
+    numbers += 3 * inner  # gate, up, and what enters the last matrix
+    statistics = 2 + heads  # of the norms, and of the softmax, in float32
+    if eager:
+        numbers += 2 * width + inner  # normed rows before their weight, silu(gate)
+        numbers += heads * channels  # the results of sequences of different lengths, before they are joined
+        numbers += config.qk_norm * turned  # normed queries and keys before their weight
+    if config.qk_norm:
+        statistics += heads + config.num_key_value_heads
+    return numbers * size + statistics * 4
+
+
+def _merged(config: ModelConfig) -> int:
+    """Rows of the merged projection: queries, keys and values."""
+    return (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim

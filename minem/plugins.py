@@ -1,0 +1,58 @@
+"""A user's own code by name: `--sampler module:Class`, `--verdict module:function`.
+
+minem train --verdict mine:verdict        # the function `verdict` of mine.py in this folder
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from minem.errors import UserError, shown
+
+
+def import_object(name: str, key: str, known: str = "") -> Any:
+    """What "module:attribute" names.
+
+    key: the config key it stands under. known: the built-in names, with commas.
+    Raises UserError where the name has no colon, or the module or the attribute does not exist.
+    """
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        choices = f"one of {known}, or " if known else ""
+        raise UserError(f"{key} = {name!r} must be {choices}your own as module:name")
+    if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look into the current folder
+        sys.path.insert(0, os.getcwd())
+    try:
+        imported = importlib.import_module(module)
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise UserError(f"{key} = {name!r}: module {module!r} cannot be imported ({error!r})") from error
+    if not hasattr(imported, attribute):
+        raise UserError(f"{key} = {name!r}: module {module!r} has no {attribute!r}")
+    return getattr(imported, attribute)
+
+
+def hash_source(name: str) -> str:
+    """SHA-256 of the file that the module of "module:name" was imported from; "" where it has none."""
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def check_origin(key: str, name: str, origin: str, flag: str) -> None:
+    """Refuse code that a config file names, unless it is minem's own or lies in the current folder.
+
+    A file may come from anyone, and with `shutil:rmtree` for an answer check it would delete what a model names.
+    """
+    module = name.partition(":")[0]
+    top = module.partition(".")[0]
+    place = Path.cwd().joinpath(*module.split("."))
+    here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+    if top != "minem" and (top in sys.stdlib_module_names or not here):
+        raise UserError(
+            f"{origin}: {key} is {shown(name)}, which is no code of this folder; a config may not run code from "
+            f"elsewhere: if you trust it, give {flag} {name} on the command line"
+        )

@@ -1,0 +1,99 @@
+"""Where a run comes from: the facts that its run.json records beside the hashes of its inputs.
+
+cat runs/toy.rsm8.toy-llama.s0/run.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import minem
+from minem.data.prompts import messages
+from minem.data.tasks import Question
+from minem.files import own_file
+from minem.model.tokenizer import FILES, Tokenizer
+from minem.text import redact
+
+if TYPE_CHECKING:
+    from minem.config import Config
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Those of the named packages that are installed."""
+    versions = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def run_facts(config: Config, command: list[str], inputs: dict[str, str], origins: dict[str, str]) -> dict[str, Any]:
+    packages = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy")
+    keys = [f"{section}.{key}" for section, values in config.model_dump().items() for key in values]
+    return {
+        "versions": {"minem": minem.__version__, "python": platform.python_version(), **package_versions(packages)},
+        "platform": platform.platform(),
+        "commit": _commit(),
+        "command": [redact(word) for word in command],
+        "seed": config.run.seed,
+        "config": config.model_dump(),
+        "origins": {key: origins.get(key, "default") for key in keys},
+        "inputs": inputs,
+        "started": now(),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of minem's own source tree, "-dirty" where it was changed; None for an installed copy."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # an installed copy that lies inside somebody's repository
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the weights and the config of a model folder: a run is continued on the same model only."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(own_file(folder, found.name) for found in folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def hash_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
+    """SHA-256 of the tokenizer's files with the ids that end a text, and of the chat template."""
+    digest = hashlib.sha256(repr(sorted(tokenizer.eos_ids)).encode())
+    for path in (tokenizer.folder / name for name in FILES):
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"-")
+    template = (tokenizer.chat_template or "").encode("utf-8", "surrogatepass")
+    return {"tokenizer": digest.hexdigest(), "chat template": hashlib.sha256(template).hexdigest()}
+
+
+def hash_prompts(questions: Sequence[Question], hint: str) -> str:
+    """SHA-256 of the words that questions are put in, plain and with the hint, before any chat template."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(json.dumps([messages(question), messages(question, hint)]).encode())
+    return digest.hexdigest()

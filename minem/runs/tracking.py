@@ -1,0 +1,79 @@
+"""Live tracking, optional: the numbers of metrics.jsonl also go to wandb or trackio as they come.
+
+    minem train --track trackio
+
+Both packages take the same calls. Neither is needed, nor imported unless asked for, and what goes wrong in one of them
+never stops a run. What is sent: the config and the numbers of the stages; no sample, no command line, no environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from minem.errors import UserError
+
+if TYPE_CHECKING:
+    from minem.console import Progress
+    from minem.runs.directory import RunDirectory
+
+
+def load_tracker(name: str | None) -> ModuleType | None:
+    """The package called `name`. UserError, with what to do, where it is not installed."""
+    if name is None:
+        return None
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"--track {name}: the package is not installed here; pip install {name}, or leave --track out"
+        ) from error
+
+
+@contextmanager
+def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -> Iterator[None]:
+    """While open, every line of the run's metrics.jsonl goes to the tracker as well, under the name of the run."""
+    if tracker is None:
+        yield
+        return
+    working = True
+
+    def attempt(call: str, *arguments: Any, **named: Any) -> None:
+        nonlocal working
+        try:
+            getattr(tracker, call)(*arguments, **named)
+        except Exception as error:  # a network, a server, a package of others: not worth a run
+            working = False
+            progress.note(f"warning {tracker.__name__} failed ({error!r}); the run goes on without it")
+
+    def send(stage: str, values: Mapping[str, Any]) -> None:
+        if working:
+            attempt("log", flatten(stage, values))
+
+    attempt("init", project="minem", name=run.path.name, config=run.config.model_dump(), resume="allow")
+    run.on_metrics = send
+    try:
+        yield
+    finally:
+        run.on_metrics = None
+        if working:
+            attempt("finish")
+
+
+def flatten(stage: str, values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line by name: ("iter-02/mstep", {"loss": 0.5}) -> {"iteration": 2, "mstep/loss": 0.5}."""
+    folder, _, kind = stage.partition("/")
+    found: dict[str, float] = {"iteration": int(folder.rpartition("-")[2])}
+    waiting = [(kind, dict(values))]
+    while waiting:
+        name, inner = waiting.pop()
+        for key, value in inner.items():
+            if isinstance(value, Mapping):
+                waiting.append((f"{name}/{key}", dict(value)))
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                found[f"{name}/{key}"] = value
+    return found

@@ -1,0 +1,673 @@
+"""Whole runs on a few questions of the toy, from the command line: what they write, repeat, continue and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+import minem
+import minem.em.estep
+import minem.em.loop
+import minem.model.weights
+from minem.cli import main
+from minem.data.tasks import load_task
+from minem.device import set_deterministic
+from minem.em.estep import EStep, encode_prompt
+from minem.em.loop import Experiment
+from minem.em.samplers import Budgeted
+from minem.errors import Interrupted
+from minem.files import read_rows
+from minem.model.decoder import Model
+from minem.runs.directory import RunDirectory, read_journal
+from tests.minem.folders import make_model
+
+SMALL = ["--limit", "24", "--iterations", "2", "--set", "eval.samples=0", "--set", "mstep.batch_size=8"]
+
+# Every switch of the objective away from its default, on hinted draws that are far from the toy's posterior.
+OBJECTIVE = ["--set", "mstep.weights=importance", "--set", "sampler.draws=all", "--set", "sampler.hint=justify"]
+OBJECTIVE += ["--set", "mstep.answer_tokens=false", "--set", "run.questions_per_iteration=10"]
+
+
+def minem_cli(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def train(out: Path, *more: object) -> Result:
+    return minem_cli("train", *SMALL, "--out", out, *more)
+
+
+def ok(result: Result) -> Result:
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run of two iterations that nothing disturbed, and its result."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = ok(train(out, "--json"))
+    assert len(result.stdout.splitlines()) == 1
+    return out, json.loads(result.stdout)
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """All files that must not depend on when or how often a run was started."""
+    names = [p for p in run.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".safetensors", ".json")]
+    timed = {"journal.jsonl", "metrics.jsonl", "run.json"}
+    return {str(p.relative_to(run)): p.read_bytes() for p in names if p.name not in timed}
+
+
+def test_a_run_writes_what_the_readme_says(finished):
+    out, result = finished
+    expected = {
+        "iter-00": {"eval.validation.jsonl", "eval.test.jsonl"},
+        "iter-01": {"samples.jsonl", "accepted.jsonl", "eval.validation.jsonl"},
+        "iter-02": {"samples.jsonl", "accepted.jsonl", "eval.validation.jsonl", "eval.test.jsonl", "model"},
+    }
+    assert {p.name: {f.name for f in p.iterdir()} for p in out.glob("iter-*")} == expected
+    assert {"config.toml", "run.json", "journal.jsonl", "metrics.jsonl", "accuracy.png"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    train_ids = {q.id: q for q in load_task("toy", 24).train}
+    fields = {"id", "iteration", "attempt", "prompt", "token_ids", "logprob_q", "logprob_plain", "text", "answer"}
+    for iteration in (1, 2):
+        rows = list(read_rows(out / f"iter-{iteration:02d}" / "samples.jsonl"))
+        assert {row["id"] for row in rows} == set(train_ids)
+        assert all(set(row) == fields | {"gold", "status", "leak"} for row in rows)
+        assert all(row["gold"] == train_ids[row["id"]].gold for row in rows)
+        accepted = list(read_rows(out / f"iter-{iteration:02d}" / "accepted.jsonl"))
+        assert accepted == [row for row in rows if row["status"] == "accepted"]
+        assert len({row["id"] for row in accepted}) == len(accepted)  # draws = "first"
+    for row in read_rows(out / "iter-02" / "eval.test.jsonl"):
+        assert set(row) == {"id", "answer", "gold", "status", "text", "tokens"}
+    assert result["test"]["base"]["n"] == 24
+    assert result["iterations"][1]["estep"]["solved"] == len(list(read_rows(out / "iter-01" / "accepted.jsonl")))
+    model, tokenizer = minem.load(out / "iter-02" / "model")
+    assert tokenizer.eos_ids == minem.load("toy")[1].eos_ids
+    assert model.config == minem.load("toy")[0].config
+    assert "toy" in (out / "iter-02" / "model" / "README.md").read_text()
+
+
+def test_samples_hold_the_draws_of_the_seed(finished):
+    """The rows of iteration 1 again, by the generator alone: the same ids from the same random streams."""
+    from minem import Generator, Request, SamplingParams
+    from minem.generation.request import stream_seed
+
+    out, _ = finished
+    generator = Generator(*minem.load("toy"), slots=3)
+    questions = {q.id: q for q in load_task("toy", 24).train}
+    rows = list(read_rows(out / "iter-01" / "samples.jsonl"))[:20]
+    for row in rows:
+        ids = encode_prompt(generator.tokenizer, questions[row["id"]])
+        seed = stream_seed(0, 1, row["id"], row["attempt"])
+        generator.submit(Request(ids, SamplingParams(max_new_tokens=64), seed, tag=row))
+    for completion in generator:
+        assert completion.token_ids == completion.request.tag["token_ids"]
+
+
+def test_the_same_seed_gives_the_same_bytes(finished, tmp_path):
+    out, _ = finished
+    ok(train(tmp_path / "again"))
+    assert contents(out) == contents(tmp_path / "again")
+
+
+def test_the_same_command_repeats_nothing(finished, tmp_path):
+    out, result = finished
+    copy = tmp_path / "moved"
+    shutil.copytree(out, copy)
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file() and p.name != ".lock"}
+    again = ok(train(copy, "--json"))
+    assert {**json.loads(again.stdout), "run": "", "model": ""} == {**result, "run": "", "model": ""}
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_steps_by_hand_are_the_run(finished, tmp_path):
+    """`sample`, then `train`: the run goes on from the E-step that is there, and ends with the same bytes."""
+    out, _ = finished
+    by_hand = tmp_path / "by-hand"
+    sampled = ok(minem_cli("sample", *SMALL, "--out", by_hand, "--json"))
+    assert json.loads(sampled.stdout)["samples"] == str(by_hand / "iter-01" / "samples.jsonl")
+    assert not (by_hand / "iter-00").exists()
+    early = minem_cli("sample", *SMALL, "--out", by_hand, "--iteration", 2)
+    assert early.exit_code == 2
+    assert "needs the model of iter-01" in early.stderr
+    ok(train(by_hand))
+    assert contents(by_hand) == contents(out)
+
+
+def test_the_m_step_alone_gives_the_model_of_the_run(finished, tmp_path):
+    out, _ = finished
+    one = tmp_path / "one"
+    ok(train(one, "--iterations", 1))
+    alone = ok(train(tmp_path / "alone", "--iterations", 1, "--samples", out / "iter-01" / "samples.jsonl", "--json"))
+    folder = Path(json.loads(alone.stdout)["model"])
+    weights = load_file(folder / "model.safetensors")
+    for name, tensor in load_file(one / "iter-01" / "model" / "model.safetensors").items():
+        assert torch.equal(tensor, weights[name]), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_base_as_start_and_as_proposal(dtype, tmp_path):
+    """init = "base" trains the base model in iteration 2, and with proposal = "base" hinted draws come from it."""
+    run = tmp_path / "base"
+    ok(
+        train(
+            run,
+            "--sampler",
+            "pps",
+            "--set",
+            "run.init=base",
+            "--set",
+            "sampler.proposal=base",
+            "--set",
+            "run.keep=all",
+            "--set",
+            f"model.dtype={dtype}",
+        )
+    )
+    again, tokenizer = minem.load("toy", dtype=getattr(torch, dtype))
+    from minem.config import load_config
+    from minem.console import Progress
+    from minem.em.loop import Experiment
+    from minem.em.mstep import MStep
+
+    config = load_config(run / "config.toml")
+    helper = Experiment(config, Progress())
+    examples = helper.examples(run / "iter-02" / "accepted.jsonl", lambda row: True)
+    for example in examples:  # the trained prompt is the plain one, though every draw was shown the answer
+        question = next(q for q in helper.task.train if q.id == example.id)
+        assert example.prompt_ids == encode_prompt(tokenizer, question)
+        assert "correct answer" not in tokenizer.decode(example.prompt_ids)
+    MStep(again, config.mstep).run(examples, 0, 2)
+    trained = minem.load(run / "iter-02" / "model", dtype=getattr(torch, dtype))[0].state_dict()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, trained[name]), name
+    if dtype == "bfloat16":
+        return  # whose log-probabilities are too coarse to tell the base model from the trained one
+    base, _ = minem.load("toy")
+    questions = {q.id: q for q in helper.task.train}
+    for row in list(read_rows(run / "iter-02" / "samples.jsonl"))[:8]:
+        prompt = encode_prompt(tokenizer, questions[row["id"]], config.sampler.hint)
+        ids = torch.tensor([prompt + row["token_ids"]])
+        with torch.no_grad():
+            logprobs = base(ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
+        drawn = logprobs.gather(1, torch.tensor(row["token_ids"])[:, None]).sum().item()
+        assert row["prompt"] == "hinted"
+        assert row["logprob_q"] == pytest.approx(drawn, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--set", "model.dtype=bfloat16"],
+        [
+            "--sampler",
+            "star",
+            "--set",
+            "sampler.proposal=base",
+            "--set",
+            "run.init=base",
+            "--set",
+            "model.dtype=bfloat16",
+        ],
+        ["--set", "model.dtype=bfloat16", "--set", "mstep.lora_rank=4", "--set", "mstep.lr=1e-2"],
+        ["--sampler", "star", "--budget", 3, *OBJECTIVE],
+    ],
+    ids=["float32", "bfloat16", "bfloat16-base", "bfloat16-lora", "objective"],
+)
+def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_path, monkeypatch):
+    ok(train(tmp_path / "whole", *more))
+    enter, left = RunDirectory._enter, [0]
+
+    def enter_and_stop(self, *arguments):
+        enter(self, *arguments)
+        left[0] -= 1
+        if left[0] == 0:
+            raise Interrupted("stopped by the test")
+
+    monkeypatch.setattr(RunDirectory, "_enter", enter_and_stop)
+    stops = 0
+    while True:
+        left[0] = 1  # one more stage each time
+        result = train(tmp_path / "pieces", *more)
+        if result.exit_code == 0:
+            break
+        assert result.exit_code == 3, result.output
+        stops += 1
+    assert stops >= 9
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+
+
+def test_weights_that_an_update_ruined_are_not_saved(tmp_path):
+    """One update only, so that no loss comes after it which would show what it did."""
+    one = ["--limit", 8, "--iterations", 1, "--set", "eval.samples=0", "--set", "mstep.warmup=0"]
+    result = minem_cli("train", *one, "--out", tmp_path / "run", "--set", "mstep.lr=1e39")
+    assert result.exit_code == 4
+    assert "not finite" in result.stderr
+    assert not (tmp_path / "run" / "iter-01" / "model").exists()
+
+
+def test_without_the_filter_every_draw_is_trained(tmp_path):
+    ok(train(tmp_path / "control", "--iterations", 1, "--set", "sampler.filter=none"))
+    samples, accepted = (
+        list(read_rows(tmp_path / "control" / "iter-01" / f"{n}.jsonl")) for n in ("samples", "accepted")
+    )
+    assert samples == accepted
+    assert len(samples) == 24
+    assert {row["status"] for row in samples} > {"accepted"}
+
+
+def test_all_draws_spend_the_budget(tmp_path):
+    ok(train(tmp_path / "all", "--iterations", 1, "--budget", 3, "--set", "sampler.draws=all"))
+    samples = list(read_rows(tmp_path / "all" / "iter-01" / "samples.jsonl"))
+    assert len(samples) == 3 * 24
+    accepted = list(read_rows(tmp_path / "all" / "iter-01" / "accepted.jsonl"))
+    assert len(accepted) > len({row["id"] for row in accepted})
+
+
+def test_each_iteration_draws_on_the_next_questions(tmp_path, monkeypatch):
+    """Minibatch EM: 24 questions, 10 at a time, all of them before any comes again, each expected as long as before."""
+    expected = []
+    run = EStep.run
+
+    def watched(step, questions, *rest):
+        expected.append((step.lengths, [question.id for question in questions]))
+        return run(step, questions, *rest)
+
+    monkeypatch.setattr(EStep, "run", watched)
+    some = ["--set", "run.questions_per_iteration=10", "--iterations", 4, "--budget", 2]
+    result = ok(train(tmp_path / "run", *some, "--json"))
+    assert "10 of 24 training questions in each iteration" in result.stderr
+    assert "E-step  10/10" in result.stderr
+    journal = read_journal(tmp_path / "run")
+    drawn: list[list[str]] = []
+    seen: dict[str, float] = {}
+    for iteration in (1, 2, 3, 4):
+        rows = list(read_rows(tmp_path / "run" / f"iter-{iteration:02d}" / "samples.jsonl"))
+        drawn.append(list(dict.fromkeys(row["id"] for row in rows)))
+        assert len(drawn[-1]) == journal[f"iter-{iteration:02d}/estep"]["questions"] == 10
+        lengths, questions = expected[iteration - 1]
+        assert questions == drawn[-1]
+        assert {q: lengths.get(q) for q in questions} == {q: seen.get(q) for q in questions}
+        for id_ in drawn[-1]:
+            tokens = [len(row["token_ids"]) for row in rows if row["id"] == id_]
+            seen[id_] = sum(tokens) / len(tokens)
+    everything = {question.id for question in load_task("toy", 24).train}
+    assert set(drawn[0]).isdisjoint(drawn[1])
+    assert set(drawn[0]) | set(drawn[1]) | set(drawn[2]) == everything
+    again = set(drawn[2]) & (set(drawn[0]) | set(drawn[1]))
+    assert len(again) == 6
+    assert again.isdisjoint(drawn[3])  # what the second pass has had already
+    table = ok(train(tmp_path / "run", *some)).stdout
+    assert table.count("/10") == 4
+
+
+def test_more_questions_per_iteration_than_there_are_are_all(finished, tmp_path):
+    out, _ = finished
+    result = ok(train(tmp_path / "run", "--set", "run.questions_per_iteration=99"))
+    assert "run.questions_per_iteration = 99 is more than the 24 training questions" in result.stderr
+    assert contents(out) == contents(tmp_path / "run")
+
+
+class TwoPlainThenHinted(Budgeted):
+    def propose(self, question, attempts):
+        return "plain" if len(attempts) < 2 else "hinted"
+
+
+def first_label(text, question):
+    return question.labels[0] if text else None
+
+
+def test_a_sampler_and_a_verdict_of_ones_own(tmp_path):
+    own = ["--sampler", f"{__name__}:TwoPlainThenHinted", "--budget", 4, "--iterations", 1]
+    ok(train(tmp_path / "own", *own))
+    rows = list(read_rows(tmp_path / "own" / "iter-01" / "samples.jsonl"))
+    assert all((row["prompt"] == "hinted") == (row["attempt"] > 2) for row in rows)
+    assert {row["prompt"] for row in rows} == {"plain", "hinted"}
+    ok(train(tmp_path / "verdict", "--verdict", f"{__name__}:first_label", "--iterations", 1, "--budget", 1))
+    questions = {q.id: q for q in load_task("toy", 24).train}
+    for row in read_rows(tmp_path / "verdict" / "iter-01" / "samples.jsonl"):
+        assert row["answer"] == questions[row["id"]].labels[0]
+
+
+class Failing(Budgeted):
+    def propose(self, question, attempts):
+        raise RuntimeError("of the user's own")
+
+
+def failing(text, question):
+    raise RuntimeError("of the user's own")
+
+
+def returns_a_number(text, question):
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--sampler", "Failing"), ("--verdict", "failing"), ("--verdict", "returns_a_number")]
+)
+def test_the_failure_of_ones_own_code_is_one_sentence(flag, name, tmp_path):
+    result = minem_cli("sample", *SMALL, "--out", tmp_path / "run", flag, f"{__name__}:{name}")
+    assert result.exit_code == 2
+    assert "toy-train" in result.stderr
+    assert "of the user's own" in result.stderr or "must return a text or None, not 3" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ({"id": "nobody", "token_ids": [1]}, "'nobody'"),
+        ({"token_ids": []}, "token_ids"),
+        ({"token_ids": [1.5]}, "token_ids"),
+        ({"token_ids": [10**30]}, "token_ids"),
+        ({"token_ids": [5] * 600}, "600 token ids"),
+        ({"token_ids": [5, 6], "text": "something else"}, "another tokenizer"),
+    ],
+)
+def test_samples_that_cannot_be_trained_on_are_named_before_a_run_is_made(row, named, tmp_path):
+    samples = tmp_path / "samples.jsonl"
+    known = load_task("toy", 24).train[0].id
+    samples.write_text('{"id": "x", "status": "wrong"}\n' + json.dumps({"id": known, **row}) + "\n")
+    result = train(tmp_path / "run", "--samples", samples)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert "row 2" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_continued_with_the_same_code_and_model_only(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def check(text, question):\n    return question.gold\n")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(minem.model.weights.TOY, tmp_path / "model")
+    limits = ["--set", "sampler.max_new_tokens=32", "--set", "eval.max_new_tokens=32", "--limit", 8, "--budget", 1]
+    command = ["sample", "--model", "model", "--verdict", "mine:check", *limits, "--out", tmp_path / "run"]
+    ok(minem_cli(*command))
+    ok(minem_cli(*command))
+    with open(tmp_path / "mine.py", "a") as file:
+        file.write("# another\n")
+    result = minem_cli(*command)
+    assert result.exit_code == 2
+    assert "verdict mine:check changed" in result.stderr
+    model, tokenizer = minem.load("toy")
+    minem.save(model.bfloat16(), tokenizer, tmp_path / "model")
+    result = minem_cli(*command)
+    assert "base model changed" in result.stderr
+
+
+def never_right(text, question):
+    return "no such label"
+
+
+def test_nothing_accepted_stops_with_code_4(tmp_path):
+    result = train(tmp_path / "none", "--verdict", f"{__name__}:never_right", "--budget", 1)
+    assert result.exit_code == 4
+    assert "nothing to train on" in result.stderr
+    assert len(list(read_rows(tmp_path / "none" / "iter-01" / "samples.jsonl"))) == 24
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"id": "x", "status": "wrong", "token_ids": [1]}\n')
+    result = train(tmp_path / "x", "--samples", empty)
+    assert result.exit_code == 4
+
+
+def test_another_config_is_refused_with_the_difference(finished):
+    out, _ = finished
+    before = contents(out)
+    result = train(out, "--budget", 4)
+    assert result.exit_code == 2
+    assert "sampler.budget: 8 -> 4" in result.stderr
+    assert "--overwrite" in result.stderr
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["train", "--sampler", "rms"], "rsm"),
+        (["train", "--sampler", "no.such:Thing"], "no.such"),
+        (["train", "--sampler", "json:Nothing"], "Nothing"),
+        (["train", "--budget", "0"], "sampler.budget"),
+        (["train", "--budget", "many"], "--budget"),
+        (["train", "--buget", "3"], "--budget"),
+        (["train", "--set", "mstep.learning=1"], "mstep"),
+        (["train", "no-such.toml"], "no-such.toml"),
+        (["train", "--model", "no/such/model"], "no/such/model"),
+        (["train", "--task", "arc"], "arc-"),
+        (["train", "--verdict", "nothing"], "module:function"),
+        (["train", "--samples", "no-such.jsonl"], "no-such.jsonl"),
+        (["train", "--limit", "0"], "task.limit"),
+        (["train", "--samples", "."], "not a file"),
+        (["train", "--set", "sampler.max_new_tokens=1024"], "sampler.max_new_tokens"),
+        (["train", "--set", "eval.max_new_tokens=1024"], "eval.max_new_tokens"),
+        (["train", "--set", "run.slots=100000000"], "run.slots"),
+        (["train", "--set", "sampler.top_k=99999999999999999999"], "sampler.top_k"),
+        (["train", "--model", ""], "model"),
+        (["sample", "--iteration", "2", "--overwrite"], "--overwrite"),
+        (["tran"], "train"),
+        (["sample", "--iteration", "0"], "--iteration"),
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", "x", "--prompts", "y"], "either"),
+        (["generate", "--prompt", "x", "--top-p", "2"], "--top-p"),
+        (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_length"),
+        (["generate", "--prompts", "no-such.jsonl"], "no-such.jsonl"),
+    ],
+)
+def test_wrong_command_lines_are_one_sentence(arguments, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = minem_cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert named in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_that_is_not_there_is_named(tmp_path):
+    result = train(tmp_path / "x", "--device", "cuda")
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.stderr
+
+
+def test_eval_agrees_with_the_run(finished, tmp_path):
+    out, result = finished
+    small = ["--limit", 24, "--max-new-tokens", 64, "--out", tmp_path / "evals", "--json"]
+    evaluated = ok(minem_cli("eval", "--model", out / "iter-02" / "model", *small))
+    summary = json.loads(evaluated.stdout.splitlines()[-1])
+    for key in ("accuracy", "n", "low", "high", "unparsed", "truncated", "tokens"):
+        assert summary[key] == result["test"]["last"][key]
+
+
+def test_generate_prints_texts_or_json(tmp_path):
+    question = load_task("toy", 1).test[0]
+    from minem.data.prompts import messages
+
+    text = messages(question)[0]["content"]
+    plain = ok(minem_cli("generate", "--prompt", text, "--chat", "--temperature", 0))
+    assert "The best answer is" in plain.stdout
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": t}) + "\n" for t in (text, "2 + 2")))
+    result = ok(minem_cli("generate", "--prompts", prompts, "--chat", "--n", 2, "--max-new-tokens", 64, "--json"))
+    found = json.loads(result.stdout)["results"]
+    assert [r["prompt"] for r in found] == [text, "2 + 2"]
+    for completion in (c for r in found for c in r["completions"]):
+        assert len(completion["token_ids"]) == len(completion["logprobs"])
+        assert completion["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.real_data
+def test_real_rows_run_end_to_end(tmp_path):
+    """Real ARC-Challenge rows, the real Qwen2.5 tokenizer and template, a small random Qwen2: nothing can be right."""
+    import gzip
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    data = os.environ.get("MINEM_REAL_DATA")
+    if not data:
+        pytest.skip("MINEM_REAL_DATA is not set: it names the folder with real rows and a real tokenizer")
+    folder = tmp_path / "qwen"
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=151_936,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    source = Path(data) / "qwen2.5-tokenizer"
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(source / name, folder / name)
+    (folder / "tokenizer.json").write_bytes(gzip.decompress((source / "tokenizer.json.gz").read_bytes()))
+    rows = {
+        split: list(read_rows(Path(data) / "arc-challenge" / f"{split}.jsonl"))
+        for split in ("train", "validation", "test")
+    }
+    numeric = [r for r in rows["train"] if r["choices"]["label"][0] == "1"][:4]
+    odd = [r for n in (3, 5) for r in [r for r in rows["train"] if len(r["choices"]["label"]) == n][:2]]
+    assert len(numeric) == 4
+    assert {len(r["choices"]["label"]) for r in odd} == {3, 5}
+    chosen = {
+        "train": [*numeric, *odd, *rows["train"][:4]],
+        "validation": rows["validation"][:6],
+        "test": rows["test"][:6],
+    }
+    task = tmp_path / "arc"
+    task.mkdir()
+    for split, members in chosen.items():
+        unique = {row["id"]: row for row in members}
+        (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in unique.values()))
+    result = minem_cli(
+        "train", "--model", folder, "--task", task, "--sampler", "star", "--out", tmp_path / "run",
+        "--set", "sampler.max_new_tokens=24", "--set", "eval.max_new_tokens=24",
+    )  # fmt: skip
+    assert result.exit_code == 4, result.output
+    assert "no rationale was accepted" in result.stderr
+    assert "nothing to train on" in result.stderr
+    samples = list(read_rows(tmp_path / "run" / "iter-01" / "samples.jsonl"))
+    assert {row["prompt"] for row in samples} == {"plain", "hinted"}
+    assert {row["gold"] for row in samples} & set("1234")
+
+
+def test_make_model_is_random():
+    """The referee's checkpoints must not be alike by accident: two seeds, two models."""
+    a, b = (make_model("llama", seed).state_dict() for seed in (0, 1))
+    assert not torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
+
+
+# ------------------------------------------------------------------------------- blocks, the gate, and room to train
+
+
+def test_blocks_change_nothing_but_what_is_lost_when_a_run_is_killed(tmp_path, monkeypatch):
+    ok(train(tmp_path / "whole", "--iterations", 1))
+    monkeypatch.setattr(minem.em.estep, "BLOCK_ROUNDS", 2)
+    flags = ["--iterations", 1, "--set", "run.slots=4"]
+    ok(train(tmp_path / "blocks", *flags))
+    journal = read_journal(tmp_path / "blocks")
+    assert [stage for stage in journal if "estep" in stage] == [f"iter-01/estep{s}" for s in (".1", ".2", ".3", "")]
+    whole, parts = (list(read_rows(tmp_path / name / "iter-01/samples.jsonl")) for name in ("whole", "blocks"))
+    assert len(whole) == len(parts)
+    for row, other in zip(whole, parts, strict=True):
+        for key in ("logprob_q", "logprob_plain"):
+            assert row.pop(key) == pytest.approx(other.pop(key), abs=1e-4)
+        assert row == other
+    counts = journal["iter-01/estep"]
+    assert counts["attempts"] == len(parts)
+    assert counts["solved"] == len({row["id"] for row in parts if row["status"] == "accepted"})
+    assert counts["tokens"] - counts["cancelled_tokens"] == sum(len(row["token_ids"]) for row in parts)
+    assert counts["prefill_tokens"] > 0
+    assert not list((tmp_path / "blocks/iter-01").glob("samples.*.jsonl"))
+
+    # Stopped in the second block. Where memory gives another number of slots by then, the blocks are those begun with.
+    run, drawn = EStep.run, []
+
+    def stops_in_the_second(self, questions, *rest):
+        drawn.append([question.id for question in questions])
+        if len(drawn) == 2:
+            raise Interrupted("stopped by the test")
+        return run(self, questions, *rest)
+
+    monkeypatch.setattr(EStep, "run", stops_in_the_second)
+    assert train(tmp_path / "again", *flags).exit_code == 3
+    shutil.copytree(tmp_path / "again", tmp_path / "smaller")
+    ok(train(tmp_path / "again", *flags))
+    assert [len(ids) for ids in drawn] == [8, 8, 8, 8]
+    assert drawn[1] == drawn[2]
+    assert contents(tmp_path / "again") == contents(tmp_path / "blocks")
+    monkeypatch.setattr(Experiment, "reserve", lambda self: setattr(self.generator, "slots", 3))
+    ok(train(tmp_path / "smaller", *flags))
+    assert drawn[4:] == drawn[2:4]
+
+
+def test_the_first_e_step_compares_generator_and_trainer(tmp_path, monkeypatch):
+    ok(train(tmp_path / "run", "--iterations", 1))
+    result = read_journal(tmp_path / "run")["iter-01/estep"]
+    assert 0 < result["logprob_difference"] < 1e-4
+    assert abs(result["policy_kl"]) < 1e-8
+    metrics = list(read_rows(tmp_path / "run/metrics.jsonl"))
+    assert [r["logprob_difference"] for r in metrics if "logprob_difference" in r] == [result["logprob_difference"]]
+    # A trainer that sees another position than the generator does is another policy.
+    hidden = Model._packed_hidden
+
+    def shifted(self, input_ids, lengths):
+        return hidden(self, input_ids.roll(1), lengths)
+
+    monkeypatch.setattr(Model, "_packed_hidden", shifted)
+    stopped = train(tmp_path / "wrong", "--iterations", 1)
+    assert stopped.exit_code == 4
+    assert "disagree on the log-probabilities" in stopped.stderr
+    assert not (tmp_path / "wrong/iter-01/samples.jsonl").exists()
+
+
+def test_the_cache_makes_room_for_training_and_says_so(tmp_path, monkeypatch):
+    plain = train(tmp_path / "plain", "--iterations", 1)
+    assert "cache   " in plain.stderr
+    assert "released" not in plain.stderr
+    monkeypatch.setattr("minem.em.mstep.MStep.room", lambda self: 1_000)
+    tight = train(tmp_path / "tight", "--iterations", 1)
+    ok(tight)
+    assert "its graphs were released, and are made anew by the next draws" in " ".join(tight.stderr.split())
+    assert contents(tmp_path / "tight") == contents(tmp_path / "plain")
+
+
+@pytest.fixture
+def as_before():
+    """What `set_deterministic` changes is of the whole process."""
+    algorithms, filling = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic
+    fill = filling.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(algorithms)
+    filling.fill_uninitialized_memory = fill
+
+
+def test_deterministic_is_for_gpus_and_can_be_taken_back(as_before, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    set_deterministic(torch.device("cpu"), True)
+    assert not torch.are_deterministic_algorithms_enabled()
+    set_deterministic(torch.device("cuda"), True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    set_deterministic(torch.device("cuda"), False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu_the_same_seed_gives_the_same_bytes(as_before, tmp_path, dtype):
+    settings = ["--device", "cuda", "--set", f"model.dtype={dtype}", "--set", "run.deterministic=true"]
+    for name in ("one", "two"):
+        ok(train(tmp_path / name, *settings))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")

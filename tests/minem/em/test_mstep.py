@@ -1,0 +1,484 @@
+"""The M-step against transformers and torch's AdamW, and against itself cut up in other ways."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import transformers
+
+import minem.em.mstep
+from minem.config import MStepSection
+from minem.em.mstep import MStep, Totals, learning_rate, loss_divisor
+from minem.em.packing import Example, Step, plan
+from minem.errors import GuardError, Interrupted, UserError
+from minem.kernels import linear_cross_entropy
+from minem.model.decoder import Model
+from minem.model.sizes import SAFE_SHARE
+from minem.model.weights import checkpoint_views, load_model
+from minem.parallel.ranks import Ranks
+
+EOS = 0
+SHAPE = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "qwen2": transformers.Qwen2Config(**SHAPE, tie_word_embeddings=False),
+    "qwen3": transformers.Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A small random checkpoint of each architecture, biases and norms included."""
+    made = {}
+    for name, config in CONFIGS.items():
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+    return made
+
+
+@pytest.fixture
+def model(folders):
+    return load_model(folders["llama"])
+
+
+def referee(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def make_examples(n: int, seed: int = 0) -> list[Example]:
+    """Uneven lengths, uneven weights, each ending in EOS."""
+    noise = torch.Generator().manual_seed(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        size = int(torch.randint(low, high, (1,), generator=noise))
+        return torch.randint(1, SHAPE["vocab_size"], (size,), generator=noise).tolist()
+
+    return [Example(f"q{i}", ids(1, 12), [*ids(0, 20), EOS], weight=(1.0, 0.5, 2.0)[i % 3]) for i in range(n)]
+
+
+def reference_sums(model, examples) -> tuple[torch.Tensor, torch.Tensor]:
+    """-sum(weight * log p) of the sampled tokens (EOS too, the prompt not), and their entropies; one by one."""
+    loss, entropy = torch.zeros(()), torch.zeros(())
+    for example in examples:
+        sequence = torch.tensor([example.prompt_ids + example.token_ids])
+        logprobs = model(sequence).logits[0, len(example.prompt_ids) - 1 : -1].log_softmax(-1)
+        loss = loss - example.weight * logprobs.gather(1, torch.tensor(example.token_ids)[:, None]).sum()
+        entropy = entropy - (logprobs.exp() * logprobs).sum()
+    return loss, entropy
+
+
+def in_their_names(model, tensors) -> dict[str, torch.Tensor]:
+    """Tensors shaped like minem's parameters (its gradients, say), cut into Hugging Face's."""
+    holder = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter, tensor in zip(holder.parameters(), tensors, strict=True):
+            parameter.copy_(tensor)
+    return {name: view.detach() for name, view in checkpoint_views(holder).items()}
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, relative: float = 1e-5) -> None:
+    """Within `relative` of the tensor's size, in norm and at the worst element."""
+    assert (ours - theirs).norm() <= relative * theirs.norm()
+    assert (ours - theirs).abs().max() <= relative * theirs.abs().max()
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+# ------------------------------------------------------------------------------------ one step
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_loss_and_every_gradient_equal_transformers(folders, architecture):
+    ours, theirs = load_model(folders[architecture]), referee(folders[architecture])
+    examples = make_examples(9)
+    (step,) = plan([len(e) for e in examples], batch_size=9, pack_tokens=60, epochs=1, seed=0, iteration=1)
+    assert 1 < len(step.micro_batches) < 9  # several micro-batches, and sequences that share one
+    totals = MStep(ours, MStepSection()).accumulate(examples, step, divisor=7.0)
+
+    loss, entropy = reference_sums(theirs, examples)
+    (loss / 7.0).backward()
+    assert totals.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert totals.entropy == pytest.approx(entropy.item(), rel=1e-5)
+    assert totals.supervised == sum(len(e.token_ids) for e in examples)
+    gradients = in_their_names(ours, [p.grad for p in ours.parameters()])
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[name])
+
+
+def test_packed_sequences_have_the_gradients_of_one_by_one(folders):
+    examples = make_examples(8)
+    gradients = []
+    for micro_batches in [tuple(range(8))], [(i,) for i in range(8)]:
+        one = load_model(folders["qwen3"])
+        MStep(one, MStepSection()).accumulate(examples, Step(0, tuple(micro_batches)), divisor=1.0)
+        gradients.append([p.grad for p in one.parameters()])
+    for packed, alone in zip(*gradients, strict=True):
+        assert_close(packed, alone)
+
+
+# ----------------------------------------------------------------------------- the whole trajectory
+
+
+@pytest.mark.parametrize(("pack_tokens", "chunk_rows"), [(1, None), (48, None), (10_000, 1), (10_000, 7), (48, 5)])
+def test_micro_batches_and_chunks_of_the_loss_do_not_change_the_trajectory(
+    folders, pack_tokens, chunk_rows, monkeypatch
+):
+    """All in one micro-batch and one chunk of logits, against smaller ones of either."""
+    examples = make_examples(40)
+    losses = []
+    for capacity, chunk in ((10_000, 10_000), (pack_tokens, chunk_rows)):
+        monkeypatch.setattr("minem.model.decoder.linear_cross_entropy", partial(linear_cross_entropy, chunk_rows=chunk))
+        rows: list[dict] = []
+        one = load_model(folders["llama"])
+        config = MStepSection(lr=1e-3, batch_size=8, epochs=6, pack_tokens=capacity)
+        MStep(one, config).run(examples, seed=3, iteration=1, on_step=rows.append)
+        losses.append(torch.tensor([row["loss"] for row in rows], dtype=torch.float64))
+    whole, cut = losses
+    assert len(whole) == 30
+    assert whole[25:].mean() < whole[:5].mean() - 0.2  # the last epoch against the first: it goes somewhere
+    assert (whole - cut).abs().max() < 1e-5
+    assert (whole - cut).abs().mean() < 1e-6
+
+
+def test_a_run_equals_plain_torch_on_transformers(folders):
+    """The same updates written out with nothing of minem's but the plan: AdamW, clipping, warm-up, one divisor."""
+    examples = make_examples(12)
+    config = MStepSection(lr=1e-3, batch_size=4, epochs=2, warmup=0.4, schedule="linear", weight_decay=0.1, clip=0.7)
+    ours, theirs = load_model(folders["qwen2"]), referee(folders["qwen2"])
+    rows: list[dict] = []
+    MStep(ours, config).run(examples, seed=5, iteration=2, on_step=rows.append)
+
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    supervised_per_step = sum(len(e.token_ids) for e in examples) * 2 / 6
+    rates = [1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 2e-3 / 3, 1e-3 / 3]  # 3 steps up, then down towards 0
+    steps = plan([len(e) for e in examples], batch_size=4, pack_tokens=10, epochs=2, seed=5, iteration=2)
+    for step, rate, row in zip(steps, rates, rows, strict=True):
+        optimizer.zero_grad()
+        loss, _ = reference_sums(theirs, [examples[i] for i in step.examples])
+        (loss / supervised_per_step).backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.7)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        assert row["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+        assert row["lr"] == pytest.approx(rate)
+    assert max(row["grad_norm"] for row in rows) > 0.7  # clipping had something to do
+    trained = in_their_names(ours, list(ours.parameters()))
+    for name, parameter in theirs.named_parameters():
+        assert_close(trained[name], parameter.detach(), 2e-5)
+
+
+def test_the_same_start_gives_the_same_weights(folders):
+    trained = []
+    for seed in (0, 0, 1):
+        one = load_model(folders["llama"])
+        MStep(one, MStepSection(lr=1e-3, batch_size=4)).run(make_examples(10), seed=seed, iteration=1)
+        trained.append(weights_of(one))
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+    assert not all(torch.equal(trained[0][name], trained[2][name]) for name in trained[0])
+
+
+def test_the_summary_counts_what_was_trained(model):
+    examples = make_examples(10)
+    rows: list[dict] = []
+    summary = MStep(model, MStepSection(lr=1e-3, batch_size=4, epochs=2)).run(examples, 0, 1, rows.append)
+    supervised = sum(len(e.token_ids) for e in examples)
+    assert (summary["examples"], summary["steps"], len(rows)) == (10, 6, 6)
+    assert summary["supervised_tokens"] == 2 * supervised == sum(row["supervised_tokens"] for row in rows)
+    assert summary["tokens"] == 2 * sum(len(e) for e in examples)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]
+    assert (summary["loss_first"], summary["loss_last"]) == (rows[0]["loss"], rows[-1]["loss"])
+    assert sum(row["loss"] for row in rows[3:]) < sum(row["loss"] for row in rows[:3])
+    for key in ("loss", "entropy"):
+        assert min(row[key] for row in rows) < summary[key] < max(row[key] for row in rows)
+    assert 0 < summary["entropy"] < math.log(SHAPE["vocab_size"])
+
+
+# ------------------------------------------------------------------------------------- the divisor
+
+
+class Recorder(MStep):
+    """Keeps the gradient of each optimizer step as it reaches the update."""
+
+    def _update(self, optimizer, norm, rate):
+        self.seen = [*getattr(self, "seen", []), torch.cat([m.grad.flatten() for m in self.masters.values()])]
+        super()._update(optimizer, norm, rate)
+
+
+def test_long_rationales_are_not_weighed_down(folders):
+    """At a standing model the steps' gradients, times the one divisor, add up to the gradient of the summed log p."""
+    noise = make_examples(30, seed=2)
+    short = [Example("short", e.prompt_ids, e.token_ids[-2:]) for e in noise[:4]]
+    long = [Example("long", e.prompt_ids, (e.token_ids * 20)[-20:]) for e in noise[4:8]]
+    examples = short + long
+    ours, theirs = load_model(folders["llama"]), referee(folders["llama"])
+    mstep = Recorder(ours, MStepSection(lr=0.0, batch_size=1))
+    mstep.run(examples, seed=0, iteration=1)
+
+    def gradient(of: list[Example]) -> dict[str, torch.Tensor]:
+        theirs.zero_grad()
+        reference_sums(theirs, of)[0].backward()
+        return {name: p.grad.clone() for name, p in theirs.named_parameters()}
+
+    divisor = sum(len(e.token_ids) for e in examples) / 8
+    assert loss_divisor(examples, 8) == divisor
+    names = list(in_their_names(ours, list(ours.parameters())))
+    sizes = [p.numel() for p in ours.parameters()]
+    shaped = [s.view_as(p) for s, p in zip(sum(mstep.seen).split(sizes), ours.parameters(), strict=True)]
+    total = in_their_names(ours, shaped)
+    expected = gradient(examples)
+    for name in names:
+        assert_close(total[name] * divisor, expected[name])
+    # The mean over each step's own tokens points elsewhere: it gives the long ones a tenth of the say of the short.
+    token_mean = [gradient([e]) for e in examples]
+    for name in names:
+        wrong = sum(g[name] / len(e.token_ids) for g, e in zip(token_mean, examples, strict=True))
+        assert torch.cosine_similarity(wrong.flatten(), expected[name].flatten(), dim=0) < 0.95
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+def short_of_memory(monkeypatch, tokens: int, checkpointed: int) -> None:
+    """A model that runs out of memory in the backward pass with more tokens, or fewer blocks recomputed."""
+    forward = Model.forward
+
+    def limited(self, input_ids, *arguments, **more):
+        loss, logprobs, entropy = forward(self, input_ids, *arguments, **more)
+        if len(input_ids) > tokens or self.checkpointed < checkpointed:
+            loss.register_hook(lambda gradient: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+        return loss, logprobs, entropy
+
+    monkeypatch.setattr(Model, "forward", limited)
+
+
+def test_running_out_of_memory_takes_smaller_micro_batches_and_the_same_steps(folders, monkeypatch):
+    examples, rows, notes = make_examples(16), {True: [], False: []}, []
+    for short in (False, True):
+        if short:
+            short_of_memory(monkeypatch, tokens=60, checkpointed=2)
+        mstep = MStep(load_model(folders["llama"]), MStepSection(lr=1e-3, batch_size=8, epochs=2, pack_tokens=500))
+        mstep.on_note = notes.append
+        mstep.run(examples, seed=0, iteration=1, on_step=rows[short].append)
+    for free, tight in zip(rows[False], rows[True], strict=True):
+        assert tight["loss"] == pytest.approx(free["loss"], abs=1e-6)
+        assert tight["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-5)
+    assert [note.partition(": ")[2].split()[0] for note in notes] == ["the", *["micro-batches"] * 4]
+    assert "31 tokens at most" in notes[-1]
+    assert mstep.pack_tokens == 31
+
+
+def test_one_sequence_that_does_not_fit_is_told(folders, monkeypatch):
+    short_of_memory(monkeypatch, tokens=8, checkpointed=0)
+    model = load_model(folders["llama"])
+    start = weights_of(model)
+    with pytest.raises(Interrupted, match="one sequence at a time"):
+        MStep(model, MStepSection(batch_size=8)).run(make_examples(16), seed=0, iteration=1)
+    assert all(torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_weights_are_split_where_a_whole_copy_of_them_does_not_fit_too(folders, monkeypatch, rank):
+    """Several processes train a second model beside the generator's; only its float32 masters make the difference."""
+
+    class Two(Ranks):
+        def any(self, flag: bool) -> bool:
+            return flag
+
+    config = MStepSection(lora_rank=rank)
+    model = load_model(folders["llama"], dtype=torch.bfloat16)
+    alone = MStep(model, config, base=folders["llama"])
+    beside = alone.memory_needed(model.config.num_hidden_layers)
+    weights = sum(p.numel() for p in model.parameters())
+    copied = 4 * weights if not rank else 2 * weights + alone.master_bytes
+    monkeypatch.setattr(minem.em.mstep, "sharded_copy", lambda model, ranks, replicate: copy.deepcopy(model))
+    for needed, strategy in ((beside + 0.9 * copied, "fsdp"), (beside + 1.1 * copied, "ddp")):
+        free = needed / SAFE_SHARE * 2  # two processes on a CPU share it
+        monkeypatch.setattr(minem.em.mstep, "free_memory", lambda device, free=free: free)
+        model = load_model(folders["llama"], dtype=torch.bfloat16)
+        assert MStep(model, config, Two(0, 2), base=folders["llama"]).strategy == strategy
+
+
+# ---------------------------------------------------------------------------------------- precision
+
+
+def test_tiny_updates_are_not_lost_in_bfloat16(folders):
+    examples = make_examples(16)
+    config = MStepSection(lr=1e-6, batch_size=4, epochs=5, warmup=0.0, schedule="constant")
+    start = weights_of(load_model(folders["llama"], dtype=torch.bfloat16))
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        one = load_model(folders["llama"], dtype=torch.bfloat16).to(dtype)
+        mstep = MStep(one, config)
+        mstep.run(examples, seed=0, iteration=1)
+        moved[dtype] = torch.cat([(m.detach() - start[name].float()).flatten() for name, m in mstep.masters.items()])
+        assert mstep.state_needed == (dtype == torch.bfloat16)
+    full, half = moved[torch.float32], moved[torch.bfloat16]
+    assert half.norm() == pytest.approx(float(full.norm()), rel=0.02)
+    assert torch.cosine_similarity(full, half, dim=0) > 0.98
+
+    # What happens without masters: AdamW on the bfloat16 weights themselves loses nearly all of it.
+    naive = load_model(folders["llama"], dtype=torch.bfloat16)
+    optimizer = torch.optim.AdamW(naive.parameters(), lr=1e-6, weight_decay=0.0)
+    for step in plan([len(e) for e in examples], batch_size=4, pack_tokens=999, epochs=5, seed=0, iteration=1):
+        optimizer.zero_grad()
+        MStep(naive, config).accumulate(examples, step, loss_divisor(examples, 4))
+        optimizer.step()
+    kept = torch.cat([(p.detach().float() - start[name].float()).flatten() for name, p in naive.named_parameters()])
+    assert (kept != 0).float().mean() < 0.05
+    assert (half != 0).float().mean() > 0.9
+
+
+def test_bfloat16_micro_batches_are_summed_in_float32(folders):
+    examples = make_examples(40)
+    model = load_model(folders["llama"], dtype=torch.bfloat16)
+    recorder = Recorder(model, MStepSection(lr=0.0, batch_size=40, pack_tokens=1))
+    recorder.run(examples, seed=0, iteration=1)
+    divisor = loss_divisor(examples, 1)
+    expected = torch.zeros_like(recorder.seen[0])
+    for i in range(40):
+        MStep(model, MStepSection()).accumulate(examples, Step(0, ((i,),)), divisor)
+        expected += torch.cat([p.grad.float().flatten() for p in model.parameters()])
+        model.zero_grad()
+    assert_close(recorder.seen[0], expected, 1e-6)
+
+
+def test_a_continued_process_has_the_same_masters(folders, tmp_path):
+    """Iteration 2 after a restart is bit for bit the iteration 2 of a process that never stopped."""
+    examples = make_examples(8)
+    config = MStepSection(lr=1e-6, batch_size=4)
+    staying = MStep(load_model(folders["qwen3"], dtype=torch.bfloat16), config)
+    staying.run(examples, seed=0, iteration=1)
+    staying.save(tmp_path / "state")
+    continued = MStep(load_model(folders["qwen3"], dtype=torch.bfloat16), config)
+    continued.load(tmp_path / "state")
+    for mstep in (staying, continued):
+        mstep.run(examples, seed=0, iteration=2)
+    for name, master in staying.masters.items():
+        assert torch.equal(master, continued.masters[name])
+        assert torch.equal(staying.working[name], continued.working[name])
+        assert torch.equal(staying.working[name], master.bfloat16())
+
+
+def test_masters_of_another_model_are_refused(folders, tmp_path):
+    MStep(load_model(folders["qwen3"]), MStepSection()).save(tmp_path / "state")
+    with pytest.raises(UserError, match=r"master weights of another model.*layers\.0\.attention"):
+        MStep(load_model(folders["llama"]), MStepSection()).load(tmp_path / "state")
+
+
+def test_reset_follows_weights_written_by_others(folders):
+    """Restarting from the base model: the masters must not bring the trained weights back."""
+    base = load_model(folders["llama"], dtype=torch.bfloat16)
+    start = weights_of(base)
+    mstep = MStep(base, MStepSection(lr=1e-2, batch_size=4))
+    mstep.run(make_examples(8), seed=0, iteration=1)
+    assert not torch.equal(base.embed.weight, start["embed.weight"])
+    base.load_state_dict(start, strict=False)
+    mstep.reset()
+    assert all(torch.equal(master, start[name].float()) for name, master in mstep.masters.items())
+
+
+# ------------------------------------------------------------------------------------------- guards
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_non_finite_loss_names_its_example_and_touches_nothing(folders, dtype):
+    model = load_model(folders["llama"], dtype=dtype)
+    examples = make_examples(6)
+    examples[4] = Example("broken", [1, 47], [3, EOS])
+    others = [e for i, e in enumerate(examples) if i != 4]
+    clean = [Example(e.id, [min(t, 46) for t in e.prompt_ids], [min(t, 46) for t in e.token_ids]) for e in others]
+    with torch.no_grad():
+        model.embed.weight[47] = 3e38  # finite itself; its square in the norm is not, nor is its logit
+    model.head.weight = torch.nn.Parameter(model.embed.weight.detach().clone().clamp(-9, 9))  # untied: only an input
+    before = weights_of(model)
+    mstep = MStep(model, MStepSection(lr=1e-2, batch_size=6))
+    with pytest.raises(GuardError, match=r"not updated; examples at fault: broken$"):
+        mstep.run([*clean[:4], examples[4], *clean[4:]], seed=0, iteration=1)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    assert all(p.grad is None for p in model.parameters())
+    # The same object trains on once the cause is gone.
+    assert MStep.run(mstep, clean, seed=0, iteration=1)["steps"] == 1
+
+
+def test_a_non_finite_gradient_under_a_finite_loss_is_caught(model):
+    before = weights_of(model)
+    model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(GuardError, match="q0, q1, q2, q3, q4 and 3 more"):
+        MStep(model, MStepSection(lr=1e-2, batch_size=8)).run(make_examples(8), seed=0, iteration=1)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_nothing_accepted_is_nothing_to_train_on(model):
+    with pytest.raises(GuardError, match="nothing to train on"):
+        MStep(model, MStepSection()).run([], seed=0, iteration=1)
+
+
+@pytest.mark.parametrize(("prompt", "token"), [([48], 1), ([1], 48), ([1], -1)])
+def test_ids_of_another_tokenizer_are_refused(model, prompt, token):
+    with pytest.raises(UserError, match=r"example 'odd': token id (48|-1) is outside the model's vocabulary of 48"):
+        MStep(model, MStepSection()).run([Example("odd", prompt, [token])], seed=0, iteration=1)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lr", -1.0), ("lr", math.nan), ("epochs", 0), ("batch_size", 0), ("pack_tokens", 0), ("warmup", 1.5),
+     ("schedule", "cosin"), ("weight_decay", -0.1), ("beta1", 1.0), ("beta2", -0.1), ("clip", -1.0)],
+)  # fmt: skip
+def test_bad_settings_are_named(field, value):
+    written = f'"{value}"' if isinstance(value, str) else value
+    with pytest.raises(UserError, match=f"mstep.{field} is {written}; it must be"):
+        MStepSection(**{field: value})
+
+
+# ---------------------------------------------------------------------------------------- schedule
+
+
+def test_schedules_by_hand():
+    def rates(schedule: str, warmup: float = 0.5) -> list[float]:
+        config = MStepSection(lr=1.0, warmup=warmup, schedule=schedule)
+        return [learning_rate(config, step, 8) for step in range(8)]
+
+    assert rates("linear") == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25])
+    assert rates("cosine")[4:] == pytest.approx([1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
+    assert rates("constant", warmup=0.0) == [1.0] * 8
+    assert rates("cosine", warmup=1.0)[-1] == 1.0
+    assert learning_rate(MStepSection(lr=1.0), 0, 1) == 1.0  # a single step is not spent on warming up
+
+
+def test_mfu_counts_weights_that_tokens_meet_over_the_peak(model, monkeypatch):
+    """6 for each weight of the body and token, and for each of the head and supervised token; None if nobody knows."""
+    mstep = MStep(model, MStepSection())
+    totals = Totals(loss=3.0, entropy=math.nan, tokens=1000, supervised=100, weight=2.0)
+    assert mstep._metrics(totals, 2.0)["mfu"] is None
+    monkeypatch.setattr("minem.em.mstep.peak_flops", lambda device: 1e9)
+    found = mstep._metrics(totals, 2.0)
+    head = SHAPE["vocab_size"] * SHAPE["hidden_size"]  # tied: the embeddings, which are no arithmetic to look up
+    body = sum(p.numel() for p in model.parameters()) - head
+    assert found["mfu"] == pytest.approx(6 * (1000 * body + 100 * head) / 2.0 / 1e9, rel=1e-12)
+    assert found["entropy"] is None  # what is not finite would not be JSON
+    assert (found["loss"], found["tokens_per_second"]) == (1.5, 500)

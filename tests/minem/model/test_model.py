@@ -1,0 +1,320 @@
+"""What training asks of the model: attention inside packed sequences, and layers that are computed again."""
+
+import inspect
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minem.model.decoder
+from minem.model.decoder import Model, PackedAttention, varlen_attention
+from minem.model.hf_config import ModelConfig
+
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+LENGTHS = [7, 3, 3, 1, 12]
+
+
+def heads(lengths, *, groups=(4, 2), channels=8, dtype=torch.float64, device="cpu", seed=0):
+    """Random q, k, v of packed sequences, and a gradient for what comes out."""
+    noise = torch.Generator().manual_seed(seed)
+    n, (h, k) = sum(lengths), groups
+    made = [torch.randn(n, x, channels, generator=noise, dtype=torch.float64) for x in (h, k, k, h)]
+    return [x.to(device, dtype).requires_grad_(i < 3) for i, x in enumerate(made)]
+
+
+def defined(q, k, v, lengths):
+    """softmax(q k' / sqrt(C)) v under a mask of all N x N pairs: same sequence, and no later than the query."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
+    mask = (owner[:, None] == owner[None, :]).tril()
+    scores = torch.einsum("qhc,khc->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khc->qhc", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def outputs_and_gradients(attention, q, k, v, grad):
+    out = attention(q, k, v)
+    return [out, *torch.autograd.grad(out, (q, k, v), grad)]
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.sampled_from([(4, 2), (3, 1), (2, 2)]))
+def test_packed_attention_and_its_gradients_equal_the_definition(lengths, groups):
+    q, k, v, grad = heads(lengths, groups=groups)
+    attention = PackedAttention(lengths, "cpu")
+    got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
+    expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths), q, k, v, grad)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=2, max_size=6))
+def test_a_sequence_is_attended_to_the_bit_as_if_alone(lengths):
+    q, k, v, _ = heads(lengths, dtype=torch.float32)
+    together = PackedAttention(lengths, "cpu")(0, q, k, v).split(lengths)
+    each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    for length, one, qkv in zip(lengths, together, each, strict=True):
+        assert torch.equal(one, PackedAttention([length], "cpu")(0, *qkv))
+
+
+def fake_varlen(seen):
+    """What the kernel does, by its definition, and what it insists on; it takes grouped heads without being asked."""
+
+    def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
+        assert window_size == (-1, 0)
+        assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+        lengths = cu_seq_q.diff().tolist()
+        assert lengths == cu_seq_k.diff().tolist()
+        assert max_q == max_k == max(lengths)
+        assert cu_seq_q[0] == 0
+        assert cu_seq_q[-1] == len(query)
+        seen.append(cu_seq_q)
+        return defined(query, key, value, lengths)
+
+    return attend
+
+
+def like_2_11(seen):
+    attend = fake_varlen(seen)
+
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
+
+    return varlen_attn
+
+
+def like_2_13(seen):
+    attend = fake_varlen(seen)
+
+    def varlen_attn(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False, num_splits=None
+    ):
+        if not enable_gqa and query.size(1) != key.size(1):
+            raise ValueError("Expect query and key/value to have the same number of heads")
+        return attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size)
+
+    return varlen_attn
+
+
+@pytest.fixture
+def fresh():
+    """What PyTorch has is looked up once a process; forget what was found, before a test and after it."""
+    varlen_attention.cache_clear()
+    yield
+    varlen_attention.cache_clear()
+
+
+@pytest.mark.parametrize("version", [like_2_11, like_2_13])
+@pytest.mark.parametrize("groups", [(4, 2), (2, 2)])
+def test_both_signatures_of_varlen_attention_are_called_as_they_ask(fresh, monkeypatch, version, groups):
+    import torch.nn.attention.varlen
+
+    seen = []
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version(seen))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(minem.model.decoder, "takes_varlen", lambda q: True)
+    q, k, v, grad = heads(LENGTHS, groups=groups)
+    attention = PackedAttention(LENGTHS, "cpu")
+    got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
+    attention(1, q, k, v)
+    assert len(seen) == 2
+    assert seen[0] is seen[1]  # uploaded once, not once a layer
+    monkeypatch.undo()
+    expected = outputs_and_gradients(lambda *qkv: PackedAttention(LENGTHS, "cpu")(0, *qkv), q, k, v, grad)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_the_installed_varlen_attention_takes_the_names_that_are_used(fresh, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    call = varlen_attention()
+    inspect.signature(call.func).bind(*range(7), **call.keywords)
+
+
+def test_without_the_kernel_the_exact_path_is_taken(fresh, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # importing it fails, as in another torch
+    assert varlen_attention() is None
+    varlen_attention.cache_clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert varlen_attention() is None
+    q, k, v, _ = heads(LENGTHS)
+    assert not minem.model.decoder.takes_varlen(q)
+    torch.testing.assert_close(PackedAttention(LENGTHS, "cpu")(0, q, k, v), defined(q, k, v, LENGTHS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [(16, 2), (14, 2), (8, 8)])
+@pytest.mark.parametrize("channels", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_flash_kernel_against_the_exact_path(groups, channels, dtype):
+    """Against the definition in float64: the kernel may err at most twice as much as a padded rectangle does."""
+    lengths = [300, 1, 77, 77, 1024, 5]
+    q, k, v, grad = heads(lengths, groups=groups, channels=channels, dtype=dtype, device="cuda")
+    attention = PackedAttention(lengths, "cuda")
+    assert minem.model.decoder.takes_varlen(q)
+    got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
+
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    assert not minem.model.decoder.takes_varlen(exact[0])
+    expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths), *exact, grad.double())
+    ours = outputs_and_gradients(lambda *qkv: attention(0, *qkv), *exact, grad.double())
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+    def rectangles(q, k, v):
+        each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        return torch.cat([PackedAttention._rectangle(*(x[None] for x in qkv))[0] for qkv in each])
+
+    usual = outputs_and_gradients(rectangles, q, k, v, grad)
+    for one, other, reference in zip(got, usual, expected, strict=True):
+        assert (one - reference).norm() <= 2 * (other - reference).norm() + 1e-6 * reference.norm()
+
+
+# ------------------------------------------------------------------------------------------------ layers computed again
+
+
+def random_model(**changes):
+    torch.manual_seed(0)
+    model = Model(ModelConfig.from_dict({**CONFIG, **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2)
+    return model
+
+
+def batch(lengths, vocabulary=64):
+    noise = torch.Generator().manual_seed(1)
+    n = sum(lengths)
+    return {
+        "input_ids": torch.randint(vocabulary, (n,), generator=noise),
+        "lengths": lengths,
+        "rows": torch.arange(0, n, 2),
+        "targets": torch.randint(vocabulary, (len(range(0, n, 2)),), generator=noise),
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_checkpointing_changes_no_bit_of_loss_or_gradients(kind):
+    results = []
+    for checkpointed in (0, 1, 3):
+        model = random_model(model_type=kind, head_dim=8)
+        model.checkpointed = checkpointed
+        loss, logprobs, _ = model(**batch(LENGTHS))
+        loss.backward()
+        results.append([loss.detach(), logprobs, *(p.grad for p in model.parameters())])
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def kept_bytes(model, lengths):
+    """Bytes that a forward pass keeps for the backward pass, weights apart; storages that are kept twice count once."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = (storage, storage.nbytes())  # held, so that no address is used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _, _ = model(**batch(lengths))
+    loss.backward()
+    return sum(size for address, (_, size) in kept.items() if address not in weights)
+
+
+def test_checkpointed_layers_keep_two_rows_a_token():
+    lengths = [64, 32, 32]
+    kept = []
+    for checkpointed in range(4):
+        model = random_model()
+        model.checkpointed = checkpointed
+        kept.append(kept_bytes(model, lengths))
+    rows = sum(lengths) * CONFIG["hidden_size"] * 4
+    saved = [more - less for more, less in pairwise(kept)]
+    assert min(saved) > 8 * rows  # each layer keeps much more than it then does
+    # Of three layers stay five inputs (the first has no residual); the rest is what follows them, and cos and sin.
+    tail = kept[3] - 5 * rows
+    model = random_model(num_hidden_layers=1)
+    model.checkpointed = 1
+    assert kept_bytes(model, lengths) - rows == tail
+
+
+def test_nothing_is_checkpointed_where_nothing_is_kept(monkeypatch):
+    """The generator and the scoring of samples pay nothing for it."""
+    calls = []
+    monkeypatch.setattr(
+        minem.model.decoder, "checkpoint", lambda layer, *inputs, **_: (calls.append(1), layer(*inputs))[1]
+    )
+    model = random_model()
+    model.checkpointed = 2
+    with torch.no_grad():
+        model(**batch(LENGTHS))
+    assert calls == []
+    model(**batch(LENGTHS))
+    assert len(calls) == 2
+
+
+SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tests.minem.model.test_model import LENGTHS, batch, random_model
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+alone = random_model()
+alone(**batch(LENGTHS))[0].backward()
+for checkpointed in (0, 2, 3):
+    model = random_model()
+    model.checkpointed = checkpointed
+    for module in (*model.layers, model):
+        fully_shard(module)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no average
+        module.set_gradient_divide_factor(2.0)  # both ranks see the same rows, so the mean is one's own gradient
+    for _ in range(2):  # the second pass after a backward one: what the first left behind does not harm
+        model.zero_grad()
+        loss = model(**batch(LENGTHS))[0]
+        loss.backward()
+    for (name, p), q in zip(model.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), q.grad, rtol=1e-6, atol=1e-6, msg=f"{checkpointed} {name}")
+dist.destroy_process_group()
+print("equal")
+"""
+
+
+def test_checkpointing_inside_fully_shard_gives_the_same_gradients(tmp_path):
+    command = [sys.executable, "-c", SHARDED]
+    root = Path(__file__).resolve().parents[3]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            out, error = process.communicate(timeout=120)
+            assert process.returncode == 0, error
+            assert out.split()[-1] == "equal"
+    finally:
+        for process in ranks:
+            process.kill()

@@ -1,0 +1,432 @@
+"""The run directory: killed at any write it continues to the same bytes, and nobody else's files are touched."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import minem.files
+import minem.runs.directory
+import minem.runs.record
+from minem.config import Config, load_config
+from minem.errors import Interrupted, UserError
+from minem.files import read_rows, write_rows
+from minem.runs.directory import LOCK, PARTIAL, RunDirectory, default_path, read_facts, read_journal
+
+
+def config(out: Path, **flags: Any) -> Config:
+    keys = {"seed": "run.seed", "budget": "sampler.budget", "limit": "task.limit"}
+    return load_config(flags={"run.out": str(out), **{keys[name]: value for name, value in flags.items()}})
+
+
+def everything(folder: Path) -> dict[str, Any]:
+    """Every file's content, but for the times that the journal and run.json hold and the lock's owner."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if name == "journal.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [(line["stage"], line["result"]) for line in lines]
+        elif name == "run.json":
+            found[name] = {**json.loads(path.read_text()), "started": None}
+        elif path.is_file() and name != LOCK:
+            found[name] = path.read_bytes()
+    return found
+
+
+def small_run(out: Path) -> None:
+    """What a run does, in small: files, a folder, two files in one stage, metrics, results, and old files discarded."""
+    with RunDirectory.open(config(out), command=["minem", "train"], overwrite=False) as run:
+        previous = 0
+        for iteration in (1, 2):
+            folder = f"iter-{iteration:02d}"
+            if not run.finished(f"{folder}/estep"):
+                with run.stage(f"{folder}/estep") as stage:
+                    rows = [{"id": f"q{i}", "text": f"{previous} and {i}"} for i in range(3)]
+                    write_rows(stage.path(f"{folder}/samples.jsonl"), rows)
+                    write_rows(stage.path(f"{folder}/accepted.jsonl"), rows[:iteration])
+                    run.log_metrics(stage.name, accepted=iteration)
+                    stage.result["accepted"] = previous + iteration
+            previous = run.result(f"{folder}/estep")["accepted"]
+            if not run.finished(f"{folder}/mstep"):
+                with run.stage(f"{folder}/mstep") as stage:
+                    model = stage.path(f"{folder}/model")
+                    model.mkdir()
+                    for step in range(2):
+                        (model / f"{step}.bin").write_bytes(bytes([previous, step]))
+                        run.log_metrics(stage.name, step=step, loss=previous / 3)
+            run.discard(f"iter-{iteration - 1:02d}/model")
+
+
+def dies_at(fatal: int, work: Callable[[], None]) -> bool:
+    """Do the work in a child process that is killed at its `fatal`-th write, rename, delete or flush; was it?"""
+    child = os.fork()
+    if child == 0:
+        calls = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal calls
+            writing = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            if writing or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"):
+                count()
+
+        def count() -> None:
+            nonlocal calls
+            calls += 1
+            if calls > fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        real_fsync = os.fsync
+
+        def fsync(descriptor: int) -> None:
+            count()
+            real_fsync(descriptor)
+
+        os.fsync = fsync
+        sys.addaudithook(hook)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), "the child failed by itself"
+    return status == signal.SIGKILL
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_killed_at_any_write_it_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        minem.runs.record, "_commit", lambda: None
+    )  # asking git each time would take most of the test's time
+    small_run(tmp_path / "undisturbed")
+    expected = everything(tmp_path / "undisturbed")
+    assert len(expected) == 10
+    point = 0
+    while dies_at(point, partial(small_run, out := tmp_path / f"run{point}")):
+        for name in everything(out):
+            # Whatever has its own name is whole already; the first model is not discarded yet, or only half.
+            assert name in expected or PARTIAL in name or name.startswith("iter-01/model/")
+        if point % 3 == 0:  # a second accident, a few writes later
+            dies_at(7, partial(small_run, out))
+        small_run(out)
+        assert everything(out) == expected, f"killed at write {point}"
+        point += 1
+    assert point > 60
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "metrics.jsonl"])
+def test_a_torn_last_line_is_dropped(tmp_path: Path, name: str) -> None:
+    small_run(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    start = len(whole) - len(whole.splitlines(keepends=True)[-1])
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    for torn in (whole[:start] + b"\0" * 40, *(whole[:end] for end in range(start, len(whole), 7))):
+        (tmp_path / "metrics.jsonl").write_bytes(metrics)
+        (tmp_path / name).write_bytes(torn)
+        with RunDirectory.open(config(tmp_path)) as run:
+            assert run.finished("iter-02/estep")
+            assert run.finished("iter-02/mstep") == (name == "metrics.jsonl")
+        assert (tmp_path / name).read_bytes() == whole[:start]
+        # What the unfinished stage had measured is dropped with it, and will be measured again.
+        rows = [row["stage"] for row in read_rows(tmp_path / "metrics.jsonl")]
+        assert rows.count("iter-02/mstep") == (1 if name == "metrics.jsonl" else 0)
+
+
+def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
+    small_run(tmp_path)
+    journal = (tmp_path / "journal.jsonl").read_text()
+    for damaged in (journal.replace("{", "", 1), journal.replace('"stage"', '"stag"', 1), "[]\n" + journal):
+        (tmp_path / "journal.jsonl").write_text(damaged)
+        with pytest.raises(UserError, match=r"journal\.jsonl.* damaged; delete it and all"):
+            RunDirectory.open(config(tmp_path))
+
+
+def test_a_failed_stage_leaves_nothing(tmp_path: Path) -> None:
+    with RunDirectory.open(config(tmp_path)) as run:
+        with pytest.raises(KeyboardInterrupt), run.stage("iter-01/estep") as stage:  # noqa: PT012
+            stage.path("iter-01/samples.jsonl").write_text("half")
+            (stage.path("iter-01/model")).mkdir()
+            raise KeyboardInterrupt
+        assert run.stages == ()
+        assert list((tmp_path / "iter-01").iterdir()) == []
+        with run.stage("iter-01/estep") as stage:
+            stage.result["rate"] = (1, 2)
+        assert run.result("iter-01/estep") == {"rate": [1, 2]}  # as a continued run will read it
+        with pytest.raises(ValueError, match="already finished"), run.stage("iter-01/estep"):
+            pass
+    assert read_journal(tmp_path) == {"iter-01/estep": {"rate": [1, 2]}}
+
+
+def test_a_stage_that_wrote_nothing_where_it_said_it_would_fails(tmp_path: Path) -> None:
+    with RunDirectory.open(config(tmp_path)) as run:
+        with pytest.raises(FileNotFoundError), run.stage("iter-01/estep") as stage:
+            stage.path("iter-01/samples.jsonl")
+        assert not run.finished("iter-01/estep")
+
+
+def test_a_full_disk_says_how_to_go_on(tmp_path: Path) -> None:
+    with (
+        RunDirectory.open(config(tmp_path)) as run,
+        pytest.raises(Interrupted, match=r"disk of .* is full; .* the same command again: it goes on with iter-01"),
+        run.stage("iter-01/estep"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_really_full_disk(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with RunDirectory.open(config(tmp_path)) as run:
+        (tmp_path / "journal.jsonl").unlink()
+        (tmp_path / "journal.jsonl").symlink_to("/dev/full")
+        with pytest.raises(Interrupted), run.stage("iter-00/eval"):
+            pass
+        assert not run.finished("iter-00/eval")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EROFS, "Read-only file system")]
+)
+def test_a_disk_that_breaks_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
+        patch.setattr(minem.runs.directory, "flush_tree", fails)
+        patch.setattr(minem.runs.directory, "remove", fails)  # the clean-up does not work on such a disk, either
+        sentence = rf"cannot be read or written any more \({said}\); put that right, .* it goes on with iter-00/eval"
+        with pytest.raises(Interrupted, match=sentence), run.stage("iter-00/eval") as stage:
+            stage._paths.append((tmp_path / "a", tmp_path / "b"))
+        assert not run.finished("iter-00/eval")
+
+
+def test_a_folder_that_is_deleted_under_a_run_is_one_sentence(tmp_path: Path) -> None:
+    run = RunDirectory.open(config(tmp_path / "run"))
+
+    def work() -> None:
+        shutil.rmtree(tmp_path / "run")
+        run.log_metrics("iter-00/eval", accuracy=1.0)
+
+    with pytest.raises(Interrupted, match="No such file or directory"), run.stage("iter-00/eval"):
+        work()
+    with pytest.raises(Interrupted, match="No such file or directory"), run.stage("iter-00/eval"):
+        pytest.fail("begun")
+    run.close()
+
+
+def test_going_back_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    small_run(tmp_path)
+    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
+        patch.setattr(minem.runs.directory, "write_whole", full)
+        with pytest.raises(Interrupted, match="is full; free some space"):
+            run.undo(run.stages[-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(minem.runs.directory, "take_lock", full)
+        with pytest.raises(Interrupted, match="is full; free some space"):
+            minem.runs.directory.hold_folder(tmp_path / "new", "plan.json", "comparison", {}).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "seed", "said"),
+    [
+        ("config.toml", None, 3, r"started differently \(run\.seed: 0 -> 3\)"),
+        ("config.toml", "model = 3\n", 0, r"config\.toml is damaged; delete it to have it written anew"),
+        ("journal.jsonl", None, 0, r"journal\.jsonl is missing; put it back, or give --overwrite"),
+        ("run.json", "", 0, r"run\.json is not valid JSON: .*; give --overwrite"),
+        ("run.json", '{"inputs": [1]}', 0, r"run\.json is damaged; give --overwrite"),
+        ("run.json", '{"inputs": null}', 0, r"run\.json is damaged; give --overwrite"),
+    ],
+)
+def test_files_that_say_what_a_run_is_are_not_made_up(
+    tmp_path: Path, name: str, content: str | None, seed: int, said: str
+) -> None:
+    """Neither taken for a start that was cut short, whatever the next config, nor done all over again unasked."""
+    small_run(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != LOCK}
+    with pytest.raises(UserError, match=said):
+        RunDirectory.open(config(tmp_path, seed=seed))
+    assert {path: path.read_bytes() for path in before} == before
+    RunDirectory.open(config(tmp_path, seed=seed), overwrite=True).close()
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
+    small_run(tmp_path)
+    with pytest.raises(UserError) as caught:
+        RunDirectory.open(config(tmp_path, budget=4, limit=64))
+    message = str(caught.value)
+    assert "(task.limit: not set -> 64; sampler.budget: 8 -> 4): give --overwrite" in message
+    assert "another --out" in message
+    assert "\n" not in message
+    RunDirectory.open(config(tmp_path)).close()  # and nothing was harmed
+    with RunDirectory.open(config(tmp_path, budget=4), overwrite=True) as run:
+        assert run.stages == ()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "config.toml", "journal.jsonl", "run.json"]
+        assert run.config.sampler.budget == 4
+
+
+def test_other_inputs_are_refused(tmp_path: Path) -> None:
+    RunDirectory.open(config(tmp_path), inputs={"task rows": "aa", "weights": "cc"}).close()
+    RunDirectory.open(config(tmp_path), inputs={"task rows": "aa", "weights": "cc"}).close()
+    with pytest.raises(UserError, match=r"started differently \(task rows changed; samples changed\)"):
+        RunDirectory.open(config(tmp_path), inputs={"task rows": "bb", "weights": "cc", "samples": "dd"})
+
+
+def test_overwrite_removes_only_what_a_run_writes(tmp_path: Path) -> None:
+    small_run(tmp_path)
+    (tmp_path / "my notes.txt").write_text("keep me")
+    (tmp_path / "iter-final").mkdir()
+    (tmp_path / "report.html").write_text("old")
+    RunDirectory.open(config(tmp_path), overwrite=True).close()
+    kept = {LOCK, "config.toml", "journal.jsonl", "run.json", "my notes.txt", "iter-final"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_an_overwrite_that_is_killed_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_run(tmp_path)
+    removed: list[str] = []
+
+    def remove(path: Path) -> None:
+        minem.files.remove(path)
+        removed.append(path.name)
+        minem.runs.directory.check_place(
+            tmp_path
+        )  # had it been killed here, what is left would be known as a run, or nothing
+
+    monkeypatch.setattr(minem.runs.directory, "remove", remove)
+    names = {path.name for path in tmp_path.iterdir()} - {LOCK}
+    minem.runs.directory.remove_run(tmp_path)
+    assert set(removed) == names
+    assert (removed[0], removed[-1]) == ("journal.jsonl", "run.json")
+
+
+def test_the_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
+    """In a run directory of a stranger it may be a link."""
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="cannot be used"):
+        RunDirectory.open(config(tmp_path / "run"))
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_home_that_nobody_has_is_a_name_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    RunDirectory.open(config(Path("~nobody-knows/run"))).close()
+    assert (tmp_path / "~nobody-knows" / "run" / "run.json").exists()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_that_is_no_run_is_never_touched(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match=r"--out .* is not empty and no run directory \(it holds thesis\.tex\)"):
+        RunDirectory.open(config(tmp_path), overwrite=overwrite)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(UserError, match="is a file; it must be a folder"):
+        RunDirectory.open(config(tmp_path / "thesis.tex"), overwrite=overwrite)
+    with pytest.raises(UserError, match="cannot be used: Not a directory"):
+        RunDirectory.open(config(tmp_path / "thesis.tex" / "run"), overwrite=overwrite)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be used: Permission denied"):
+        RunDirectory.open(config(tmp_path / "run"))
+
+
+def test_two_processes_cannot_be_in_one_run(tmp_path: Path) -> None:
+    script = (
+        "import sys; from minem.config import load_config; from minem.runs.directory import RunDirectory\n"
+        "run = RunDirectory.open(load_config(flags={'run.out': sys.argv[1]}))\n"
+        "print('open', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=f"in use by process {other.pid};"):
+                RunDirectory.open(config(tmp_path), overwrite=overwrite)
+    finally:
+        other.kill()  # a killed process leaves no lock behind
+        other.communicate()
+    with RunDirectory.open(config(tmp_path)), pytest.raises(UserError, match=f"in use by process {os.getpid()};"):
+        RunDirectory.open(config(tmp_path))
+
+
+def test_a_moved_run_continues(tmp_path: Path) -> None:
+    small_run(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = load_config(tmp_path / "there" / "config.toml", flags={"run.out": str(tmp_path / "there")})
+    with RunDirectory.open(again) as run:
+        assert run.stages == ("iter-01/estep", "iter-01/mstep", "iter-02/estep", "iter-02/mstep")
+
+
+def test_the_record_says_what_ran(tmp_path: Path) -> None:
+    with RunDirectory.open(config(tmp_path, seed=7), command=["minem", "train"], inputs={"task rows": "aa"}):
+        facts = read_facts(tmp_path)
+    assert {"minem", "python", "torch", "tokenizers"} <= set(facts["versions"])
+    assert (facts["command"], facts["seed"], facts["inputs"]) == (["minem", "train"], 7, {"task rows": "aa"})
+    assert facts["config"]["run"]["seed"] == 7
+    assert facts["commit"] is None or len(facts["commit"].removesuffix("-dirty")) == 40
+    with pytest.raises(UserError, match="is not a run directory"):
+        read_facts(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, "toy.rsm8.toy-llama.s0"),
+        ({"sampler.name": "star", "run.seed": 3}, "toy.star2.toy-llama.s3"),
+        (
+            {"model.id": "Qwen/Qwen2.5-0.5B-Instruct", "task.name": "/data/my tasks/physics.jsonl"},
+            "physics.rsm8.Qwen2.5-0.5B-Instruct.s0",
+        ),
+        ({"sampler.name": "mine.lib:Best", "model.id": "../models/small/"}, "toy.Best8.small.s0"),
+        ({"task.name": "../..\u202e/\x1b[31mrows"}, "-31mrows.rsm8.toy-llama.s0"),
+    ],
+)
+def test_default_names(flags: dict[str, Any], expected: str) -> None:
+    assert default_path(load_config(flags=flags)) == Path("runs") / expected
+
+
+def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
+    rows = [{"text": "two\nlines \u2028 \x1b[31m \ud83d \0", "x": 0.1}, {}, {"n": [1, None, True]}]
+    assert write_rows(tmp_path / "rows.jsonl", iter(rows)) == 3
+    assert list(read_rows(tmp_path / "rows.jsonl")) == rows
+    assert write_rows(tmp_path / "none.jsonl", []) == 0
+    assert list(read_rows(tmp_path / "none.jsonl")) == []
+    with pytest.raises(ValueError):
+        write_rows(tmp_path / "rows.jsonl", [{"x": float("nan")}])
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"a": 1} {"b": 2}', "[" * 100_000, "\ufeff{}", "\x80"])
+def test_rows_of_strangers_are_refused_by_line(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"ok": 1}\n\n' + line.encode("latin-1", "replace") + b"\n")
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 3: not a JSON object"):
+        list(read_rows(tmp_path / "rows.jsonl"))
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        list(read_rows(tmp_path / "missing.jsonl"))
