@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from minem.data.tasks import Question
 from minem.errors import UserError
+from minem.model.tokenizer import Tokenizer
 
 ANSWER_LINE = "The best answer is"
 
@@ -53,3 +54,18 @@ def request(question: Question) -> str:
     else:
         what = "the answer alone, in digits if it is a number"
     return f'Reason step by step, then end with a last line "{ANSWER_LINE} X", where X is {what}.'
+
+
+def encode_prompt(tokenizer: Tokenizer, question: Question, hint: str | None = None) -> list[int]:
+    """Token ids of the plain prompt, or of the hinted one in the wording `hint`; through the model's chat template.
+
+    A tokenizer without a template gets the text itself, as a base model expects it.
+    Raises UserError, with the question's id, if the template fails.
+    """
+    chat = messages(question, hint)
+    try:
+        if tokenizer.has_chat_template:
+            return tokenizer.chat(chat)
+        return tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n")
+    except UserError as error:
+        raise UserError(f"question {question.id!r}: {error}") from error

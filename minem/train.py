@@ -1,138 +1,262 @@
-"""Whole runs: what `minem train` and `minem sample` do, from a config to the numbers that they print.
+"""Whole runs: a config becomes a device, a model, a task, an E-step and an M-step, and they are set to work.
 
     minem train --sampler rsm --budget 8
     minem train --samples runs/first-look/iter-01/samples.jsonl
 
-`minem.em.loop.Experiment` does the stages; here they begin and end.
+`build` is the one place that sees the whole config; each part gets its own section. em/loop.py is what they do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+import minem
+from minem.config import Config
 from minem.console import Progress
+from minem.data.prompts import encode_prompt
+from minem.data.tasks import load_task
+from minem.data.verdict import load_verdict
+from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
+from minem.em import diagnostics
+from minem.em.checkpoints import restore
+from minem.em.diagnostics import Diagnosis
+from minem.em.estep import EStep
+from minem.em.evaluate import Evaluation, answer_file
 from minem.em.loop import Experiment
+from minem.em.mstep import MStep
+from minem.em.samplers import altered, make_sampler, uses_hints
+from minem.em.samples_file import read_samples
 from minem.errors import GuardError, UserError
 from minem.files import read_rows
+from minem.generation.generator import DEFAULT_SLOTS, Generator
+from minem.model.weights import load, load_model, resolve
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
-from minem.runs.directory import RunDirectory, default_path
+from minem.plugins import hash_source
+from minem.report.charts import plot_accuracy
+from minem.report.page import write_report
+from minem.runs.folder import default_path, folder_name
+from minem.runs.record import fingerprint, hash_prompts, hash_tokenizer, model_card
+from minem.runs.stages import Run
 from minem.statistics import mcnemar
-
-if TYPE_CHECKING:
-    from minem.config import Config
 
 LAST_STAGE = "report"  # of a whole run
 
 
-def train(
-    config: Config,
-    progress: Progress,
-    command: Sequence[str] = (),
-    overwrite: bool = False,
-    tracker: ModuleType | None = None,
-    ranks: Ranks = ALONE,
-    stop: Stop | None = None,
-    origins: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Run or continue the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
-    experiment = Experiment(config, progress, ranks, stop)
-    with experiment.open(command, overwrite, tracker, origins) as run:
+@dataclass
+class Session:
+    """How a run is done, beside its config: what it prints, with whom it works, what its record says of its start."""
+
+    progress: Progress = field(default_factory=Progress)
+    ranks: Ranks = ALONE
+    stop: Stop = field(default_factory=Stop)
+    command: Sequence[str] = ()
+    overwrite: bool = False
+    tracker: ModuleType | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+
+def build(config: Config, session: Session | None = None, weights: bool = True) -> Experiment:
+    """The experiment of a config; whatever is wrong with its input is found here, before any file is written.
+
+    weights: False leaves them on the disk, for a dry run: the model has its shape alone.
+    """
+    session = session or Session()
+    task = load_task(config.task.name, config.task.limit, config.run.seed)
+    device = pick_device(config.run.device)
+    set_deterministic(device, config.run.deterministic)
+    dtype = pick_dtype(config.model.dtype, device)
+    sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
+    verdict = load_verdict(config.task.verdict)
+    folder = resolve(config.model.id, config.model.revision)
+    model, tokenizer = load(folder, device if weights else "meta", dtype)
+    if not tokenizer.eos_ids:
+        raise UserError(f"{folder}: the tokenizer names no EOS token, so no draw could ever end")
+    limit_threads(model)
+    slots = config.run.slots or DEFAULT_SLOTS[device.type]
+    note = _notes(session.progress)
+    generator = hinted = Generator(model, tokenizer, slots=slots, on_note=note)
+    if config.sampler.proposal == "base" and uses_hints(sampler) and weights:
+        hinted = Generator(load_model(folder, device, dtype), tokenizer, slots=slots, on_note=note)
+    experiment = Experiment(
+        section=config.run,
+        task=task,
+        estep=EStep(
+            sampler=sampler,
+            section=config.sampler,
+            generators={"plain": generator, "hinted": hinted},
+            verdict=verdict,
+            seed=config.run.seed,
+            score_plain=config.mstep.weights == "importance",
+            pack_tokens=config.mstep.pack_tokens,
+        ),
+        mstep=MStep(model, config.mstep, session.ranks, config.run.seed, folder),
+        evaluation=Evaluation(generator, verdict, config.eval.max_new_tokens, config.eval.samples, config.run.seed),
+        diagnosis=Diagnosis(
+            questions=diagnostics.choose(task.train, config.eval.diagnostics, config.run.seed),
+            policy=generator,
+            proposal=hinted,
+            verdict=verdict,
+            hint=config.sampler.hint,
+            hinted_draws=config.eval.hinted_draws,
+            max_new_tokens=config.sampler.max_new_tokens,
+            pack_tokens=config.mstep.pack_tokens,
+            seed=config.run.seed,
+        ),
+        model_id=config.model.id,
+        card=partial(model_card, config, Path(config.run.out or default_path(config)).name),
+    )
+    longest_prompt(config, experiment)
+    return experiment
+
+
+def _notes(progress: Progress) -> Callable[[str], None]:
+    return lambda text: progress.note(f"note    {text}")
+
+
+def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
+    """The tokens of the longest prompt and the most new ones: what the generator must have room for.
+
+    Raises UserError for a prompt that leaves no room for an answer: now, rather than after hours.
+    """
+    task, section, generator = experiment.task, config.sampler, experiment.estep.generators["plain"]
+    wordings = [None, section.hint] if uses_hints(experiment.estep.sampler) else [None]
+    longest = 0
+    for name, new, questions, hints in (
+        ("eval", config.eval.max_new_tokens, task.validation + task.test, [None]),
+        ("sampler", section.max_new_tokens, task.train, wordings),
+    ):
+        for question in questions:
+            length = max(len(encode_prompt(generator.tokenizer, question, hint)) for hint in hints)
+            if length + new > generator.max_length:
+                raise UserError(
+                    f"question {question.id!r}: its prompt of {length} tokens does not leave {new} of the "
+                    f"model's {generator.max_length} positions; lower {name}.max_new_tokens"
+                )
+            longest = max(longest, length)
+    return longest, max(config.eval.max_new_tokens, section.max_new_tokens)
+
+
+@contextmanager
+def opened(config: Config, experiment: Experiment, session: Session, **inputs: str) -> Iterator[Run]:
+    """The run's directory, made or resumed, with the weights that it has by then.
+
+    inputs: more fingerprints of what the run reads; it is resumed with equal ones only.
+    """
+    task, tokenizer = experiment.task, experiment.estep.tokenizer
+    inputs = {
+        "task rows": task.rows_sha256,
+        "base model": fingerprint(resolve(config.model.id, config.model.revision)),
+        **hash_tokenizer(tokenizer),
+        "prompts": hash_prompts(task.train + task.validation + task.test, config.sampler.hint),
+        **inputs,
+    }
+    for key, name in (("sampler", config.sampler.name), ("verdict", config.task.verdict or "")):
+        if ":" in name:  # the user's own code is part of the experiment, too
+            inputs[f"{key} {name}"] = hash_source(name)
+    opening = {
+        "command": session.command,
+        "overwrite": session.overwrite,
+        "inputs": inputs,
+        "origins": session.origins,
+    }
+    with Run.open(config, session.progress, session.ranks, session.stop, session.tracker, **opening) as run:
+        experiment.run = run
+        for line in describe(config, experiment):
+            session.progress.note(line)
+        restore(run, run.last_model, experiment.mstep)
+        yield run
+
+
+def train(config: Config, session: Session | None = None) -> dict[str, Any]:
+    """Run or resume the whole EM loop; accuracy.png and report.html end its directory. Returns `summarise` of it."""
+    session = session or Session()
+    experiment = build(config, session)
+    with opened(config, experiment, session) as run:
+        reserve(config, experiment, session.progress)
         experiment.train()
-        if ranks.first:
-            conclude(run)
+        conclude(run)
         return summarise(run)
 
 
-def conclude(run: RunDirectory) -> None:
+def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
+    """Make room for all that the run will draw, and print how much that is."""
+    progress.note(f"cache   {experiment.estep.generators['plain'].reserve(*longest_prompt(config, experiment))}")
+
+
+def conclude(run: Run) -> None:
     """What ends a run's directory: its picture and its report."""
-    if not run.finished("plot"):
-        with run.stage("plot") as record:
-            from minem.report.plot import plot_accuracy
-
-            plot_accuracy(run, record.path("accuracy.png"))
-    if not run.finished(LAST_STAGE):
-        with run.stage(LAST_STAGE) as record:
-            from minem.report.page import write_report
-
+    directory = run.directory
+    if directory is not None and "plot" not in directory.results:
+        with directory.stage("plot") as record:
+            plot_accuracy(run.path, record.path("accuracy.png"))
+    if directory is not None and LAST_STAGE not in directory.results:
+        with directory.stage(LAST_STAGE) as record:
             write_report([run.path], record.path("report.html"))
 
 
-def sample(
-    config: Config,
-    iteration: int,
-    progress: Progress,
-    command: Sequence[str] = (),
-    overwrite: bool = False,
-    ranks: Ranks = ALONE,
-    stop: Stop | None = None,
-    origins: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def sample(config: Config, iteration: int, session: Session | None = None) -> dict[str, Any]:
     """The E-step of one iteration alone, from the weights that the run has by then."""
-    if overwrite and iteration > 1:
+    session = session or Session()
+    if session.overwrite and iteration > 1:
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
-    experiment = Experiment(config, progress, ranks, stop)
-    with experiment.open(command, overwrite, origins=origins) as run:
-        before = f"iter-{iteration - 1:02d}"
-        stage = f"iter-{iteration:02d}/estep"
-        if not run.finished(stage):
-            if iteration > 1 and not run.finished(f"{before}/mstep"):
+    experiment = build(config, session)
+    with opened(config, experiment, session) as run:
+        if not run.finished(iteration, "estep"):
+            if iteration > 1 and not run.finished(iteration - 1, "mstep"):
+                before = f"iter-{iteration - 1:02d}"
                 raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
-            if run.finished(f"iter-{iteration:02d}/mstep"):
-                raise UserError(f"--iteration {iteration}: {run.path} has gone on beyond it already")
-        experiment.catch_up()
-        experiment.reserve()
+            if run.finished(iteration, "mstep"):
+                raise UserError(f"--iteration {iteration}: {run.path} has a later model already")
+        reserve(config, experiment, session.progress)
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
-        return {"run": str(run.path), "samples": str(samples), **run.result(stage)}
+        return {"run": str(run.path), "samples": str(samples), **run.result(iteration, "estep")}
 
 
-def train_on_samples(
-    config: Config,
-    samples: Path,
-    progress: Progress,
-    command: Sequence[str] = (),
-    overwrite: bool = False,
-    tracker: ModuleType | None = None,
-    ranks: Ranks = ALONE,
-    stop: Stop | None = None,
-    origins: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+def train_on_samples(config: Config, file: Path, session: Session | None = None) -> dict[str, Any]:
     """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
 
     With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
     """
-    if not os.path.isfile(samples):
-        raise UserError(f"--samples {samples} is not a file")
-    digest = hashlib.sha256(samples.read_bytes()).hexdigest()
+    session = session or Session()
+    if not os.path.isfile(file):
+        raise UserError(f"--samples {file} is not a file")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if config.run.out is None:
-        out = f"{default_path(config)}.samples-{digest[:8]}"
-        config = config.changed({"run.out": out})
-
-    def keep(row: Mapping[str, Any]) -> bool:
-        return row.get("status", "accepted") == "accepted" and not (config.sampler.drop_leaks and row.get("leak"))
-
-    experiment = Experiment(config, progress, ranks, stop)
-    examples = experiment.examples(samples, keep)
-    if not examples:
-        why = 'no row has status "accepted"'
-        raise GuardError(f"{samples}: {why}, so there is nothing to train on")
-    endless = sum(example.token_ids[-1] not in experiment.tokenizer.eos_ids for example in examples)
+        config = config.changed({"run.out": f"{default_path(config)}.samples-{digest[:8]}"})
+    experiment = build(config, session)
+    samples = read_samples(
+        file,
+        experiment.task,
+        experiment.estep.tokenizer,
+        experiment.estep.generators["plain"].max_length,
+        config.mstep.weights,
+        config.sampler.drop_leaks,
+    )
+    if not samples:
+        raise GuardError(f'{file}: no row has status "accepted", so there is nothing to train on')
+    endless = sum(sample.token_ids[-1] not in experiment.estep.tokenizer.eos_ids for sample in samples)
     if endless:
-        progress.note(
-            f"note    {endless} of {len(examples)} rows do not end in EOS: the model learns not to stop there"
+        session.progress.note(
+            f"note    {endless} of {len(samples)} rows do not end in EOS: the model learns not to stop there"
         )
-    with experiment.open(command, overwrite, tracker, origins, samples=digest) as run:
-        experiment.m_step(1, examples)
-        return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result("iter-01/mstep")}
+    with opened(config, experiment, session, samples=digest) as run:
+        experiment.m_step(1, samples)
+        return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result(1, "mstep")}
 
 
-def summarise(run: RunDirectory) -> dict[str, Any]:
+def summarise(run: Run) -> dict[str, Any]:
     """The numbers that a finished run ends with, read from its journal and its evaluation files."""
     last = run.config.run.iterations
     test = {}
@@ -144,8 +268,8 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
     iterations = [
         {
             "iteration": i,
-            "validation": run.result(f"iter-{i:02d}/eval.validation"),
-            **({"estep": run.result(f"iter-{i:02d}/estep"), "mstep": run.result(f"iter-{i:02d}/mstep")} if i else {}),
+            "validation": run.result(i, "eval.validation"),
+            **({"estep": run.result(i, "estep"), "mstep": run.result(i, "mstep")} if i else {}),
         }
         for i in range(last + 1)
     ]
@@ -154,10 +278,105 @@ def summarise(run: RunDirectory) -> dict[str, Any]:
         "model": str(run.path / f"iter-{last:02d}" / "model"),
         "iterations": iterations,
         "test": {
-            "base": run.result("iter-00/eval.test"),
-            "last": run.result(f"iter-{last:02d}/eval.test"),
+            "base": run.result(0, "eval.test"),
+            "last": run.result(last, "eval.test"),
             "wrong_to_right": won,
             "right_to_wrong": lost,
             "mcnemar_p": mcnemar(lost, won),
         },
     }
+
+
+def evaluate(
+    model: str,
+    task: str,
+    split: str,
+    *,
+    limit: int | None = None,
+    verdict: str | None = None,
+    samples: int = 0,
+    max_new_tokens: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a model on a split of a task; answers are kept in `out` as they finish, and are not drawn again."""
+    progress = progress or Progress()
+    loaded, check, folder = load_task(task, limit, seed), load_verdict(verdict), resolve(model)
+    questions = getattr(loaded, split)
+    generator = make_generator(str(folder), device, progress)
+    tokenizer = generator.tokenizer
+    longest, id_ = max((len(encode_prompt(tokenizer, question)), question.id) for question in questions)
+    room = generator.max_length - longest  # known before the folder is made
+    if room < (max_new_tokens or 1):
+        advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
+        raise UserError(
+            f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's "
+            f"{generator.max_length} positions for max_new_tokens; {advice}"
+        )
+    new = max_new_tokens or min(1024, room)
+    settings = {
+        "model": fingerprint(folder)[:16],
+        **{name: digest[:16] for name, digest in hash_tokenizer(tokenizer).items()},
+        "rows": loaded.rows_sha256[:16],
+        "split": split,
+        "limit": limit,
+        "verdict": f"{verdict} {hash_source(verdict)[:16]}" if verdict else None,
+        "max_new_tokens": new,
+        "seed": seed,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "device": generator.model.device.type,
+        "minem": minem.__version__,
+    }
+    out = out or Path("evals") / folder_name(f"{model.strip('./')}.{task.strip('./')}.{split}.s{seed}")
+    evaluation = Evaluation(generator, check, new, samples, seed)
+    with answer_file(out, settings, overwrite) as (known, append):
+        if known:
+            progress.note(f"{out} has {len(known)} answers already, which are not drawn again without --overwrite")
+        with progress.stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
+            answers = evaluation.answers(questions, line.update, known, append)
+    named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
+    return named | evaluation.summary(questions, answers)
+
+
+def make_generator(name: str, device: str, progress: Progress) -> Generator:
+    """The generator of a model, on a device by its name."""
+    where = pick_device(device)
+    model, tokenizer = load(name, where, pick_dtype("auto", where))
+    limit_threads(model)
+    return Generator(model, tokenizer, on_note=_notes(progress))
+
+
+def describe(config: Config, experiment: Experiment) -> list[str]:
+    """Every value that was inferred, and what is unusual: the first lines that a run prints."""
+    task, mstep, model = experiment.task, experiment.mstep, experiment.mstep.model
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    threads = f", {torch.get_num_threads()} thread(s)" if model.device.type == "cpu" else ""
+    sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
+    dtype, size = str(model.dtype).removeprefix("torch."), config.run.questions_per_iteration
+    lines = [
+        f"model   {config.model.id}: {millions:,.2f} M parameters, {dtype} on {model.device}{threads}",
+        f"task    {task.name}: {sizes}" + (f" ({task.note})" if task.note else ""),
+        f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}",
+    ]
+    if mstep.ranks.size > 1:
+        lines.append(f"ranks   {mstep.ranks.size} processes; the M-step's weights: {mstep.strategy}")
+    if mstep.lora is not None:
+        lines.append(
+            f"lora    rank {mstep.lora.rank}, alpha {mstep.lora.alpha:g}, {mstep.trained_parameters / 1e6:,.2f} M "
+            f"parameters trained beside {', '.join(mstep.lora.targets)}"
+        )
+    if size is not None and size <= len(task.train):
+        lines.append(f"E-step  {size} of {len(task.train)} training questions in each iteration")
+    lines.append(f"run     {experiment.run.path}")
+    if size is not None and size > len(task.train):
+        lines.append(
+            f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} questions: all are used"
+        )
+    if changed := altered(config.sampler):
+        lines.append(f"note    {', '.join(changed)}: the draws follow this altered policy, not the model's posterior")
+    if config.mstep.lr > 1e-4 and millions > 10 and mstep.lora is None:
+        lines.append(f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual")
+    return lines

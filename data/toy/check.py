@@ -9,9 +9,10 @@ shown), and the filter cannot tell. On the toy a program can.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from minem.data import verdict
-from minem.data.tasks import Question
+from minem.data.tasks import Question, Task
 
 # How a question names an operation, how a rationale writes it, and what it does.
 OPERATIONS = {"add": "+", "subtract": "-", "multiply by": "*"}
@@ -45,3 +46,11 @@ def valid_steps(text: str, question: Question) -> bool:
             return False
         value = result
     return verdict.strict(lines[-1], question) == str(value)
+
+
+def valid_share(task: Task, rationales: Sequence[tuple[str, str]]) -> float | None:
+    """The share of (question id, text) with valid steps throughout; None on other tasks, which no program can check."""
+    if task.name != "toy" or not rationales:
+        return None
+    questions = {question.id: question for question in task.train}
+    return sum(valid_steps(text, questions[id_]) for id_, text in rationales) / len(rationales)

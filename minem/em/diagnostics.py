@@ -19,11 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from minem.console import percent
-from minem.data.tasks import Question
-from minem.data.verdict import Verdict
-from minem.em.estep import encode_prompt, judge
+from minem.data.prompts import encode_prompt
+from minem.data.tasks import Question, Task
+from minem.data.verdict import Verdict, states_early
+from minem.em.estep import judge
 from minem.em.packing import Example
-from minem.em.samplers import Prompt
+from minem.em.sample import Prompt, Sample
 from minem.em.scoring import score
 from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
@@ -80,64 +81,89 @@ def choose(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
     return sorted(questions, key=lambda question: stream_seed(seed, "diagnostics", question.id))[:n]
 
 
-def draw(
-    questions: Sequence[Question],
-    policy: Generator,
-    proposal: Generator,
-    verdict: Verdict,
-    *,
-    hint: str,
-    hinted_draws: int,
-    max_new_tokens: int,
-    pack_tokens: int,
-    seed: int,
-    iteration: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> list[Draw]:
-    """`hinted_draws` draws from the hinted and one from the plain prompt of each question.
+@dataclass(frozen=True)
+class Diagnosis:
+    """The draws that a run's diagnostics make in every iteration.
 
-    Questions whose hinted prompt leaves no room for `max_new_tokens` are left out.
-
-    Args:
-        policy, proposal: the generators of plain and of hinted draws; two where hinted draws come from the base model.
-        pack_tokens: most tokens of a teacher-forced pass (memory only).
-        on_progress: called with the finished draws after every step.
-    Returns:
-        the draws by question, the hinted ones first.
+    policy, proposal: the generators of plain and of hinted draws; two if hinted draws come from the base model.
+    pack_tokens: most tokens of a teacher-forced pass (memory only).
     """
-    tokenizer, params = policy.tokenizer, SamplingParams(max_new_tokens=max_new_tokens)
-    requests: list[Request] = []
-    for question in questions:
-        plain, hinted = encode_prompt(tokenizer, question), encode_prompt(tokenizer, question, hint)
-        if len(hinted) + max_new_tokens > proposal.max_length:
-            continue
-        for k in range(1, hinted_draws + 1):
-            stream = stream_seed(seed, "diagnostics", iteration, question.id, k)
-            requests.append(Request(hinted, params, stream, tag=(question, "hinted", plain)))
-        stream = stream_seed(seed, "diagnostics", iteration, question.id, 0)
-        requests.append(Request(plain, params, stream, tag=(question, "plain", plain)))
-    for request in requests:
-        (policy if request.tag[1] == "plain" else proposal).submit(request)
-    finished: dict[int, Completion] = {}
-    while len(finished) < len(requests):
-        for generator in dict.fromkeys((policy, proposal)):
-            finished |= {id(completion.request): completion for completion in generator.step()}
-        if on_progress is not None:
-            on_progress(len(finished))
-    completions = [finished[id(request)] for request in requests]
-    examples = [Example(r.tag[0].id, r.tag[2], c.token_ids) for r, c in zip(requests, completions, strict=True)]
-    scored = score(policy.model, examples, pack_tokens)
-    return [
-        Draw(
-            id=request.tag[0].id,
-            prompt=request.tag[1],
-            accepted=judge(completion, request.tag[0], verdict)[1] == "accepted",
-            log_q=math.fsum(completion.proposal_logprobs),
-            log_p=math.fsum(logprobs),
-            entropies=tuple(entropies),
-        )
-        for request, completion, (logprobs, entropies) in zip(requests, completions, scored, strict=True)
-    ]
+
+    questions: Sequence[Question]
+    policy: Generator
+    proposal: Generator
+    verdict: Verdict
+    hint: str
+    hinted_draws: int
+    max_new_tokens: int
+    pack_tokens: int
+    seed: int
+
+    @property
+    def total(self) -> int:
+        return len(self.questions) * (self.hinted_draws + 1)
+
+    def draw(
+        self, iteration: int, questions: Sequence[Question], show: Callable[..., None] = lambda done: None
+    ) -> list[Draw]:
+        """`hinted_draws` draws from the hinted and one from the plain prompt of each question, the hinted ones first.
+
+        Questions whose hinted prompt leaves no room for `max_new_tokens` are left out.
+        show: called with the finished draws after every decoding step.
+        """
+        requests = [request for question in questions for request in self._requests(iteration, question)]
+        for request in requests:
+            (self.policy if request.tag[1] == "plain" else self.proposal).submit(request)
+        finished: dict[int, Completion] = {}
+        while len(finished) < len(requests):
+            for generator in dict.fromkeys((self.policy, self.proposal)):
+                finished |= {id(completion.request): completion for completion in generator.step()}
+            show(len(finished))
+        completions = [finished[id(request)] for request in requests]
+        examples = [Example(r.tag[0].id, r.tag[2], c.token_ids) for r, c in zip(requests, completions, strict=True)]
+        scored = score(self.policy.model, examples, self.pack_tokens)
+        return [
+            Draw(
+                id=request.tag[0].id,
+                prompt=request.tag[1],
+                accepted=judge(completion, request.tag[0], self.verdict)[1] == "accepted",
+                log_q=math.fsum(completion.proposal_logprobs),
+                log_p=math.fsum(logprobs),
+                entropies=tuple(entropies),
+            )
+            for request, completion, (logprobs, entropies) in zip(requests, completions, scored, strict=True)
+        ]
+
+    def _requests(self, iteration: int, question: Question) -> list[Request]:
+        plain, hinted = (encode_prompt(self.policy.tokenizer, question, hint) for hint in (None, self.hint))
+        if len(hinted) + self.max_new_tokens > self.proposal.max_length:
+            return []
+        params = SamplingParams(max_new_tokens=self.max_new_tokens)
+        streams = [
+            stream_seed(self.seed, "diagnostics", iteration, question.id, k) for k in range(self.hinted_draws + 1)
+        ]
+        return [
+            *(Request(hinted, params, stream, tag=(question, "hinted", plain)) for stream in streams[1:]),
+            Request(plain, params, streams[0], tag=(question, "plain", plain)),
+        ]
+
+    def summary(
+        self,
+        draws: Sequence[Draw],
+        samples: Sequence[Sample],
+        kept: Sequence[Sample],
+        task: Task,
+        first: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """`summarise` of the draws, what the samples of the iteration show, and whether hinted acceptance is falling.
+
+        first: the summary of iteration 1, None in that iteration.
+        """
+        questions = {question.id: question for question in task.train}
+        found = summarise(draws)
+        found["early"] = _mean([float(states_early(sample.text, questions[sample.id])) for sample in kept])
+        found["attempts"] = acceptance(samples)
+        return found | {"falling": falling(first or found, found)}
 
 
 def summarise(draws: Iterable[Draw]) -> dict[str, Any]:
@@ -171,25 +197,18 @@ def summarise(draws: Iterable[Draw]) -> dict[str, Any]:
     }
 
 
-def acceptance(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Acceptance by stage: how many rows of samples.jsonl were drawn and accepted at each prompt and attempt."""
+def acceptance(samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """Acceptance by stage: how many samples were drawn and accepted at each prompt and attempt."""
     drawn: Counter[tuple[str, int]] = Counter()
     right: Counter[tuple[str, int]] = Counter()
-    for row in rows:
-        stage = row["prompt"], row["attempt"]
+    for sample in samples:
+        stage = sample.prompt, sample.attempt
         drawn[stage] += 1
-        right[stage] += row["status"] == "accepted"
+        right[stage] += sample.status == "accepted"
     return [
         {"prompt": prompt, "attempt": attempt, "drawn": drawn[prompt, attempt], "accepted": right[prompt, attempt]}
         for prompt, attempt in sorted(drawn, key=lambda stage: (stage[0] != "plain", stage[1]))
     ]
-
-
-def early_share(kept: Iterable[Mapping[str, Any]], questions: Mapping[str, Question]) -> float | None:
-    """Share of the kept rows whose rationale states the answer in its first fifth."""
-    from minem.data.verdict import states_early
-
-    return _mean([float(states_early(row["text"], questions[row["id"]])) for row in kept])
 
 
 def falling(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -14,71 +14,90 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minem.console import percent
+from minem.data.prompts import encode_prompt
 from minem.data.tasks import Question
 from minem.data.verdict import Verdict, flexible
-from minem.em.estep import encode_prompt, judge
+from minem.em.estep import judge
 from minem.errors import UserError
 from minem.files import json_line, keep_whole
 from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
-from minem.runs.directory import hold_folder
+from minem.runs.folder import hold_folder
 from minem.statistics import pass_at_k, wilson
 
 FIELDS = ("id", "answer", "gold", "status", "text", "tokens")  # of a row of eval.*.jsonl
 
 
-def evaluate(
-    generator: Generator,
-    questions: Sequence[Question],
-    verdict: Verdict,
-    *,
-    max_new_tokens: int,
-    samples: int = 0,
-    seed: int = 0,
-    known: Iterable[Mapping[str, Any]] = (),
-    on_row: Callable[[dict[str, Any]], None] | None = None,
-    on_progress: Callable[[int, int, int], None] | None = None,
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Answer every question greedily, and `samples` times at temperature 1.
+@dataclass(frozen=True)
+class Evaluation:
+    """How accuracy is measured. samples: draws per question at temperature 1, beside the greedy answer."""
 
-    Args:
-        known: answers that need not be drawn again: rows of eval.*.jsonl, and such as `on_row` was given.
-        on_row: called with each answer as it finishes: a row of eval.*.jsonl with `draw` beside it, 0 for the greedy
-            answer, 1 and up for those at temperature 1. Their order is that of finishing, which means nothing.
-        on_progress: called with (finished draws, greedy answers that are right, greedy answers) after every step.
-    Returns:
-        the greedy answers as rows of eval.*.jsonl (`FIELDS`), in the order of the questions, and `summarise_answers`.
-    """
-    wanted = [(question, k) for question in questions for k in range(1 + samples)]
-    before = {(row["id"], row.get("draw", 0)): dict(row) for row in known}
-    answers = {(q.id, k): before[q.id, k] for q, k in wanted if (q.id, k) in before}
-    for question in questions:
-        missing = [k for k in range(1 + samples) if (question.id, k) not in answers]
-        _submit(generator, question, missing, max_new_tokens, seed)
-    greedy = [row for (_, k), row in answers.items() if k == 0]
-    answered, right = len(greedy), sum(row["status"] == "accepted" for row in greedy)
-    while len(answers) < len(wanted):
-        for completion in generator.step():
-            assert completion.request is not None
-            question, k = completion.request.tag
-            row = answers[question.id, k] = _row(completion, question, verdict)
-            if k == 0:
-                answered, right = answered + 1, right + (row["status"] == "accepted")
-            if on_row is not None:
-                on_row({**row, "draw": k})
-        if on_progress is not None:
-            on_progress(len(answers), right, answered)
-    rows = [{field: answers[question.id, 0][field] for field in FIELDS} for question in questions]
-    return rows, summarise_answers(questions, answers, samples)
+    generator: Generator
+    verdict: Verdict
+    max_new_tokens: int
+    samples: int = 0
+    seed: int = 0
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        show: Callable[..., None] = lambda done, **facts: None,
+        known: Iterable[Mapping[str, Any]] = (),
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    ) -> list[dict[str, Any]]:
+        """Answer every question greedily, and `samples` times at temperature 1.
+
+        Args:
+            show: called with the number of finished draws and the accuracy so far, after every decoding step.
+            known: answers that need not be drawn again, as this function returns them.
+            on_row: called with each new answer as it finishes.
+        Returns:
+            rows of eval.*.jsonl (FIELDS) with `draw` beside them: 0 for the greedy answer, 1 and up for those at
+            temperature 1. Their order means nothing.
+        """
+        wanted = {(question.id, k) for question in questions for k in range(1 + self.samples)}
+        answers = {key: {**row, "draw": key[1]} for row in known if (key := (row["id"], row.get("draw", 0))) in wanted}
+        for question in questions:
+            self._submit(question, [k for k in range(1 + self.samples) if (question.id, k) not in answers])
+        greedy = [row["status"] == "accepted" for (_, k), row in answers.items() if k == 0]
+        while len(answers) < len(wanted):
+            for completion in self.generator.step():
+                assert completion.request is not None
+                question, k = completion.request.tag
+                answers[question.id, k] = row = {**_row(completion, question, self.verdict), "draw": k}
+                greedy += [row["status"] == "accepted"] if k == 0 else []
+                on_row(row)
+            show(len(answers), accuracy=percent(sum(greedy) / max(1, len(greedy))))
+        return list(answers.values())
+
+    def _submit(self, question: Question, draws: Sequence[int]) -> None:
+        ids = encode_prompt(self.generator.tokenizer, question) if draws else []
+        for k in draws:
+            params = SamplingParams(temperature=1.0 if k else 0.0, max_new_tokens=self.max_new_tokens)
+            stream = stream_seed(self.seed, "eval", question.id, k) if k else 0
+            try:
+                self.generator.submit(Request(ids, params, stream, tag=(question, k)))
+            except UserError as error:
+                raise UserError(f"question {question.id!r}: {error}") from error
+
+    def summary(self, questions: Sequence[Question], answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """The numbers of a split: `summarise_answers`."""
+        return summarise_answers(questions, answers, self.samples)
 
 
-def summarise_answers(
-    questions: Sequence[Question], answers: Mapping[tuple[str, int], Mapping[str, Any]], samples: int
-) -> dict[str, Any]:
-    """The numbers of a split, from nothing but its answers, {(question id, draw): row}.
+def greedy_rows(questions: Sequence[Question], answers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of eval.*.jsonl: the greedy answers, in the order of the questions."""
+    greedy = {row["id"]: row for row in answers if row["draw"] == 0}
+    return [{field: greedy[question.id][field] for field in FIELDS} for question in questions]
+
+
+def summarise_answers(questions: Sequence[Question], rows: Iterable[Mapping[str, Any]], samples: int) -> dict[str, Any]:
+    """The numbers of a split, from nothing but its answers (the rows of `Evaluation.answers`).
 
     Returns:
         n, correct, accuracy, low and high (95 %), flexible (accuracy under the lenient reading), unparsed and truncated
@@ -87,6 +106,7 @@ def summarise_answers(
         to their number), majority (accuracy of the vote) and sampled_tokens. With subjects, `subjects`: {name: {n,
         correct, accuracy, low, high}}.
     """
+    answers = {(row["id"], row["draw"]): row for row in rows}
     greedy = [(question, answers[question.id, 0]) for question in questions]
     n = len(greedy)
     lenient = sum(r["status"] != "truncated" and flexible(r["text"], q) == q.gold for q, r in greedy)
@@ -116,7 +136,7 @@ def summarise_answers(
 def majority(draws: Sequence[Mapping[str, Any]]) -> str | None:
     """The answer that most of the draws state; of several with equally many, the one that was drawn first.
 
-    Draws that were cut off or state no answer abstain; None where all do.
+    Draws that were cut off or state no answer abstain; None if all do.
     """
     votes = Counter(row["answer"] for row in draws if row["status"] in ("accepted", "wrong"))
     # A Counter lists answers by their first vote, and most_common keeps that order among equals.
@@ -129,8 +149,8 @@ def answer_file(
 ) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
     """The answers of one evaluation on disk, appended as they finish: FOLDER/answers.jsonl, FOLDER/settings.json.
 
-    settings: what the answers depend on. The folder is continued with equal ones only, else UserError says what
-        differs. The number of draws is none of them: asking for more goes on from those that are there.
+    settings: what the answers depend on. The folder is resumed with equal ones only, else UserError names what
+        differs. The number of draws is none of them: asking for more continues from those that are there.
     Yields (the answers that are there already, a function that appends one). A last line that was cut off when the
     evaluation was killed is dropped.
     """
@@ -142,24 +162,13 @@ def answer_file(
         rows = keep_whole(folder / "answers.jsonl")
         kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
         if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
-            raise UserError(f"{folder / 'answers.jsonl'} is damaged; give --overwrite to start the evaluation anew")
+            raise UserError(f"{folder / 'answers.jsonl'} is damaged; give --overwrite to repeat the evaluation")
         with open(folder / "answers.jsonl", "ab", buffering=0) as file:
 
             def append(row: dict[str, Any]) -> None:
                 file.write(json_line(row))
 
             yield rows, append
-
-
-def _submit(generator: Generator, question: Question, draws: Sequence[int], max_new_tokens: int, seed: int) -> None:
-    ids = encode_prompt(generator.tokenizer, question) if draws else []
-    for k in draws:
-        params = SamplingParams(temperature=1.0 if k else 0.0, max_new_tokens=max_new_tokens)
-        stream = stream_seed(seed, "eval", question.id, k) if k else 0
-        try:
-            generator.submit(Request(ids, params, stream, tag=(question, k)))
-        except UserError as error:
-            raise UserError(f"question {question.id!r}: {error}") from error
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,15 +2,20 @@
 
     minem train          # prints them as "warning ...", keeps them in journal.jsonl, and shows them in report.html
 
-Each rule is one function of the numbers that the journal and the metrics have: a sentence, or None where all is well.
+Each rule is one function of the numbers that the journal and the metrics have: a sentence, or None if all is well.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from minem.em.diagnostics import FALLING_RULE
+from minem.em.sample import Sample
+from minem.errors import GuardError
+from minem.statistics import standard_deviation
 
 ALL_ACCEPTED = 0.99  # share of the attempts from which on rejection selects nothing
 FEW_SOLVED = 0.05  # share of the questions below which hardly anything is learned from
@@ -21,19 +26,44 @@ UNSOLVED = 0.1  # share of the questions that other draws would still be needed 
 
 
 def of_draws(estep: Mapping[str, Any]) -> list[str]:
-    """What an E-step's counts (`minem.em.estep.Counts.summary`) warn of."""
+    """What an E-step's counts (`minem.em.estep.EStep.summary`) warn of."""
     return [sentence for sentence in (everything_accepted(estep), almost_nothing_accepted(estep)) if sentence]
 
 
-def of_training(losses: Sequence[float], entropies: Sequence[float | None], solved: float | None) -> list[str]:
+def of_training(
+    losses: Sequence[float], entropy: float | None, iteration: int, results: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
     """What an M-step warns of.
 
     Args:
-        losses: of its steps, in order.
-        entropies: mean entropy of the policy in the M-steps of the run so far, this one last; None where not known.
-        solved: share of the iteration's questions with a right draw; None where nobody knows.
+        losses: of its steps, in order. entropy: of the policy in it, in nats per token; None if not known.
+        results: of the stages before it.
     """
+    entropies = [results[f"iter-{i:02d}/mstep"]["entropy"] for i in range(1, iteration)] + [entropy]
+    drawn = results.get(f"iter-{iteration:02d}/estep")  # there is none if the M-step is done alone
+    solved = drawn["solved"] / drawn["questions"] if drawn else None
     return [sentence for sentence in (loss_not_falling(losses), entropy_collapsing(entropies, solved)) if sentence]
+
+
+def of_diagnostics(found: Mapping[str, Any], first: Mapping[str, Any] | None) -> list[str]:
+    """What the diagnostics warn of. first: those of iteration 1."""
+    if first is None or not found["falling"]:
+        return []
+    before, now = (f"{100 * one['hinted']:.1f} %" for one in (first, found))
+    return [f"hinted acceptance fell from {before} to {now} since iteration 1: {FALLING_RULE}"]
+
+
+def stop_if_empty(
+    kept: Sequence[Sample], iteration: int, results: Mapping[str, Mapping[str, Any]], folder: Path
+) -> None:
+    """Raises GuardError, with what to do next, if there is nothing to train on. folder: of the run."""
+    if not kept:
+        drawn = results.get(f"iter-{iteration:02d}/estep")
+        hint = f"{advice(drawn)}; " if drawn else ""
+        raise GuardError(
+            f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {hint}"
+            f"see {folder / f'iter-{iteration:02d}' / 'samples.jsonl'} for what the model wrote"
+        )
 
 
 def everything_accepted(estep: Mapping[str, Any]) -> str | None:
@@ -79,8 +109,8 @@ def loss_not_falling(losses: Sequence[float]) -> str | None:
     if len(losses) < FEWEST_STEPS:
         return None
     first, second = losses[:half], losses[-half:]
-    before, after = statistics.fmean(first), statistics.fmean(second)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(second)) / half)
+    before, after = math.fsum(first) / half, math.fsum(second) / half
+    error = math.hypot(standard_deviation(first) or 0.0, standard_deviation(second) or 0.0) / math.sqrt(half)
     if before - after + 2 * error >= LEAST_FALL * before:
         return None
     return (

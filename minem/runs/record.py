@@ -1,12 +1,11 @@
-"""Where a run comes from: the facts that its run.json records beside the hashes of its inputs.
+"""Where a run comes from: the facts that its run.json records, the hashes of its inputs, and its model card.
 
-cat runs/toy.rsm8.toy-llama.s0/run.json
+    cat runs/toy.rsm8.toy-llama.s0/run.json
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -15,17 +14,15 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import minem
+from minem.config import Config
 from minem.data.prompts import messages
 from minem.data.tasks import Question
 from minem.files import own_file
 from minem.model.tokenizer import FILES, Tokenizer
-from minem.text import redact
-
-if TYPE_CHECKING:
-    from minem.config import Config
+from minem.text import redact, visible
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
@@ -54,7 +51,7 @@ def run_facts(config: Config, command: list[str], inputs: dict[str, str], origin
 
 
 def _commit() -> str | None:
-    """The git commit of minem's own source tree, "-dirty" where it was changed; None for an installed copy."""
+    """The git commit of minem's own source tree, "-dirty" if it was changed; None for an installed copy."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -89,6 +86,17 @@ def hash_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
         digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"-")
     template = (tokenizer.chat_template or "").encode("utf-8", "surrogatepass")
     return {"tokenizer": digest.hexdigest(), "chat template": hashlib.sha256(template).hexdigest()}
+
+
+def model_card(config: Config, name: str, iteration: int) -> str:
+    """README.md of the model that the run called `name` exports after an iteration."""
+    front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(config.model.id)}\ntags: [minem]\n---\n"
+    return visible(
+        f"{front}\n# {name}, iteration {iteration}\n\n"
+        f"`{config.model.id}` after {iteration} iteration(s) of expectation maximization on "
+        f"`{config.task.name}` with the sampler `{config.sampler.name}` (budget {config.sampler.budget}), "
+        f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
+    )
 
 
 def hash_prompts(questions: Sequence[Question], hint: str) -> str:

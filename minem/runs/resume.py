@@ -1,30 +1,27 @@
-"""What a run goes on from when files of it are missing, cut short or changed: the last stage whose files are whole.
+"""Where a run resumes if its files are missing, cut short or changed: the last stage with all files intact.
 
     truncate -s 1000 runs/toy.rsm8.toy-llama.s0/iter-04/model/model.safetensors && minem train
 
-Rows and evaluations that are not what was written take the run back to before the stage that wrote them, and so does
-the last model, as long as nothing was drawn from it (or `run.keep = "all"` promises it). Where there are later draws,
-or the model before it is gone, as under `run.keep = "last"`, no draw is repeated: the accepted rows of all iterations
-are still there, and training on them again gives the same weights.
+The first stage with a damaged file is undone, and with it all that came after; the draws repeat the same random streams,
+so the run ends in the same bytes. The newest model must be intact. Under `run.keep = "last"` the ones before it are
+gone, so a damaged one takes the run back to the base model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from minem.config import Config
 from minem.runs.directory import RunDirectory
-
-if TYPE_CHECKING:
-    from minem.config import Config
 
 
 def go_back(run: RunDirectory) -> str | None:
-    """Undo the first stage whose files are not what was written, and all after it. Returns what to tell the user."""
+    """Undo the first stage that has damaged files, and all after it. Returns what to report to the user."""
     damaged: list[str] = []
     undone: list[str] = []
-    # Once more from the start: a block of an E-step is needed again where the stage that replaced it was undone.
-    while found := next(((stage, lost) for stage in run.stages if (lost := _lost(run, stage))), None):
+    # Repeated: an undone M-step needs the model before it, an undone E-step the blocks that it was joined from.
+    while found := next(((stage, lost) for stage in run.results if (lost := _lost(run, stage))), None):
         stage, lost = found
         damaged = damaged or lost
         undone = run.undo(stage) + undone
@@ -32,54 +29,32 @@ def go_back(run: RunDirectory) -> str | None:
         return None
     more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
     return (
-        f"{damaged[0]}{more} is missing or not what was written: the run goes back to before {undone[0]} "
-        f"and does {len(undone)} stage(s) again"
+        f"{damaged[0]}{more} is missing or damaged: the run goes back to before {undone[0]} "
+        f"and repeats {len(undone)} stage(s)"
     )
 
 
-def is_whole(folder: Path, config: Config) -> bool:
-    """Are the files of a run those that it wrote? It may be another process's: nothing is held, nothing changed."""
+def last_model(stages: Iterable[str]) -> int:
+    """The last iteration with a finished M-step; 0: none, the base model."""
+    trained = [stage for stage in stages if stage.endswith("/mstep")]
+    return max((int(stage.partition("/")[0].removeprefix("iter-")) for stage in trained), default=0)
+
+
+def is_intact(folder: Path, config: Config, stage: str | None = None) -> bool:
+    """Are the files of a run (or of one finished stage) as it wrote them? Another process may hold the run."""
     run = RunDirectory.seen(folder, config)
-    return not any(_lost(run, stage) for stage in run.stages)
-
-
-def has(folder: Path, config: Config, stage: str) -> bool:
-    """Has a run, which may be another process's, finished a stage whose files are those that it wrote?"""
-    run = RunDirectory.seen(folder, config)
-    return run.finished(stage) and not run.damaged(stage)
-
-
-def whole_model(run: RunDirectory) -> tuple[int, list[int]]:
-    """The last iteration whose model can be read (0: the base model), and those after it whose M-steps are redone."""
-    trained = _trained(run)
-    whole = next((i for i in reversed(trained) if _is_whole(run, i)), 0)
-    behind = [i for i in trained if i > whole]
-    if behind and run.config.run.init == "base":  # every M-step starts from the base model: the last one is enough
-        return 0, behind[-1:]
-    return whole, behind
-
-
-def _trained(run: RunDirectory) -> list[int]:
-    """Iterations with a finished M-step."""
-    return [int(stage.partition("/")[0].removeprefix("iter-")) for stage in run.stages if stage.endswith("/mstep")]
-
-
-def _is_whole(run: RunDirectory, iteration: int) -> bool:
-    """Are the model of an iteration and, where it wrote any, its M-step's state there as they were written?"""
-    folder = f"iter-{iteration:02d}"
-    return (run.path / folder / "model").is_dir() and not run.damaged(f"{folder}/mstep")
+    if stage is not None:
+        return stage in run.results and not run.damaged(stage)
+    return not any(_lost(run, stage) for stage in run.results)
 
 
 def _lost(run: RunDirectory, stage: str) -> list[str]:
-    """Files of a finished stage that its run cannot be without, and that are not what was written."""
+    """Damaged files of a finished stage that the run cannot do without."""
     folder, _, kind = stage.partition("/")
     if kind == "mstep":
-        iteration = _trained(run)[-1]
-        begun = any(later.startswith(f"iter-{iteration + 1:02d}/") for later in run.stages)
-        if folder != f"iter-{iteration:02d}" or (begun and run.config.run.keep == "last"):
-            return []  # read no more, or trained again in memory
-        return [name for name in run.damaged(stage) if name.startswith(f"{folder}/model/")]
+        newest = folder == f"iter-{last_model(run.results):02d}"
+        return [f for f in run.damaged(stage) if f.startswith((f"{folder}/model/", f"{folder}/state/"))] if newest else []
     if kind.startswith("mstep."):
-        return []  # a checkpoint: `minem.em.checkpoints` takes an older one, or none
-    replaced = kind.startswith("estep.") and run.finished(f"{folder}/estep")  # a block, discarded since
-    return [] if replaced or not kind else run.damaged(stage)  # the picture and the report are anyone's to change
+        return []  # a checkpoint: an older one is used, or none
+    joined = kind.startswith("estep.") and f"{folder}/estep" in run.results  # the block was discarded since
+    return [] if joined or not kind else run.damaged(stage)  # the picture and the report may be changed by anyone

@@ -1,0 +1,93 @@
+"""How a command ends: minem's errors become one sentence and an exit code, signals stop it, misspelt names are explained.
+
+minem trian; echo $?        # there is no command 'trian'; did you mean 'train'? ... 2
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+from minem.errors import MinemError
+from minem.text import sentence
+
+
+class Commands(click.Group):
+    """Turns minem's own errors into one sentence and an exit code, and names the nearest command for a misspelt one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join(self.list_commands(ctx))}"
+            raise click.UsageError(f"there is no command {args[0]!r}; {advice}") from error
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args:  # the help
+            return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            _refuse(ctx, error)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            with _stoppable():
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            _refuse(ctx, error)
+        except MinemError as error:
+            click.echo(f"minem: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
+            advice = "; give the same command again to resume" if resumable else ""
+            click.echo(f"minem: stopped{advice}", err=True)
+            ctx.exit(3)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """While open, SIGTERM and SIGUSR1 stop a command as Ctrl-C does."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _refuse(ctx: click.Context, error: click.UsageError) -> NoReturn:
+    """click's complaint about a flag or a value in one sentence, with the nearest valid name if there is one."""
+    ctx = error.ctx or ctx
+    message, found, names = error.format_message().rstrip("."), "", []
+    if isinstance(error, click.NoSuchOption):
+        message, found = f"there is no flag {error.option_name}", error.option_name
+        names = [name for param in ctx.command.get_params(ctx) for name in param.opts if name.startswith("--")]
+    elif isinstance(error, click.BadParameter) and error.param and isinstance(error.param.type, click.Choice):
+        value = re.search(r": '(.*)' is not one of", message, re.DOTALL)
+        found, names = value[1] if value else "", list(map(str, error.param.type.choices))
+    near = difflib.get_close_matches(found, names, n=1)
+    advice = f"did you mean {near[0]}?" if near else f"see {ctx.command_path} --help"
+    click.echo(f"minem: {sentence(f'{message}; {advice}')}", err=True)
+    ctx.exit(2)

@@ -1,0 +1,40 @@
+"""A sample: one attempt at a question, as samples.jsonl keeps it and the M-step trains on it.
+
+head -1 runs/toy.rsm8.toy-llama.s0/iter-01/samples.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Prompt = Literal["plain", "hinted"]
+Status = Literal["accepted", "wrong", "unparsed", "truncated"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A rationale and its answer. Log-probabilities are sums over the drawn tokens, in nats."""
+
+    id: str  # of the question
+    iteration: int
+    attempt: int  # from 1
+    prompt: Prompt  # it was drawn from
+    token_ids: list[int]  # as drawn, EOS included
+    logprob_q: float | None  # under the prompt and policy it was drawn with
+    logprob_plain: float | None  # under the plain prompt and theta_old; None if not computed
+    text: str
+    answer: str | None  # None if the text states none
+    gold: str
+    status: Status
+    leak: bool  # a hinted rationale that cites the hint
+
+    def row(self) -> dict[str, Any]:
+        """A row of samples.jsonl."""
+        return asdict(self)
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any]) -> Sample:
+        """The sample of a row that a run of ours wrote."""
+        return cls(**row)
