@@ -18,7 +18,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -167,12 +167,12 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
 def _running(config: Any, gpus: int) -> Iterator[tuple[Any, Any, Any]]:
     """(ranks, stop, progress) of a run in this process; for --gpus, this one only starts the others."""
     from minem.console import Progress
-    from minem.parallel.ranks import joined, launch
+    from minem.parallel.launch import joined, launch
     from minem.parallel.signals import Stop
 
-    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
         _check_gpus(gpus, config.run.device)
-        raise click.exceptions.Exit(launch(gpus, _without_gpus(sys.argv[1:])))
+        raise click.exceptions.Exit(launch(gpus, ["-m", "minem", *sys.argv[1:]]))
     stop = Stop()
     with stop.listening(), joined(config.run.device) as ranks:
         yield ranks, stop, Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
@@ -187,13 +187,6 @@ def _check_gpus(gpus: int, device: str) -> None:
     if device != "cpu" and gpus > there:
         advice = "--device cpu runs them as processes on the CPU" if there == 0 else f"give --gpus {there} or fewer"
         raise UserError(f"--gpus {gpus}, but torch sees {there} CUDA device(s) here; {advice}")
-
-
-def _without_gpus(arguments: Sequence[str]) -> list[str]:
-    """The command line for each of the processes."""
-    at = [i for i, argument in enumerate(arguments) if argument == "--gpus"]
-    left = {i + after for i in at for after in (0, 1)}
-    return [a for i, a in enumerate(arguments) if i not in left and not a.startswith("--gpus=")]
 
 
 @main.command()
