@@ -33,7 +33,7 @@ from minem.model.decoder import Model
 from minem.model.lora import LoRA, adapter_parameters
 from minem.model.sizes import SAFE_SHARE, activation_bytes, flops, loss_bytes
 from minem.parallel.ranks import ALONE, Ranks
-from minem.parallel.sharding import complete, gather, local, scatter, sharded_copy
+from minem.parallel.sharding import complete, gather_weights, local, scatter, sharded_copy
 
 
 def learning_rate(config: MStepSection, step: int, steps: int) -> float:
@@ -471,7 +471,7 @@ class MStep:
         if self.lora is not None:
             self.lora.merge(self.complete_masters())
         elif self.trained is not self.model:
-            gather(self.trained, self.model)
+            gather_weights(self.trained, self.model)
 
     def _metrics(self, totals: Totals, seconds: float) -> dict[str, Any]:
         device = self.model.device

@@ -1,9 +1,9 @@
-"""Being asked to stop: SIGTERM (a cluster takes the machine back), SIGUSR1 (it warns), Ctrl-C.
+"""Requests to stop: SIGTERM (a cluster takes the machine back), SIGUSR1 (its warning), Ctrl-C.
 
-    minem train & sleep 60; kill %1; wait %1; echo $?         # 3, and the same command goes on
+    minem train & sleep 60; kill %1; wait %1; echo $?         # 3, and the same command continues
 
-The signal only leaves a note. Whoever works looks at it where stopping loses nothing: the M-step after each update,
-once it has written a checkpoint; the others after each token drawn. A second Ctrl-C does not wait for that.
+A signal only leaves a note. The M-step reads it after each update and writes a checkpoint, the other stages after each
+token drawn. A second Ctrl-C does not wait for that.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from types import FrameType
 
 from minem.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
 
 class Stop:
-    """Whether somebody wants this process to stop, and by which signal."""
+    """True once this process was asked to stop.
+
+    signal: by which one: "SIGTERM", "SIGUSR1" or "Ctrl-C".
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -28,7 +29,7 @@ class Stop:
         return self.signal is not None
 
     def check(self, what: str) -> None:
-        """Raises Interrupted, in the midst of `what`, if somebody wants this process to stop."""
+        """Raises Interrupted if this process was asked to stop; `what` is being done."""
         if self:
             raise Interrupted(
                 f"stopped by {self.signal} in {what}; what was finished is kept: give the same command again to go on"
@@ -36,16 +37,18 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While open, the signals are noted here."""
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
+        """While open, signals are noted here."""
+        before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        }
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # After a Ctrl-C any signal is a second one: torch's agent passes its own second Ctrl-C on as SIGTERM.
+        if self.signal == "Ctrl-C" or (self and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        self.signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -1,0 +1,187 @@
+"""Processes that are started together: what they exchange, and how they end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minem.errors import Interrupted, UserError
+from minem.parallel.launch import VARIABLES, joined
+from minem.parallel.ranks import ALONE, Ranks
+from minem.parallel.signals import Stop
+
+AGAIN = "give the same command again to go on"
+
+
+def start(mode: str, folder: Path) -> subprocess.Popen[str]:
+    arguments = ["-m", "tests.minem.parallel.worker", mode, str(folder)]
+    code = f"import sys; from minem.parallel.launch import launch; sys.exit(launch(2, {arguments}))"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = Path(__file__).resolve().parents[3]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, cwd=root, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int) -> list[str]:
+    """The lines on stderr."""
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == code, err
+    assert out == ""
+    return err.splitlines()
+
+
+def wait_until_ready(process: subprocess.Popen[str], folder: Path) -> list[int]:
+    """The process ids, by rank."""
+    while not all((folder / f"{rank}.ready").exists() for rank in range(2)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    return [int((folder / f"{rank}.ready").read_text()) for rank in range(2)]
+
+
+def running(process: int) -> bool:
+    status = Path(f"/proc/{process}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+# ---------------------------------------------------------------------------------------------- in this process alone
+
+
+@given(st.lists(st.floats(0, 1e6), max_size=40), st.integers(1, 9))
+def test_shares_cover_everything_once_and_are_balanced(costs, size):
+    shares = [Ranks(rank, size).share(costs) for rank in range(size)]
+    assert sorted(item for share in shares for item in share) == list(range(len(costs)))
+    assert all(share == sorted(share) for share in shares)
+    loads = [sum(costs[item] for item in share) for share in shares]
+    # The process with the largest load got its last item when it had the least of all.
+    assert max(loads) <= sum(costs) / size + max(costs, default=0) + 1e-6 * sum(costs)
+
+
+def test_a_process_alone_has_nobody_to_ask(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined("cpu") as ranks:
+        assert ranks is ALONE
+    assert ranks.first
+    assert ranks.total([1.5, 2]) == [1.5, 2]
+    assert ranks.any(True)
+    assert not ranks.any(False)
+    assert ranks.gather({"a": 1}) == [{"a": 1}]
+    assert ranks.broadcast([None]) == [None]
+
+
+def test_a_missing_variable_of_torchrun_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "1")
+    for name in ("RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name)
+    with pytest.raises(UserError, match="but not RANK, MASTER_ADDR; start"), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "Ctrl-C")]
+)
+def test_a_signal_leaves_a_note_and_a_second_ctrl_c_does_not_wait(number, name):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    stop = Stop()
+    with stop.listening():
+        stop.check("nothing")
+        signal.raise_signal(number)
+        assert stop.signal == name
+        with pytest.raises(Interrupted, match=f"stopped by {name} in the E-step; .*{AGAIN}"):
+            stop.check("the E-step")
+        if number == signal.SIGINT:  # torch's agent passes a second Ctrl-C on as SIGTERM
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+
+
+# -------------------------------------------------------------------------------------------------- in two processes
+
+
+def test_two_processes_exchange_values_and_shards_and_report_an_error_once(tmp_path):
+    """The error is raised in both; the exit code is the error's. Nothing listens beyond this machine."""
+    assert finish(start("exchange", tmp_path), code=2) == ["minem: found by all"]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first["gather"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 5001}]
+    assert second["gather"] is None
+    for found in (first, second):
+        assert found["total"] == [2.0, 0.25]
+        assert found["any"] == [True, False]
+        assert found["broadcast"] == ["of", 0, None]
+        addresses = {address.partition(":")[0] for address in found["listening"]}
+        assert addresses == {"0100007F"}  # 127.0.0.1
+
+
+def test_sigterm_to_the_launcher_ends_in_a_checkpoint(tmp_path):
+    process = start("train", tmp_path)
+    wait_until_ready(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    (line,) = finish(process, code=3)
+    assert line.startswith("minem: stopped by SIGTERM in the M-step")
+    assert (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "code", "lines"),
+    [
+        ("guard", 4, ["minem: found by one"]),
+        ("bug", 1, [r"\[rank1\]: KeyError: 'a bug of one'"]),
+        ("killed", 3, ["minem: the connection .* broke; .*", f"minem: process 2 of 2 was ended by SIGKILL; {AGAIN}"]),
+    ],
+)
+def test_the_failure_of_one_process_ends_the_other(tmp_path, mode, code, lines):
+    """Proves each way to fail with processes of its own, which takes seconds."""
+    found = finish(start(mode, tmp_path), code)[-len(lines) :]
+    assert all(re.fullmatch(wanted, line) for wanted, line in zip(lines, found, strict=True)), found
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_one_process_waits_for_the_share_of_another(tmp_path):
+    """Proves that a process inside a collective, which cannot look at its note, ends silently with the other."""
+    process = start("sample", tmp_path)
+    wait_until_ready(process, tmp_path)
+    process.send_signal(signal.SIGINT)
+    (line,) = finish(process, code=3)
+    assert line.startswith("minem: stopped by Ctrl-C in the E-step")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    """Proves it through torch's agent, of which the quick test of `Stop` knows nothing."""
+    process = start("stuck", tmp_path)
+    wait_until_ready(process, tmp_path)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert finish(process, code=3) == ["minem: stopped"]
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_killed_launcher(tmp_path):
+    """Proves that no process is left, with a GPU and the lock of a run, if the agent cannot end it."""
+    process = start("stuck", tmp_path)
+    workers = wait_until_ready(process, tmp_path)
+    process.kill()
+    finish(process, code=-signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(map(running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
