@@ -93,14 +93,13 @@ def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[st
 def _session(config: Any, gpus: int, **more: Any) -> Iterator[Any]:
     """What a run needs beside its config; for --gpus, this process only starts the others."""
     from minem.console import Progress
-    from minem.parallel.launch import check_gpus, launch
-    from minem.parallel.ranks import joined
+    from minem.parallel.launch import check_gpus, joined, launch
     from minem.parallel.signals import Stop
     from minem.train import Session
 
-    if gpus > 1 and "WORLD_SIZE" not in os.environ:
+    if gpus > 1 and "LOCAL_RANK" not in os.environ:
         check_gpus(gpus, config.run.device)
-        raise click.exceptions.Exit(launch(gpus, sys.argv[1:]))
+        raise click.exceptions.Exit(launch(gpus, ["-m", "minem", *sys.argv[1:]]))
     stop = Stop()
     with stop.listening(), joined(config.run.device) as ranks:
         progress = Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)

@@ -22,7 +22,7 @@ from datetime import timedelta
 from minem.errors import Interrupted, UserError
 from minem.parallel.ranks import ALONE, Ranks
 
-AGAIN = "give the same command again to go on"
+AGAIN = "give the same command again to resume"
 PATIENCE = timedelta(days=7)  # of a collective: shares of an E-step may differ by hours, and the agent notices a death
 FAILED = "minem/failed"  # in torch's key-value store: rank and exit code of the first process that failed
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -34,6 +34,18 @@ ENVIRONMENT = {
     # Seconds until the agent kills a process that was asked to stop: a checkpoint of a large model takes minutes.
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
 }
+
+
+def check_gpus(count: int, device: str) -> None:
+    """UserError if torch sees fewer GPUs than `--gpus` asks for."""
+    if count == 1 or device == "cpu":
+        return
+    from torch import cuda
+
+    if count > cuda.device_count():
+        found = cuda.device_count()
+        advice = f"give --gpus {found} or fewer" if found else "--device cpu runs them as processes on the CPU"
+        raise UserError(f"--gpus {count}, but torch sees {found} CUDA device(s) here; {advice}")
 
 
 def launch(count: int, arguments: Sequence[str]) -> int:

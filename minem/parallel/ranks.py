@@ -1,6 +1,6 @@
 """The processes that train one model together: each one's share of the work, and what they exchange.
 
-    ranks.gather(len(ranks.share(costs)))      # [12, 11] in the first process, None in the second
+    ranks.gather(len(ranks.share(costs)))      # [12, 11] in both of two processes
 
 `minem.parallel.launch` makes the Ranks of a process. torch.distributed is the engine: gradients travel through NCCL on
 GPUs and gloo on the CPU, the host's values always through gloo.
@@ -54,18 +54,18 @@ class Ranks:
         """Whether it holds in any process."""
         return self.total([float(flag)])[0] > 0
 
-    def gather(self, value: Any) -> list[Any] | None:
-        """The JSON-like values of all processes by rank, in the first process; None in the others."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes by rank, in all processes."""
         if self.size == 1:
             return [value]
         from torch import distributed
 
-        values = [None] * self.size if self.first else None
-        distributed.gather_object(value, values)
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """The first process's JSON-like value, in all processes."""
+        """The first process's value, in all processes."""
         if self.size == 1:
             return value
         from torch import distributed
