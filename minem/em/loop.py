@@ -21,7 +21,7 @@ from minem.config import default_budget
 from minem.console import Progress, percent
 from minem.data.tasks import Question, load_task
 from minem.data.verdict import pick_verdict
-from minem.device import give_back, limit_threads, pick_device, pick_dtype, set_deterministic
+from minem.device import limit_threads, pick_device, pick_dtype, release_cached_memory, set_deterministic
 from minem.em import diagnostics
 from minem.em import warnings as health
 from minem.em.checkpoints import Checkpoints
@@ -158,8 +158,10 @@ class Experiment:
 
     def reserve(self) -> None:
         """Make room for all that the run will draw, and say how much that is."""
-        _ = self._hinted_generator  # a second model takes its memory first
+        hinted = self._hinted_generator  # a second model takes its memory first
         self.progress.note(f"cache   {self.generator.reserve(*self.longest)}")
+        if hinted is not self.generator:
+            hinted.reserve(*self.longest)
 
     def questions(self, iteration: int) -> list[Question]:
         """The training questions that an iteration draws on."""
@@ -380,7 +382,7 @@ class Experiment:
                 for row in checkpoints.resume():
                     self.run.log_metrics(stage, **row)
                 summary = self._train(examples, iteration, show)
-                give_back(self.device)
+                release_cached_memory(self.device)
                 if state:
                     self.mstep.save(record.path(f"{folder}/state") if self.ranks.first else self.run.path)
                 adapter = self.mstep.complete_masters() if self.mstep.lora is not None else {}
@@ -472,7 +474,7 @@ class Experiment:
 
     def _make_room(self) -> None:
         """Where the cache and the M-step do not fit into memory together, the cache goes and is made anew."""
-        give_back(self.device)
+        release_cached_memory(self.device)
         needed, room = self.mstep.memory_needed(), self.mstep.room()
         if needed > room and (held := self.generator.release()):
             self.progress.note(
