@@ -30,10 +30,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Return memory that this process no longer uses to the system: PyTorch (GPU) and malloc (CPU) would keep it.
-
-    After an M-step on the CPU that is more than half of the peak of a run.
-    """
+    """Return unused memory to the system, which PyTorch (GPU) and malloc (CPU, half of a run's peak) would keep."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -57,9 +54,8 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 def out_of_memory(error: BaseException) -> bool:
     """Whether Python, PyTorch, CUDA, cuBLAS or the C library ran out of memory; each has its own words for it."""
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    known = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return known or isinstance(error, MemoryError)
 
 
 # Dense bfloat16 peak, FLOP/s, from NVIDIA's data sheets (half of what they print with sparsity). The first row whose
@@ -88,9 +84,6 @@ def peak_flops(device: torch.device | str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
 
 
-SMALL_MODEL = 10_000_000  # parameters
-
-
 def pick_device(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda". Raises UserError for "cuda" without a CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -106,10 +99,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_deterministic(device: torch.device, wanted: bool) -> None:
-    """On a GPU, allow or forbid operations that do not repeat bit for bit, such as the backward of flash attention.
-
-    Call it before anything is computed: cuBLAS reads its variable once.
-    """
+    """Forbid or allow operations of a GPU that do not repeat bit for bit; at the start, as cuBLAS reads this once."""
     if device.type == "cuda":
         if wanted:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -120,10 +110,9 @@ def set_deterministic(device: torch.device, wanted: bool) -> None:
 def limit_threads(model: torch.nn.Module) -> None:
     """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS is set.
 
-    Its matrix products are too short to share: two threads gain nothing in generation, and if another process wants a
-    core they wait for each other at every product (an E-step of 5 s was seen to take a minute).
+    Its matrix products are too short to share, and threads that wait for each other are slow on a busy machine.
     """
     parameters = list(model.parameters())
-    small = sum(p.numel() for p in parameters) < SMALL_MODEL
+    small = sum(p.numel() for p in parameters) < 10_000_000
     if parameters[0].device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -5,10 +5,10 @@
     engine.admit([slot], [request])               # the slot starts from that last token
     engine.start([slot], [row], 256, 1).read()    # one token for each slot; each further start draws the next one
 
-A step feeds itself: tokens, positions and what has ended are in a table on the device, which the step reads and
-updates, so the host may start the next step before it knows what this one drew. On a GPU a step is a CUDA graph, one
-for each of a few batch sizes, captured on first use; weights, cache and table keep their places in memory, so a graph
-stays valid when the model is trained in place. On the CPU the same function runs eagerly.
+A step feeds itself: it reads and updates tokens, positions and what has ended in tables on the device, so the host may
+start the next step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch
+sizes, captured on first use; weights, cache and tables keep their places in memory, so a graph stays valid when the
+model is trained in place. On the CPU the same function runs eagerly.
 """
 
 from __future__ import annotations
@@ -57,16 +57,14 @@ class _Graph:
 
 
 class Engine:
-    """See the head of this file.
-
-    Args:
-        model: its weights are used in place.
-        stop_ids: the tokens that end a sequence.
-        slots: the most sequences at once.
-        prefix, suffix: the longest prompt without its last token, and the most new tokens.
-    """
+    """See the head of this file."""
 
     def __init__(self, model: Model, stop_ids: Sequence[int], slots: int, prefix: int, suffix: int):
+        """
+        Args:
+            stop_ids: the tokens that end a sequence.
+            prefix, suffix: the longest prompt without its last token, and the most new tokens.
+        """
         device = model.device
         self.model = model
         self.cache = KVCache(model.config, slots, prefix, suffix, device, model.dtype)

@@ -6,13 +6,9 @@
     for draws in generator.generate(["..."], minem.SamplingParams(n=4, temperature=0.8)):
         print([completion.text for completion in draws])
 
-One `step` admits waiting requests into free slots (prefilling prompts that are not in the cache yet), starts decoding
-one token for every active slot, and reads what an earlier step drew. The device side is minem/generation/engine.py; on
-a GPU the host reads one step late, so that it never waits for the step that it has just started.
-
-Draws do not depend on what else is in the batch: each has a random stream of its own, keyed by its request and counted
+A draw does not depend on what else is in the batch: it has a random stream of its own, keyed by its request and counted
 by its tokens (`minem.kernels.sample`). Scheduling depends on tokens only, never on the clock, so the same start gives
-the same schedule.
+the same schedule. The device side is minem/generation/engine.py.
 """
 
 from __future__ import annotations
@@ -33,7 +29,6 @@ from minem.generation.request import Completion, Request, SamplingParams, stream
 from minem.model.decoder import Model
 from minem.model.tokenizer import Tokenizer
 
-MAX_SLOTS = 65_536
 DEFAULT_SLOTS = {"cpu": 96, "cuda": 256}
 REFILL = 32  # free slots are refilled once 1 in REFILL is free, or enough for all that wait
 
@@ -53,19 +48,12 @@ class _Sequence:
 
 
 class Generator:
-    """Draws completions from a model; see the head of this file.
+    """Draws completions from a model, whose weights it uses in place: train them, and the next draws are from the new.
 
     Args:
-        model, tokenizer: as `minem.load` returns them. The model's weights are used in place: after they are trained,
-            the next draws come from the new weights.
-        slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. Fewer are taken if the cache
-            for them does not fit into free memory.
+        slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. Fewer are taken, and
+            `on_note` is called with a sentence, if the cache for them does not fit into free memory.
         max_length: the longest prompt plus completion in tokens; the model's number of positions by default.
-        on_note: called with a sentence if fewer slots are taken.
-
-    Attributes:
-        slots: the most sequences decoded at once now.
-        prefill_tokens: prompt tokens that went through the model so far.
     """
 
     def __init__(
@@ -77,8 +65,8 @@ class Generator:
         on_note: Callable[[str], None] = lambda note: None,
     ):
         limit = model.config.max_position_embeddings
-        if slots is not None and not 1 <= slots <= MAX_SLOTS:
-            raise UserError(f"slots = {slots} must be between 1 and {MAX_SLOTS}")
+        if slots is not None and slots < 1:
+            raise UserError(f"slots = {slots} must be at least 1")
         if max_length is not None and not 2 <= max_length <= limit:
             raise UserError(f"max_length = {max_length} must be between 2 and the model's {limit} positions")
         self.model = model
@@ -86,8 +74,8 @@ class Generator:
         self.slots = slots or DEFAULT_SLOTS[model.device.type]
         self.max_length = max_length or limit
         self.on_note = on_note
-        self.prefill_tokens = 0
-        self._lag = 1 if model.device.type == "cuda" else 0  # started steps that may stay unread
+        self.prefill_tokens = 0  # prompt tokens that went through the model so far
+        self._lag = 1 if model.device.type == "cuda" else 0  # steps started before the oldest is read
         self._waiting: deque[Request] = deque()
         self._active: list[_Sequence] = []  # in the order of their slots
         self._started: deque[tuple[list[_Sequence], Step]] = deque()  # steps that are not read yet, oldest first
@@ -103,7 +91,6 @@ class Generator:
 
         Args:
             prompts: token ids, used as given, or texts, encoded with exactly one BOS if the tokenizer has one.
-            params: the same for all.
         Returns:
             for each prompt its n completions, in order. They depend on the seed and the prompt alone, not on its
             place in the list; a prompt that is listed twice gets further draws, not the same ones again.
@@ -170,8 +157,7 @@ class Generator:
     def step(self) -> list[Completion]:
         """Decode one token for every active slot, and return what finished. Without requests: an empty list.
 
-        Any exception drops all requests that are in flight or waiting; the generator is then empty and may be used
-        again.
+        Any exception drops all requests in flight or waiting; the generator is then empty and may be used again.
 
         Raises:
             Interrupted: memory ran out.
@@ -181,28 +167,21 @@ class Generator:
         try:
             self._advance()
         except BaseException as error:
-            slots = self.slots
-            self._active, self._finished = [], []
+            self._active, self._finished, self._room = [], [], (1, 1)
             self._waiting.clear()
             self.release()
-            if out_of_memory(error):
-                raise Interrupted(
-                    f"out of memory while drawing with {slots} slots; continue with a lower run.slots, or start again "
-                    "with a lower sampler.max_new_tokens"
-                ) from error
-            raise
+            if not out_of_memory(error):
+                raise
+            lower = "continue with a lower run.slots, or start again with a lower sampler.max_new_tokens"
+            raise Interrupted(f"out of memory while drawing in {self.slots} slots; {lower}") from error
         finished, self._finished = self._finished, []
         return finished
 
     def reserve(self, prompt: int, new: int) -> str:
-        """Make room for prompts of `prompt` tokens with `new` drawn ones, in as many slots as fit into free memory.
+        """Make room now for prompts of `prompt` tokens with `new` drawn ones. Returns the plan in words.
 
-        Draws do it when they are needed; a run calls this first to report what it will have.
-
-        Returns:
-            the plan in words: slots, positions, bytes of the cache and free bytes.
         Raises:
-            UserError: not even one such sequence fits.
+            UserError: not even one such sequence fits into memory.
         """
         self._room = max(self._room[0], prompt - 1), max(self._room[1], new)
         cache = self._make_room().cache
@@ -222,16 +201,9 @@ class Generator:
         release_cached_memory(self.model.device)
         return size
 
-    def _has_room(self) -> bool:
-        """Whether the cache has room for every request so far."""
-        if self._engine is None:
-            return False
-        cache = self._engine.cache
-        return self._room[0] <= cache.prefix and self._room[1] <= cache.suffix
-
     def _make_room(self) -> Engine:
-        """The engine; made again if it lacks room, and with fewer slots if memory is short."""
-        if self._engine is None or not self._has_room():
+        """The engine, made again if it lacks room for a request, and with fewer slots if memory is short."""
+        if self._engine is None or not self._engine.cache.holds(*self._room):
             self.release()  # the old cache must be free before the new one is planned
             self._plan_slots()
             self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, *self._room)
@@ -276,7 +248,7 @@ class Generator:
             self._make_room()
         engine = self._engine
         assert engine is not None
-        if self._has_room():  # else requests wait until the slots are empty and the cache can be made again
+        if engine.cache.holds(*self._room):  # else requests wait for the slots to empty: then the cache is made again
             self._admit(engine)
         self._started.append((self._active, self._start(engine)))
         if len(self._started) > self._lag:
@@ -323,7 +295,6 @@ class Generator:
         return new
 
     def _start(self, engine: Engine) -> Step:
-        """Start decoding one token for every active slot."""
         longest_prompt = max(len(sequence.request.prompt_ids) for sequence in self._active)
         longest_suffix = max(len(sequence.token_ids) for sequence in self._active) + 1 + len(self._started)
         slots, rows = [sequence.slot for sequence in self._active], [sequence.row for sequence in self._active]

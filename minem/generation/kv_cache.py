@@ -5,12 +5,9 @@
     prefix  [layers, rows,  K, positions, C]   the prompt without its last token, written once by `Prefill`
     suffix  [layers, slots, K, positions, C]   the prompt's last token and the drawn ones, one position per `Decode`
 
-`Prefill` and `Decode` are `Attend` functions of the model (minem/model/decoder.py): they write new keys and values to
-the cache and attend to what each token may see. The last prompt token is decoded, not prefilled, so that every drawn
-token, the first included, is sampled in one place.
-
-Rows and slots never move; `Groups` lists those of a decode step. On a GPU a step has a fixed shape, so that a CUDA
-graph can replay it; on the CPU it reads plain slices.
+`Prefill` and `Decode` are `Attend` functions of the model (minem/model/decoder.py). The last prompt token is decoded,
+not prefilled, so that every drawn token, the first included, is sampled in one place. Rows and slots never move;
+`Groups` lists those of a decode step, in a fixed shape on a GPU (for CUDA graphs) and as plain slices on the CPU.
 """
 
 from __future__ import annotations
@@ -70,6 +67,10 @@ class KVCache:
     @property
     def device(self) -> torch.device:
         return self.prefix_k.device
+
+    def holds(self, prefix: int, suffix: int) -> bool:
+        """Whether prompts and suffixes of these lengths fit."""
+        return prefix <= self.prefix and suffix <= self.suffix
 
 
 def _zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -197,8 +198,8 @@ class Decode:
         self.cache, self.groups, self.drawn = cache, groups, drawn
         self.attended = len(groups.sibling_index)
         self.suffix_lengths = drawn[: self.attended] + 1
-        rows = cache.padding_slot + 1 if groups.prefix_rows is not None else len(groups.siblings)
-        slots = cache.padding_slot + 1 if groups.suffix_rows is not None else self.attended
+        rows = len(groups.siblings) if groups.prefix_rows is None else None
+        slots = self.attended if groups.suffix_rows is None else None
         self.prefix_lengths = cache.prefix_lengths[:rows]
         self.prefix_k, self.prefix_v = (x[:, :rows, :, :longest_prefix] for x in (cache.prefix_k, cache.prefix_v))
         self.suffix_k, self.suffix_v = (x[:, :slots, :, :longest_suffix] for x in (cache.suffix_k, cache.suffix_v))
