@@ -1,6 +1,6 @@
 """The device: which one, in which dtype, how much memory it has and how fast it could be.
 
-python -c "from minem.device import pick_device; print(pick_device('auto'))"
+minem doctor
 """
 
 from __future__ import annotations
@@ -15,39 +15,35 @@ from pathlib import Path
 import torch
 
 from minem.errors import UserError
-from minem.model.decoder import Model
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a GPU, PyTorch's own reserve included, or in the machine's memory."""
+    """Bytes that can still be allocated on a GPU, PyTorch's cache included, or in the machine's memory."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     info = Path("/proc/meminfo")
     if not info.exists():
-        return 1 << 62  # not Linux: nobody says, so the allocation itself must
+        return 1 << 62  # unknown: not Linux
     line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
 
 
-def give_back(device: torch.device) -> None:
-    """Return what is free inside this process to the system: PyTorch on a GPU and malloc on the CPU keep it else.
-
-    After an M-step on the CPU that is most of its memory: more than half of the peak of a run.
-    """
+def release_cached_memory(device: torch.device) -> None:
+    """Return unused memory to the system, which PyTorch (GPU) and malloc (CPU, half of a run's peak) would keep."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
     elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl has not
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes held, under a name that says of what: by tensors on a GPU, or resident in this process.
+    """The most bytes held, as {what is counted: bytes}.
 
-    A GPU's peak is that since `torch.cuda.reset_peak_memory_stats`, a process's is that since it began.
+    On a GPU by tensors since `torch.cuda.reset_peak_memory_stats`; else resident since this process began.
     """
     if device.type == "cuda":
         return {"peak_gpu_memory": torch.cuda.max_memory_allocated(device)}
@@ -56,13 +52,14 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, CUDA, cuBLAS or the C library had no memory left; each says so in words of its own."""
+    """Whether Python, PyTorch, CUDA, cuBLAS or the C library ran out of memory; each has its own words for it."""
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    known = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return known or isinstance(error, MemoryError)
 
 
-# Dense bfloat16 peak by the words of torch's device name, FLOP/s, as NVIDIA's data sheets are quoted (they print twice
-# as much where they count sparsity). The first row whose words are all there holds: the SXM form of a card comes last.
+# Dense bfloat16 peak, FLOP/s, from NVIDIA's data sheets (half of what they print with sparsity). The first row whose
+# words are all in torch's device name counts: the SXM form of a card comes last.
 PEAK_FLOPS = (
     ("B200", 2250e12),
     ("H200 NVL", 836e12),
@@ -78,10 +75,7 @@ PEAK_FLOPS = (
 
 
 def peak_flops(device: torch.device | str) -> float | None:
-    """The dense bfloat16 peak of a device in FLOP/s; None where it is not known, as for the CPU.
-
-    device: a torch device, or the name that `torch.cuda.get_device_name` gives.
-    """
+    """The dense bfloat16 peak of a device, or of its CUDA name, in FLOP/s; None if it is not known (the CPU)."""
     if isinstance(device, torch.device):
         if device.type != "cuda":
             return None
@@ -90,15 +84,8 @@ def peak_flops(device: torch.device | str) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
 
 
-SMALL_MODEL = 10_000_000  # parameters
-
-
 def pick_device(name: str) -> torch.device:
-    """The device that "auto", "cpu" or "cuda" means here.
-
-    Raises:
-        UserError: CUDA was asked for and is not there.
-    """
+    """The device for "auto", "cpu" or "cuda". Raises UserError for "cuda" without a CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device = 'cuda', but torch sees no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -112,10 +99,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_deterministic(device: torch.device, wanted: bool) -> None:
-    """Whether PyTorch may use what does not repeat bit for bit on a GPU: the backward pass of flash attention, say.
-
-    Call it before anything is computed: cuBLAS reads its part of it once. On the CPU there is nothing to choose.
-    """
+    """Forbid or allow operations of a GPU that do not repeat bit for bit; at the start, as cuBLAS reads this once."""
     if device.type == "cuda":
         if wanted:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -123,12 +107,12 @@ def set_deterministic(device: torch.device, wanted: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, against bugs
 
 
-def limit_threads(model: Model) -> None:
-    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS says otherwise.
+def limit_threads(model: torch.nn.Module) -> None:
+    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS is set.
 
-    Its matrix products are too short to share: two threads gain nothing in generation, and where another process wants
-    a core they wait for each other at every product (an E-step of 5 s was seen to take a minute).
+    Its matrix products are too short to share, and threads that wait for each other are slow on a busy machine.
     """
-    small = sum(p.numel() for p in model.parameters()) < SMALL_MODEL
-    if model.device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
+    parameters = list(model.parameters())
+    small = sum(p.numel() for p in parameters) < 10_000_000
+    if parameters[0].device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

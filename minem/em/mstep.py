@@ -25,7 +25,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from minem.config import MStepSection
-from minem.device import free_memory, give_back, out_of_memory, peak_flops, peak_memory
+from minem.device import free_memory, out_of_memory, peak_flops, peak_memory, release_cached_memory
 from minem.em import masters as trainstate
 from minem.em.packing import Example, MicroBatch, Step, pack, plan
 from minem.errors import GuardError, Interrupted, NotFinite, UserError, some
@@ -308,7 +308,7 @@ class MStep:
     def _take_less_memory(self, step: Step) -> None:
         """Compute activations again where that is left to us, else halve the micro-batches. The result is the same."""
         self._clear_gradients()
-        give_back(self.model.device)
+        release_cached_memory(self.model.device)
         blocks = self.model.config.num_hidden_layers
         if self.ranks.size > 1:  # the others are inside a collective by now
             raise Interrupted(

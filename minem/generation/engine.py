@@ -1,38 +1,36 @@
-"""The device's side of generation: for a fixed number of slots, the KV cache, what each slot samples, and the step.
+"""The device side of generation: for a fixed number of slots the KV cache, the sampling parameters and the decode step.
 
     engine = Engine(model, stop_ids, slots=64, prefix=256, suffix=1024)
-    engine.prefill({prompt: row})          # keys and values of the prompt, but for its last token
-    engine.admit([slot], [request])        # the slot starts from that last token
-    engine.start([slot], [row]).read()     # one token for each slot; start again, and it goes on from there
+    engine.prefill({prompt: row})                 # keys and values of the prompt without its last token
+    engine.admit([slot], [request])               # the slot starts from that last token
+    engine.start([slot], [row], 256, 1).read()    # one token for each slot; each further start draws the next one
 
-A step feeds itself: tokens, positions and what has ended are in a table on the device, which the step reads and
-changes, so the host may start the next one before it knows what this one drew. On a GPU a step is a CUDA graph, one for
-each of a few batch sizes, captured when it is first needed; weights, cache and table keep their places in memory, so a
-graph stays valid when the model is trained in place. On the CPU the same function runs eagerly.
+A step feeds itself: it reads and updates tokens, positions and what has ended in tables on the device, so the host may
+start the next step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch
+sizes, captured on first use; weights, cache and tables keep their places in memory, so a graph stays valid when the
+model is trained in place. On the CPU the same function runs eagerly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from minem.generation.kv_cache import MIN_ROWS, Decode, Groups, KVCache, Prefill, group_width
+from minem.generation.kv_cache import MIN_ROWS, Decode, Groups, KVCache, Prefill
+from minem.generation.request import Request
 from minem.kernels import sample
 from minem.model.decoder import Model, upload
 
-if TYPE_CHECKING:
-    from minem.generation.request import Request
-
 PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens
 
-# The rows of the table: the token that enters next, its position, tokens drawn so far, whether the sequence has ended
-# (it then stays as it is), the most tokens, and how to sample.
-TOKEN, POSITION, DRAWN, ENDED, LIMIT, TOP_K, SEED, MIN_TOKENS = range(8)
-TEMPERATURE, TOP_P, MIN_P = range(3)
+# Rows of the tables, which have a column for each slot. ENDED sequences stay as they are.
+TOKEN, POSITION, DRAWN, ENDED, LIMIT, TOP_K, SEED, MIN_TOKENS = range(8)  # ints
+TEMPERATURE, TOP_P, MIN_P = range(3)  # floats
 
 
 class Step(NamedTuple):
@@ -48,68 +46,47 @@ class Step(NamedTuple):
         return self.drawn.tolist()
 
 
-class _Graph(NamedTuple):
-    """A captured step, the memory it reads its sequences from, and the memory it leaves its draws in."""
+@dataclass
+class _Graph:
+    """A captured step, the memory that it reads its sequences from, and the memory that it writes its draws to."""
 
     replay: Callable[[], None]
-    groups: Groups
     drawn: Tensor
+    groups: Groups
+    composition: tuple[list[int], list[int]] = ([], [])  # the slots and rows in `groups`
 
 
 class Engine:
-    """See the head of this file.
-
-    Args:
-        model: its weights are used in place.
-        stop_ids: the tokens that end a sequence.
-        slots: the most sequences at once.
-        prefix, suffix: the longest prompt but for its last token, and the most new tokens.
-    """
+    """See the head of this file."""
 
     def __init__(self, model: Model, stop_ids: Sequence[int], slots: int, prefix: int, suffix: int):
+        """
+        Args:
+            stop_ids: the tokens that end a sequence.
+            prefix, suffix: the longest prompt without its last token, and the most new tokens.
+        """
         device = model.device
         self.model = model
         self.cache = KVCache(model.config, slots, prefix, suffix, device, model.dtype)
-        self.whole = torch.zeros(8, slots + 1, dtype=torch.int64, device=device)  # TOKEN ... MIN_TOKENS of each slot
-        self.real = torch.ones(3, slots + 1, device=device)  # TEMPERATURE, TOP_P, MIN_P
-        self.whole[ENDED] = 1
-        self.real[MIN_P] = 0  # else the draw of padding would take an extra pass over its logits
+        self.ints = torch.zeros(8, slots + 1, dtype=torch.int64, device=device)
+        self.floats = torch.ones(3, slots + 1, device=device)
+        self.ints[ENDED] = 1
+        self.floats[MIN_P] = 0  # else drawing padding would take another pass over its logits
         self.stop_ids = upload(stop_ids, device)
-        self.graphs: dict[int, _Graph] | None = {} if device.type == "cuda" else None  # None: run eagerly
-        # Graphs are captured on a stream that is this engine's alone: cuBLAS keeps a workspace for each stream, which
-        # goes when a graph that was captured there does, and would be missing from another engine's.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._drop_graphs()
-        self._composition: tuple[list[int], list[int]] = ([], [])
-        self._groups: Groups | None = None  # of that composition
-
-    def grow(self, prefix: int, suffix: int) -> None:
-        """Make room for longer prompts and suffixes; what is in the cache stays, the graphs are captured anew."""
-        self.cache.grow(prefix, suffix)
-        self._drop_graphs()
-
-    def _drop_graphs(self) -> None:
-        """Forget all graphs; those to come share a new memory pool: one whose last graph is gone cannot be used again.
-
-        They may share one because they run one after the other, and only results outlive a replay.
-        """
-        if self.graphs is not None:
-            self.graphs.clear()
-        self._last: _Graph | None = None  # the graph that was told of the composition
-        self._pool = torch.cuda.graph_pool_handle() if self._stream is not None else None
+        self.graphs: dict[int, _Graph] | None = None  # by batch size; None: run eagerly
+        self._stream: Any = None
+        self._pool: Any = None
+        if device.type == "cuda":
+            # A stream of this engine's own: cuBLAS's workspace for a stream is freed with a graph captured on it, which
+            # other engines would still use. A pool of its own: no capture can use one whose graphs are all gone.
+            self.graphs, self._stream = {}, torch.cuda.Stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+        self._composition: tuple[list[int], list[int]] = ([], [])  # of the eager steps' groups
+        self._groups: Groups
 
     def prefill(self, prompts: Mapping[tuple[int, ...], int]) -> int:
-        """Write the prompts, all but their last tokens, to their rows of the cache; returns the tokens that it took."""
-        packs: list[list[tuple[int, ...]]] = []
-        size = PREFILL_TOKENS
-        # Prompts of similar length share a pack, whose attention is the cheaper the more alike they are.
-        for prompt in sorted(prompts, key=len):
-            if size + len(prompt) > PREFILL_TOKENS:
-                packs.append([])
-                size = 0
-            packs[-1].append(prompt)
-            size += len(prompt)
-        for pack in packs:
+        """Write all but the last token of each prompt to its row of the cache. Returns the number of those tokens."""
+        for pack in _packs(prompts):
             texts = [prompt[:-1] for prompt in pack]
             missing = MIN_ROWS - sum(map(len, texts))
             if missing > 0:
@@ -121,37 +98,35 @@ class Engine:
 
     def admit(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Let these slots start from these requests, whose prompts are in the cache."""
-        whole, real = [], []
+        ints, floats = [], []
         for request in requests:
             ids, p = request.prompt_ids, request.params
-            whole.append([ids[-1], len(ids) - 1, 0, 0, p.max_new_tokens, p.top_k, request.seed, p.min_new_tokens])
-            real.append([p.temperature, p.top_p, p.min_p])
+            ints.append([ids[-1], len(ids) - 1, 0, 0, p.max_new_tokens, p.top_k, request.seed, p.min_new_tokens])
+            floats.append([p.temperature, p.top_p, p.min_p])
         device = self.model.device
         index = upload(slots, device)
-        self.whole[:, index] = upload(whole, device).T
-        self.real[:, index] = upload(real, device, torch.float32).T
+        self.ints[:, index] = upload(ints, device).T
+        self.floats[:, index] = upload(floats, device, torch.float32).T
 
     def start(self, slots: list[int], rows: list[int], longest_prefix: int, longest_suffix: int) -> Step:
         """Start a step for these slots, whose prompts are in these rows; none reads beyond the longest positions."""
-        cache, device = self.cache, self.model.device
-        changed = self._composition != (slots, rows)
-        self._composition = (slots, rows)
+        composition = slots, rows
         if self.graphs is None:
-            if changed or self._groups is None:
-                self._groups = Groups.compact(slots, rows, cache.spare, device)
+            if composition != self._composition:
+                self._groups, self._composition = Groups.compact(self.cache, slots, rows), composition
             return Step(self._decode(self._groups, longest_prefix, longest_suffix), None)
-        batch = _bucket(len(slots), cache.spare)
+        batch = _bucket(len(slots), self.cache.padding_slot)
         graph = self.graphs.get(batch) or self._capture(batch)
-        if changed or graph is not self._last:
-            graph.groups.copy_(Groups.fixed(batch, group_width(self.model.config), slots, rows, cache.spare, device))
-            self._last = graph
+        if composition != graph.composition:
+            graph.groups.copy_(Groups.fixed(self.cache, batch, slots, rows))
+            graph.composition = composition
         graph.replay()
-        return _bring(graph.drawn)
+        return copy_to_host(graph.drawn)
 
     def _decode(self, groups: Groups, longest_prefix: int, longest_suffix: int) -> Tensor:
-        """The whole step: the model, its head, the draw, and what the table says afterwards. Returns `Step.drawn`."""
+        """The whole step: the model, its head, the draw, and the update of the table. Returns `Step.drawn`."""
         attended = groups.slots[: len(groups.sibling_index)]
-        state, knobs = self.whole[:, groups.slots], self.real[:, attended]
+        state, knobs = self.ints[:, groups.slots], self.floats[:, attended]
         attend = Decode(self.cache, groups, state[DRAWN], longest_prefix, longest_suffix)
         hidden = self.model.hidden(state[TOKEN], state[POSITION], attend)
         state = state[:, : len(attended)]
@@ -168,21 +143,30 @@ class Engine:
         )
         ended = (tokens.unsqueeze(1) == self.stop_ids).any(1) | (state[DRAWN] + 1 >= state[LIMIT]) | (state[ENDED] != 0)
         on = (~ended).long()
-        self.whole[: ENDED + 1, attended] = torch.stack((tokens, state[POSITION] + on, state[DRAWN] + on, 1 - on))
+        self.ints[: ENDED + 1, attended] = torch.stack((tokens, state[POSITION] + on, state[DRAWN] + on, 1 - on))
         return torch.stack((tokens.double(), logprobs.double(), proposal_logprobs.double()))
 
     def _capture(self, batch: int) -> _Graph:
         """The step for `batch` sequences as a graph, recorded on padding alone, which changes nothing."""
         assert self.graphs is not None
-        groups = Groups.fixed(batch, group_width(self.model.config), [], [], self.cache.spare, self.model.device)
+        groups = Groups.fixed(self.cache, batch, [], [])
         step = partial(self._decode, groups, self.cache.prefix, self.cache.suffix)
-        replay, drawn = record(step, self._pool, self._stream)
-        self.graphs[batch] = _Graph(replay, groups, drawn)
-        return self.graphs[batch]
+        self.graphs[batch] = graph = _Graph(*record(step, self._pool, self._stream), groups)
+        return graph
+
+
+def _packs(prompts: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+    """The prompts in packs of about PREFILL_TOKENS. Those of similar length share a pack: attention is cheaper."""
+    packs: list[list[tuple[int, ...]]] = []
+    for prompt in sorted(prompts, key=len):
+        if not packs or sum(map(len, packs[-1])) + len(prompt) > PREFILL_TOKENS:
+            packs.append([])
+        packs[-1].append(prompt)
+    return packs
 
 
 def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Callable[[], None], Tensor]:
-    """A CUDA graph of what the function does on the GPU: how to do it again, and the memory that the result is in."""
+    """A CUDA graph of the function's work on the GPU: how to replay it, and the memory that holds the result."""
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles kernels and makes cuBLAS's workspaces, which a capture must not
         function()
@@ -193,8 +177,8 @@ def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Call
     return graph.replay, result
 
 
-def _bring(drawn: Tensor) -> Step:
-    """Copy a result to the host, without waiting for it: the next replay writes to the same memory."""
+def copy_to_host(drawn: Tensor) -> Step:
+    """Start to copy a result to the host, because the next replay writes to the same memory."""
     if not drawn.is_cuda:
         return Step(drawn.clone(), None)
     host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
@@ -205,7 +189,7 @@ def _bring(drawn: Tensor) -> Step:
 
 
 def _bucket(sequences: int, slots: int) -> int:
-    """The size of the graph that decodes so many: 1, 2, 4, 8, 16, 24 ... 64, 80 ... 128, 160 ..., at most `slots`."""
+    """The batch size of the graph for N sequences: 1, 2, 4, 8, 16, 24 ... 64, 80 ... 128, 160 ..., at most `slots`."""
     above = 1 << (sequences - 1).bit_length()  # the next power of two
     step = above if above <= 8 else max(8, above // 8)
     return min(slots, -(-sequences // step) * step)

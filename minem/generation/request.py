@@ -1,4 +1,4 @@
-"""What a draw is asked for and what comes back: SamplingParams, Request, Completion.
+"""The generator's input and output: SamplingParams, Request, Completion.
 
 minem generate --prompt "..."
 """
@@ -50,7 +50,7 @@ class SamplingParams:
 
 @dataclass(eq=False)
 class Request:
-    """One draw from one prompt, whatever `params.n` and `params.seed` say: those are for `Generator.generate`.
+    """One draw from one prompt. `params.n` and `params.seed` are ignored: they are for `Generator.generate`.
 
     `seed` keys the draw's random stream (`stream_seed`); `tag` is the caller's own and comes back untouched.
     """
@@ -74,6 +74,6 @@ class Completion:
 
 
 def stream_seed(*parts: object) -> int:
-    """A stable 63-bit seed for one draw's random stream, from whatever identifies the draw."""
+    """A stable 63-bit seed for one draw's random stream, from the values that identify the draw."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
