@@ -39,7 +39,7 @@ def _facts(experiment: Experiment) -> list[str]:
     if experiment.ranks.size > 1:
         lines.append(f"ranks   {experiment.ranks.size} processes; the M-step's weights: {mstep.strategy}")
     if mstep.lora is not None:
-        trained = sum(p.numel() for p in mstep.working.values()) / 1e6
+        trained = mstep.trained_parameters / 1e6
         lines.append(
             f"lora    rank {mstep.lora.rank}, alpha {mstep.lora.alpha:g}, {trained:,.2f} M parameters trained beside "
             f"{', '.join(mstep.lora.targets)}"
