@@ -1,97 +1,209 @@
-"""What training goes on from, on the disk: float32 masters, AdamW's moments, and how far an M-step has come.
+"""Float32 masters of the trained parameters, AdamW over them, and both on the disk.
 
-    iter-02/checkpoint.120/  state-00000.safetensors  state-00001.safetensors  ...  state.json
+    minem train --set model.dtype=bfloat16 --set run.checkpoint_minutes=1
 
-Tensors are written whole, under the names of the weights, so that any number of processes goes on from what any other
-number wrote. At no time is more of them whole in memory than one file holds.
+At a learning rate of 1e-6 an update is far below the spacing of bfloat16 numbers and would be lost. So AdamW works on
+float32 masters, and the working weights are their rounded copy. A float32 parameter is its own master.
+
+On the disk (state-00000.safetensors, ... and state.json) tensors are complete, under the names of the parameters, so
+any number of ranks resumes what any other number saved. No more of them is complete in memory than one file holds.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
+from minem.config import MStepSection
 from minem.errors import UserError, some
+from minem.model.decoder import Model
+from minem.model.lora import LoRA, adapter_parameters
 from minem.model.tokenizer import read_json
-from minem.parallel.sharding import assign, complete
+from minem.parallel.ranks import Ranks
+from minem.parallel.sharding import assign, complete, gather, local, scatter, sharded_copy
 
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each weight, by its names in torch
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, by its names in torch
 FILE_BYTES = 2 * 2**30  # of one file, about
-JSON_LIMIT = 64 * 2**20
+JSON_LIMIT = 64 * 2**20  # bytes of state.json
 
 
-def write(
-    folder: Path | None,
-    masters: Mapping[str, torch.Tensor],
-    optimizer: torch.optim.AdamW | None,
-    history: Sequence[Sequence[float]],
-) -> None:
-    """Write masters, the optimizer's moments where there is one, and a line of numbers for each update so far.
+def trainable(model: Model, lora: LoRA | None) -> dict[str, nn.Parameter]:
+    """The trained parameters by name: those of the model, or the adapters' by their names in PEFT's files."""
+    if lora is not None:
+        return lora.named_parameters()
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    Every process has to call it, as the parts of distributed tensors are collected; all but one give no folder.
+
+class Masters(dict[str, Tensor]):
+    """The float32 masters, by the names of the parameters.
+
+    Args:
+        model: the generator's model. One rank trains it in place; several train a second model, which is replicated
+            or sharded (`minem.parallel.sharding`).
+        strategy: "ddp" or "fsdp"; for several ranks only.
     """
-    parts = [(f"{MASTER}.{name}", master) for name, master in masters.items()]
-    if optimizer is not None:
-        parts += [(f"{kind}.{name}", optimizer.state[m][kind]) for kind in MOMENTS for name, m in masters.items()]
-    file: dict[str, torch.Tensor] = {}
-    files = 0
-    for key, part in parts:
-        whole = complete(part.detach())
-        if folder is None:
-            continue
-        file[key] = whole.cpu().contiguous()
-        if key == parts[-1][0] or sum(tensor.nbytes for tensor in file.values()) >= FILE_BYTES:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(file, folder / f"state-{files:05d}.safetensors")
-            file, files = {}, files + 1
-    if folder is not None:
-        text = json.dumps({"updates": _updates(optimizer), "history": history})
-        (folder / "state.json").write_text(text, encoding="utf-8")
+
+    def __init__(self, model: Model, config: MStepSection, lora: LoRA | None, ranks: Ranks, strategy: str) -> None:
+        self.model, self.config, self.lora = model, config, lora
+        self.trained = model  # what computes the loss
+        self.working = trainable(model, lora)  # its trained parameters
+        if ranks.size > 1:
+            with self._adapters():
+                self.trained = sharded_copy(model, ranks, strategy == "ddp")
+            named = adapter_parameters(self.trained) if lora else dict(self.trained.named_parameters())
+            self.working = {name: p for name, p in named.items() if p.requires_grad}
+        self.reset()
+
+    def reset(self) -> None:
+        """Start from the model's present weights. With LoRA these must be the base model's, and A and B are new."""
+        self.optimizer: torch.optim.AdamW | None = None
+        if self.lora is not None:
+            self.lora.reset()
+        if self.trained is not self.model:
+            with self._adapters():
+                scatter(self.model, self.trained)
+        for name, p in self.working.items():
+            self[name] = p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
+
+    def _adapters(self) -> AbstractContextManager[None]:
+        """While open, the generator's model is the base model with adapters. (A sharded copy has them for good.)"""
+        return nullcontext() if self.lora is None else self.lora.attached()
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """While open, each working gradient moves to its float32 master as soon as autograd has finished it.
+
+        So micro-batches are summed in float32, and no complete set of low-precision gradients ever exists.
+        """
+        self.clear_gradients()
+        hooks = [p.register_post_accumulate_grad_hook(partial(_move_gradient, master)) for p, master in self._rounded()]
+        try:
+            with self._adapters() if self.trained is self.model else nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.clear_gradients()
+
+    def clear_gradients(self) -> None:
+        """Drop the gradients of masters and working weights."""
+        for tensor in (*self.values(), *self.working.values()):
+            tensor.grad = None
+
+    def gradient_norm(self) -> Tensor:
+        """The total norm of all ranks; of sharded gradients it is a distributed tensor (`complete` gathers it)."""
+        return nn.utils.get_total_norm([m.grad for m in self.values() if m.grad is not None])
+
+    def step(self, norm: Tensor, rate: float) -> None:
+        """Clip the gradients (`norm` is their total norm), update the masters, round them into the working weights."""
+        if self.config.clip > 0:
+            nn.utils.clip_grads_with_norm_(self.values(), self.config.clip, norm)
+        if self.optimizer is None:
+            self.optimizer = self._adamw()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._publish()
+
+    def _adamw(self) -> torch.optim.AdamW:
+        matrices = {"params": [m for m in self.values() if m.ndim >= 2], "weight_decay": self.config.weight_decay}
+        others = {"params": [m for m in self.values() if m.ndim < 2], "weight_decay": 0.0}
+        groups = [group for group in (matrices, others) if group["params"]]
+        betas = (self.config.beta1, self.config.beta2)
+        return torch.optim.AdamW(groups, lr=self.config.lr, betas=betas, fused=True)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for p, master in self._rounded():
+            p.copy_(master)
+
+    def _rounded(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """The working parameters that are copies, each with its master."""
+        return [(p, self[name]) for name, p in self.working.items() if self[name] is not p]
+
+    def export_weights(self) -> None:
+        """Give the generator's model what was trained: merge the adapters, or gather the shards."""
+        if self.lora is not None:
+            self.lora.merge(self.complete())
+        elif self.trained is not self.model:
+            gather(self.trained, self.model)
+
+    def complete(self) -> dict[str, Tensor]:
+        """All values of all masters, on every rank; a collective."""
+        return {name: complete(master.detach()) for name, master in self.items()}
+
+    def not_finite(self) -> list[str]:
+        """Names of the masters that are not finite, of which this rank sees its own shard."""
+        return [name for name, master in self.items() if not local(master).isfinite().all()]
+
+    # ------------------------------------------------------------------------------------------------ on the disk
+
+    def save(self, folder: Path | None, history: Sequence[Sequence[float]]) -> None:
+        """Write masters, AdamW's moments if there are any, and a row of numbers for each update so far.
+
+        Every rank must call it, since shards are gathered; all but the first give no folder.
+        """
+        state, files = self._state(), 0
+        last = next(reversed(state))
+        file: dict[str, Tensor] = {}
+        for key, part in state.items():
+            gathered = complete(part.detach())
+            if folder is not None:
+                file[key] = gathered.cpu().contiguous()
+            if folder and (key == last or sum(tensor.nbytes for tensor in file.values()) >= FILE_BYTES):
+                folder.mkdir(parents=True, exist_ok=True)
+                save_file(file, folder / f"state-{files:05d}.safetensors")
+                file, files = {}, files + 1
+        if folder is not None:
+            updates = int(next(iter(self.optimizer.state.values()))["step"]) if self.optimizer else 0
+            (folder / "state.json").write_text(json.dumps({"updates": updates, "history": history}), encoding="utf-8")
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> list[list[Any]]:
+        """Take what `save` wrote, and return its history. UserError if it is of another model."""
+        saved = read_json(folder / "state.json", JSON_LIMIT)
+        self.optimizer = self._adamw() if saved["updates"] else None
+        if self.optimizer is not None:
+            for master in self.values():
+                moments = {kind: torch.empty_like(master, requires_grad=False) for kind in MOMENTS}
+                step = torch.tensor(float(saved["updates"]), device=master.device)
+                self.optimizer.state[master] = {"step": step, **moments}
+        state = self._state()
+        files = [safe_open(path, framework="pt") for path in sorted(folder.glob("state-*.safetensors"))]
+        if odd := sorted(state.keys() ^ {key for file in files for key in file.keys()}):  # noqa: SIM118 (not a dict)
+            raise UserError(f"{folder}: master weights of another model; these names differ: {some(odd)}")
+        for file in files:
+            for key in file.keys():  # noqa: SIM118
+                value, part = file.get_tensor(key), state[key]
+                if value.shape != part.shape:
+                    raise UserError(f"{folder}: {key} has the shape {tuple(value.shape)}, not {tuple(part.shape)}")
+                assign(part, value)
+        self._publish()
+        return saved["history"]
+
+    def _state(self) -> dict[str, Tensor]:
+        """All tensors that are saved, by their names in the files."""
+        state = {f"master.{name}": master for name, master in self.items()}
+        if self.optimizer is not None:
+            moments = self.optimizer.state
+            state |= {f"{kind}.{name}": moments[m][kind] for kind in MOMENTS for name, m in self.items()}
+        return state
 
 
-@torch.no_grad()
-def read(
-    folder: Path, masters: Mapping[str, torch.Tensor], new_optimizer: Callable[[], torch.optim.AdamW]
-) -> tuple[torch.optim.AdamW | None, list[list[Any]]]:
-    """Set the masters to what `write` wrote; returns an optimizer with its moments, if it has any, and the history.
-
-    Raises UserError if it is of another model.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.glob("state-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            found |= dict.fromkeys(file.keys(), path)
-    state = read_json(folder / "state.json", JSON_LIMIT)
-    optimizer = new_optimizer() if state["updates"] else None
-    wanted = {f"{kind}.{name}" for kind in (MASTER, *(MOMENTS if optimizer else ())) for name in masters}
-    if odd := sorted(wanted ^ found.keys()):
-        raise UserError(f"{folder}: master weights of another model; these names differ: {some(odd)}")
-    for path in sorted(set(found.values())):
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                kind, _, name = key.partition(".")
-                master, value = masters[name], file.get_tensor(key)
-                if value.shape != master.shape:
-                    raise UserError(f"{folder}: {key} has the shape {tuple(value.shape)}, not {tuple(master.shape)}")
-                if optimizer is None or kind == MASTER:
-                    assign(master, value)
-                    continue
-                moments = optimizer.state[master]
-                moments.setdefault("step", torch.tensor(float(state["updates"]), device=master.device))
-                moments[kind] = torch.empty_like(master, requires_grad=False)
-                assign(moments[kind], value)
-    return optimizer, state["history"]
-
-
-def _updates(optimizer: torch.optim.AdamW | None) -> int:
-    """How many updates AdamW's state has seen."""
-    if optimizer is None or not optimizer.state:
-        return 0
-    return int(next(iter(optimizer.state.values()))["step"])
+def _move_gradient(master: Tensor, parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        master.grad += parameter.grad
+    parameter.grad = None

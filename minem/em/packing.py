@@ -1,12 +1,9 @@
 """Which examples form an optimizer step, and how a step's sequences are packed: a plan, made before any tensor exists.
 
-    from minem.packing import Example, pack, plan
-    steps = plan([len(e) for e in examples], batch_size=32, pack_tokens=8192, epochs=1, seed=0, iteration=1)
-    tensors = pack([examples[i] for i in steps[0].micro_batches[0]])
+    python -c "from minem.em.packing import *; print(best_fit_decreasing([5, 3, 4, 2], capacity=8))"
 
 The order matters: the seeded shuffle decides which examples share a step, and only then is each step cut into
-micro-batches. So neither the capacity of a micro-batch (memory) nor the number of ranks that share the work can change
-what is learnt (the trajectory).
+micro-batches. So neither the capacity of a micro-batch (memory) nor the number of ranks changes the trajectory.
 """
 
 from __future__ import annotations
@@ -24,9 +21,9 @@ from minem.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One pair to learn: a plain prompt and the very token ids that were sampled for it, EOS included.
+    """A plain prompt and the very token ids that were sampled for it, EOS included.
 
-    `weight` multiplies the log-probability of every supervised token. `id` is for messages only and may repeat.
+    `weight` multiplies the log-probability of every sampled token. `id` is for messages only and may repeat.
     """
 
     id: str
@@ -35,15 +32,13 @@ class Example:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.prompt_ids:
-            raise UserError(f"example {self.id!r}: prompt_ids is empty; a sampled token needs a token before it")
-        if not self.token_ids:
-            raise UserError(f"example {self.id!r}: token_ids is empty; it must hold the sampled tokens, EOS included")
-        if not (math.isfinite(self.weight) and self.weight > 0):
+        if not (self.prompt_ids and self.token_ids):
+            raise UserError(f"example {self.id!r}: it needs a prompt and sampled tokens, EOS included")
+        if not 0 < self.weight < math.inf:
             raise UserError(f"example {self.id!r}: weight is {self.weight}; it must be a positive finite number")
 
     def __len__(self) -> int:
-        """Tokens that enter the model: the last target is never an input, and nothing after it is either."""
+        """Tokens that enter the model: the last sampled token is a target, never an input."""
         return len(self.prompt_ids) + len(self.token_ids) - 1
 
 
@@ -59,11 +54,10 @@ class Step:
         return sorted(index for micro_batch in self.micro_batches for index in micro_batch)
 
     def share(self, rank: int, ranks: int) -> tuple[tuple[int, ...], ...]:
-        """The micro-batches of one rank: equally many for each, planned for so many ranks; the empty tuple has no work.
+        """The micro-batches of one rank, of a step planned for `ranks`: as many as every other rank's; () is no work.
 
         The ranks' k-th micro-batches are about equally large, for ranks that train in lockstep wait for the largest.
         """
-        assert len(self.micro_batches) % ranks == 0, f"{len(self.micro_batches)} micro-batches for {ranks} ranks"
         return self.micro_batches[rank::ranks]
 
 
@@ -96,28 +90,22 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
-    """As `best_fit_decreasing`, but a multiple of `ranks` bins, which are as equally full as can be.
+    """As `best_fit_decreasing`, but a multiple of `ranks` bins, as equally full as possible.
 
-    The smallest capacity that needs no more bins is searched for (MULTIFIT: Coffman, Garey, Johnson 1978). What bins
-    are still missing are halves of the fullest ones; only where no bin has two items left to part, they are empty.
-    Bins come in rounds of one for each rank, the fullest round first.
+    A search finds the smallest capacity that needs no more bins (MULTIFIT: Coffman, Garey, Johnson 1978). Missing bins
+    are split off the fullest ones; they are empty only if no bin has two items left. Bins come in rounds of one for
+    each rank, the fullest round first.
     """
 
     def load(one: list[int]) -> int:
         return sum(lengths[i] for i in one)
 
     count = math.ceil(len(best_fit_decreasing(lengths, capacity)) / ranks) * ranks
-    low, high = 1, capacity
-    while low < high:
-        middle = (low + high) // 2
-        if len(best_fit_decreasing(lengths, middle)) <= count:
-            high = middle
-        else:
-            low = middle + 1
-    bins = best_fit_decreasing(lengths, high)
+    best = 1 + bisect_left(range(1, capacity), True, key=lambda c: len(best_fit_decreasing(lengths, c)) <= count)
+    bins = best_fit_decreasing(lengths, best)
     while len(bins) < count:
         fullest = max(bins, key=lambda one: (len(one) > 1, load(one)))
-        bins.append(fullest[1::2])  # of items that get ever shorter, every second one is about half
+        bins.append(fullest[1::2])  # items are in decreasing order, so every second one is about half
         del fullest[1::2]
     bins.sort(key=load, reverse=True)
     rounds = [bins[i : i + ranks] for i in range(0, count, ranks)]
@@ -152,7 +140,7 @@ def plan(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What `Model.forward` takes for N packed input tokens of which R predict a supervised one."""
+    """The arguments of `Model.forward` for N packed input tokens, of which R predict a supervised one."""
 
     input_ids: torch.Tensor  # [N] int64
     lengths: list[int]  # tokens of each sequence; they sum to N
@@ -161,9 +149,8 @@ class MicroBatch:
     token_weights: torch.Tensor  # [R] float32
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = (t.to(device) for t in (self.input_ids, self.rows, self.targets, self.token_weights))
-        input_ids, rows, targets, token_weights = moved
-        return MicroBatch(input_ids, self.lengths, rows, targets, token_weights)
+        input_ids, *others = (x.to(device) for x in (self.input_ids, self.rows, self.targets, self.token_weights))
+        return MicroBatch(input_ids, self.lengths, *others)
 
 
 def pack(examples: Sequence[Example]) -> MicroBatch:
@@ -173,17 +160,11 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
     targets: list[int] = []
     weights: list[float] = []
     for example in examples:
-        # The last prompt token predicts the first sampled one, and so on up to the last target (EOS, if all are).
+        # The last prompt token predicts the first sampled one, and so on up to the last one (EOS).
         start, own = len(input_ids) + len(example.prompt_ids) - 1, example.token_ids
-        rows.extend(range(start, start + len(own)))
-        input_ids.extend(example.prompt_ids)
-        input_ids.extend(own[:-1])
-        targets.extend(own)
-        weights.extend([example.weight] * len(own))
-    return MicroBatch(
-        torch.tensor(input_ids, dtype=torch.int64),
-        [len(example) for example in examples],
-        torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(targets, dtype=torch.int64),
-        torch.tensor(weights, dtype=torch.float32),
-    )
+        rows += range(start, start + len(own))
+        input_ids += [*example.prompt_ids, *own[:-1]]
+        targets += own
+        weights += [example.weight] * len(own)
+    ints = [torch.tensor(values, dtype=torch.int64) for values in (input_ids, rows, targets)]
+    return MicroBatch(ints[0], [len(e) for e in examples], ints[1], ints[2], torch.tensor(weights, dtype=torch.float32))

@@ -1,40 +1,37 @@
-"""A sample: one attempt at a question, as samples.jsonl keeps it and the M-step trains on it.
+"""The central noun: one rationale that was drawn for a question, and what became of it.
 
-head -1 runs/toy.rsm8.toy-llama.s0/iter-01/samples.jsonl
+    head -1 runs/first-look/iter-01/samples.jsonl      # one as a row of JSON
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
-
-Prompt = Literal["plain", "hinted"]
-Status = Literal["accepted", "wrong", "unparsed", "truncated"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A rationale and its answer. Log-probabilities are sums over the drawn tokens, in nats."""
+    """One draw for the question `id`; log-probabilities are sums over its tokens, in nats."""
 
-    id: str  # of the question
+    id: str
     iteration: int
-    attempt: int  # from 1
-    prompt: Prompt  # it was drawn from
+    attempt: int  # counted from 1
+    prompt: Literal["plain", "hinted"]  # what it was drawn with
     token_ids: list[int]  # as drawn, EOS included
-    logprob_q: float | None  # under the prompt and policy it was drawn with
-    logprob_plain: float | None  # under the plain prompt and theta_old; None if not computed
+    logprob_q: float | None  # under the prompt and the policy that it was drawn with
+    logprob_plain: float | None  # under the plain prompt and the policy at the start of the iteration
     text: str
-    answer: str | None  # None if the text states none
+    answer: str | None  # that it states
     gold: str
-    status: Status
-    leak: bool  # a hinted rationale that cites the hint
+    status: str  # "accepted" | "wrong" | "unparsed" | "truncated"
+    leak: bool  # a hinted draw that cites the hint
 
     def row(self) -> dict[str, Any]:
-        """A row of samples.jsonl."""
-        return asdict(self)
+        """The row of samples.jsonl."""
+        return dict(vars(self))
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Sample:
-        """The sample of a row that a run of ours wrote."""
+        """What `row` made of one."""
         return cls(**row)

@@ -1,9 +1,10 @@
-"""Do the generator and the trainer hold the same policy? Their log-probabilities of the same tokens, compared.
+"""Log-probabilities by the forward pass of training (teacher forcing), and whether the generator's agree with them.
+
+    minem train --json | tail -1                       # logprob_difference and policy_kl of the first E-step
 
 A generator that decodes one token at a time from a cache and a trainer that reads whole sequences at once round
-differently, and where one of them is wrong, EM trains on draws of another model than it believes to, without any other
-sign. So the first E-step of a run compares some of its draws with the M-step's own forward pass, and the metrics keep
-the result: `logprob_difference` and `policy_kl`.
+differently. If one of them is wrong, EM trains on samples of another model, and nothing else shows it. So the first
+E-step of a run compares some of its draws with the M-step's own forward pass, and the metrics keep the result.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from minem.errors import GuardError
 from minem.generation.request import Completion
 from minem.model.decoder import Model
 
-DRAWS = 64  # that are compared: one forward pass
+DRAWS = 64  # that are compared
 LARGEST_DIFFERENCE = 1e-4  # nats, of any token, in float32
 LARGEST_KL = 0.005  # nats a token, on average, in bfloat16
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far the two are apart over some drawn tokens, in nats."""
+    """How far generator and trainer are apart over some sampled tokens, in nats."""
 
     tokens: int
     difference: float  # the largest of any token
     kl: float  # mean over tokens of KL(generator || trainer): r - 1 - log r, r the ratio of the two (Schulman's k3)
 
     def require(self, dtype: torch.dtype) -> None:
-        """Raises GuardError where a model of this dtype should do better. NaN is not better."""
+        """Raises GuardError if a model of this dtype should do better. NaN is not better."""
         if dtype == torch.float32:
             holds, limit = self.difference <= LARGEST_DIFFERENCE, f"{LARGEST_DIFFERENCE:g} a token in float32"
         else:
@@ -42,7 +43,7 @@ class Agreement:
             raise GuardError(
                 f"the generator and the trainer disagree on the log-probabilities of {self.tokens} drawn tokens: "
                 f"by {self.difference:.3g} at most and a mean KL of {self.kl:.3g}, beyond {limit}; "
-                "what would be trained on is not what this model draws"
+                "the samples would not be those of the model that is trained"
             )
 
 

@@ -1,0 +1,84 @@
+"""Samples from a file that anybody may have made, checked row by row before the M-step trains on them.
+
+    minem train --samples FILE.jsonl
+
+A row needs `id`, a training question of the task, and `token_ids`; what else samples.jsonl has is optional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minem.data.tasks import Task
+from minem.em.estep import encode_prompt
+from minem.em.sample import Sample
+from minem.errors import UserError, shown
+from minem.files import read_rows
+from minem.model.tokenizer import Tokenizer
+
+MEANINGS = {"logprob_plain": "the plain prompt", "logprob_q": "the prompt they were drawn with"}
+
+
+def read_samples(
+    file: Path, task: Task, tokenizer: Tokenizer, max_length: int, vocab_size: int, weights: str, drop_leaks: bool
+) -> list[Sample]:
+    """The rows with status "accepted", and those without a status.
+
+    Args:
+        max_length: positions of the model. vocab_size: its token ids.
+        weights: as `mstep.weights`; "importance" needs both log-probabilities of each row.
+        drop_leaks: leave out rows that are marked as leaks.
+    Raises:
+        UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or more of
+            them than the model has positions; or it lacks a log-probability that is needed.
+    """
+    questions = {question.id: question for question in task.train}
+    samples = []
+    for number, row in enumerate(read_rows(file), start=1):
+        if row.get("status", "accepted") != "accepted" or (drop_leaks and row.get("leak")):
+            continue
+        where, question, ids = f"{file}, row {number}", questions.get(str(row.get("id"))), row.get("token_ids")
+        if question is None:
+            raise UserError(f"{where}: id {row.get('id')!r} is no training question of {task.name}")
+        if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
+            raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
+        prompt = encode_prompt(tokenizer, question)
+        if outside := [i for i in (*ids, *prompt) if not 0 <= i < vocab_size]:
+            raise UserError(
+                f"{where}: token id {outside[0]} is outside the model's vocabulary of {vocab_size}; the samples must "
+                "come from a model with the same tokenizer"
+            )
+        text = row.get("text")
+        if isinstance(text, str) and tokenizer.decode(ids).split() != text.split():
+            raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")
+        if len(prompt) + len(ids) > max_length:
+            raise UserError(f"{where}: {len(ids)} token ids and their prompt exceed {max_length} positions")
+        logprobs = {name: _logprob(row, name, where) if weights == "importance" else None for name in MEANINGS}
+        samples.append(
+            Sample(
+                id=question.id,
+                iteration=1,
+                attempt=number,
+                prompt="plain",
+                token_ids=ids,
+                **logprobs,
+                text=tokenizer.decode(ids),
+                answer=None,
+                gold=question.gold,
+                status="accepted",
+                leak=bool(row.get("leak")),
+            )
+        )
+    return samples
+
+
+def _logprob(row: Mapping[str, Any], field: str, where: str) -> float:
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        raise UserError(
+            f'{where}: {field} is {shown(value)}; mstep.weights = "importance" needs the log-probability of the '
+            f"drawn tokens under {MEANINGS[field]} there, a finite number"
+        )
+    return float(value)
