@@ -25,7 +25,7 @@ from minem.config import Config
 from minem.console import Progress
 from minem.data.prompts import encode_prompt
 from minem.data.tasks import load_task
-from minem.data.verdict import load_verdict
+from minem.data.verdict import pick_verdict as load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
 from minem.em import diagnostics
 from minem.em.checkpoints import restore
@@ -43,8 +43,8 @@ from minem.model.weights import load, load_model, resolve
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 from minem.plugins import hash_source
-from minem.report.charts import plot_accuracy
 from minem.report.page import write_report
+from minem.report.plot import plot_accuracy
 from minem.runs.folder import default_path, folder_name
 from minem.runs.record import fingerprint, hash_prompts, hash_tokenizer, model_card
 from minem.runs.stages import Run
@@ -199,7 +199,7 @@ def conclude(run: Run) -> None:
     directory = run.directory
     if directory is not None and "plot" not in directory.results:
         with directory.stage("plot") as record:
-            plot_accuracy(run.path, record.path("accuracy.png"))
+            plot_accuracy(run.results, run.config, record.path("accuracy.png"))
     if directory is not None and LAST_STAGE not in directory.results:
         with directory.stage(LAST_STAGE) as record:
             write_report([run.path], record.path("report.html"))
@@ -241,6 +241,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
         experiment.task,
         experiment.estep.tokenizer,
         experiment.estep.generators["plain"].max_length,
+        experiment.mstep.model.config.vocab_size,
         config.mstep.weights,
         config.sampler.drop_leaks,
     )
@@ -335,7 +336,7 @@ def evaluate(
     with answer_file(out, settings, overwrite) as (known, append):
         if known:
             progress.note(f"{out} has {len(known)} answers already, which are not drawn again without --overwrite")
-        with progress.stage(f"{task} {split}", len(questions) * (1 + samples)) as line:
+        with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
             answers = evaluation.answers(questions, line.update, known, append)
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
     return named | evaluation.summary(questions, answers)

@@ -28,16 +28,19 @@ STEPS = "steps.jsonl"  # in a checkpoint, the metrics of the steps before it
 
 
 class Checkpoints:
-    """Those of one M-step, written every `run.checkpoint_minutes` and when the process is asked to stop."""
+    """Those of one M-step, which continues from the newest intact one, if there is any.
+
+    minutes: between two of them. One is also written when the process is asked to stop.
+    """
 
     def __init__(self, stage: Stage, mstep: MStep, minutes: float) -> None:
         self.stage, self.run, self.mstep = stage, stage.run, mstep
         self.seconds = 60 * minutes
         self.rows: list[dict[str, Any]] = []
         self.last = time.monotonic()
+        self._resume()
 
-    def resume(self) -> None:
-        """Continue from the newest intact one, if there is any."""
+    def _resume(self) -> None:
         if newest := self.run.ranks.broadcast(self._newest_intact()):
             folder = self.run.path / self._folder(newest)
             self.mstep.load(folder)
@@ -47,11 +50,11 @@ class Checkpoints:
 
     def _newest_intact(self) -> int:
         directory = self.run.directory
-        for step in reversed(self._steps()) if directory is not None else ():
-            if not directory.damaged(self._name(step)):
-                return step
-            for undone in directory.undo(self._name(step)):
-                del self.run.results[undone]
+        if directory is not None:
+            for step in reversed(self._steps()):
+                if not directory.damaged(self._name(step)):
+                    return step
+                directory.undo(self._name(step))
         return 0
 
     def after_step(self, row: dict[str, Any]) -> None:
@@ -107,7 +110,7 @@ def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card
     release_cached_memory(mstep.model.device)
     if mstep.state_needed and (continues or mstep.lora is not None):
         mstep.save(stage.path("state"))
-    adapter = mstep.complete_masters() if mstep.lora is not None else {}
+    adapter = mstep.masters.complete() if mstep.lora is not None else {}
     if not stage.run.ranks.first:
         return
     if mstep.lora is not None:

@@ -237,5 +237,10 @@ def shown(summary: Mapping[str, Any], key: str) -> str:
     return f"{value:.3f}" if key == "entropy" else percent(value)
 
 
+def facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The line of progress."""
+    return {label: shown(summary, key) for key, (label, _) in EXPLAINED.items()}
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None

@@ -27,7 +27,7 @@ from minem.data.toy.check import valid_share
 from minem.data.verdict import Verdict, cites_hint
 from minem.em.sample import Prompt, Sample, Status
 from minem.em.samplers import Attempt, Sampler, altered
-from minem.em.scoring import check_agreement
+from minem.em.scoring import DRAWS, agreement
 from minem.em.weighting import plain_logprobs
 from minem.errors import UserError
 from minem.generation.generator import Generator
@@ -35,7 +35,6 @@ from minem.generation.request import Completion, Request, SamplingParams, stream
 from minem.model.tokenizer import Tokenizer
 
 BLOCK_ROUNDS = 16  # questions of a block for each slot, at least: its end, when slots run empty, is some 5 % of it
-CHECKED = 64  # draws of the first E-step that are compared with the trainer's forward pass
 
 
 def minibatch(questions: Sequence[Question], size: int | None, seed: int, iteration: int) -> list[Question]:
@@ -153,9 +152,15 @@ class EStep:
         samples = [sample for state in search.states for sample in state.samples]
         model = self.generators["plain"].model
         if self.score_plain:
-            samples = plain_logprobs(samples, self.keeps, questions, model, self.tokenizer, self.pack_tokens)
+            kept = [i for i, sample in enumerate(samples) if self.keeps(sample)]
+            by_id = {question.id: question for question in questions}
+            scored = plain_logprobs([samples[i] for i in kept], by_id, model, self.tokenizer, self.pack_tokens)
+            for i, sample in zip(kept, scored, strict=True):
+                samples[i] = sample
         if self.unchecked and search.checked:
-            search.counts |= check_agreement(model, search.checked, self.pack_tokens)
+            found = agreement(model, search.checked, self.pack_tokens)
+            found.require(model.dtype)
+            search.counts |= {"logprob_difference": found.difference, "policy_kl": found.kl}
         self.unchecked = False
         return samples, search.counts
 
@@ -305,7 +310,7 @@ class _Search:
         completion, prompt = state.finished.pop(index), state.prompts[index]
         del state.in_flight[index]
         own = self.step.generators[prompt] is self.step.generators["plain"]  # not a copy of the base model
-        if own and self.step.unchecked and len(self.checked) < CHECKED:
+        if own and self.step.unchecked and len(self.checked) < DRAWS:
             self.checked.append(completion)
         sample = self.step.sample(completion, state.question, prompt, index)
         state.samples.append(sample)

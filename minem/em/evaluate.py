@@ -43,6 +43,10 @@ class Evaluation:
     samples: int = 0
     seed: int = 0
 
+    def total(self, questions: Sequence[Question]) -> int:
+        """How many answers that is."""
+        return len(questions) * (1 + self.samples)
+
     def answers(
         self,
         questions: Sequence[Question],

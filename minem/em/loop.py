@@ -5,8 +5,8 @@
     E-step   draw (z, y) ~ q(. | x, y*) with the current weights; keep the draws whose answer y is y*
     M-step   maximise sum_i w_i log pi(z_i, y_i | x_i) over the kept draws, always from the plain prompt
 
-Each step is a *stage* of the run: `run.do` skips it if it is finished, shows its progress, gives each rank its share of
-the questions, and makes its files appear all at once. None of that is EM, so none of it is here (runs/stages.py).
+Each step is a *stage*: `run.do` skips it if it is finished, shows progress, gives each rank its share of the questions,
+and makes files appear all at once. None of that is EM, so none of it is here (runs/stages.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from minem.config import RunSection
+from minem.console import percent
 from minem.data.tasks import Question, Task
 from minem.em import warnings
 from minem.em.checkpoints import Checkpoints, export, export_bytes, make_room
-from minem.em.diagnostics import Diagnosis
+from minem.em.diagnostics import Diagnosis, facts
 from minem.em.estep import EStep, minibatch
 from minem.em.evaluate import Evaluation, greedy_rows
 from minem.em.mstep import MStep
@@ -57,20 +58,19 @@ class Experiment:
     def e_step(self, iteration: int) -> None:
         """Sample rationales with the weights of the previous iteration; keep those that the filter accepts."""
         questions = minibatch(self.task.train, self.section.questions_per_iteration, self.section.seed, iteration)
-        earlier = (self.run.read(i, "samples.jsonl", Sample) for i in range(iteration - 1, 0, -1))
-        self.estep.begin(iteration, questions, earlier)
 
         def sample(stage: Stage) -> None:
-            blocks = self.estep.blocks(len(questions))
-            samples, counts = stage.in_blocks(questions, blocks, self.estep.run, self.estep.expected, Sample)
+            earlier = (self.run.read(i, "samples.jsonl", Sample) for i in range(iteration - 1, 0, -1))
+            self.estep.begin(iteration, questions, earlier)
+            samples, counts = stage.in_blocks(questions, self.estep, Sample)
             kept = [sample for sample in samples if self.estep.keeps(sample)]
             stage.write("samples.jsonl", samples)
             stage.write("accepted.jsonl", kept)
             found = self.estep.summary(self.task, samples, kept, counts)
             stage.report(**found, warnings=warnings.of_draws(found))
 
-        size = row_bytes(len(questions), self.estep.section.max_new_tokens)
-        self.run.do(iteration, "estep", sample, total=len(questions), writes=3 * size)
+        writes = 3 * row_bytes(questions, self.estep.section.max_new_tokens)
+        self.run.do(iteration, "estep", sample, len(questions), writes)
         self.run.discard(iteration, "samples.*.jsonl")
 
     def m_step(self, iteration: int, samples: Sequence[Sample] | None = None) -> None:
@@ -78,13 +78,12 @@ class Experiment:
         continues = self.section.init == "previous" and iteration < self.section.iterations
 
         def train(stage: Stage) -> None:
-            kept = samples or self.run.read(iteration, "accepted.jsonl", Sample)
+            kept = self.run.read(iteration, "accepted.jsonl", Sample) if samples is None else samples
             warnings.stop_if_empty(kept, iteration, self.run.results, self.run.path)
             if self.section.init == "base":
                 self.mstep.restart()
             make_room(self.estep.generators["plain"], self.mstep)
             checkpoints = Checkpoints(stage, self.mstep, self.section.checkpoint_minutes)
-            checkpoints.resume()
             examples = make_examples(kept, self.task, self.estep.tokenizer, self.mstep.config)
             found = self.mstep.run(examples, self.section.seed, iteration, checkpoints.after_step)
             export(stage, self.mstep, self.estep.tokenizer, self.model_id, self.card(iteration), continues)
@@ -103,19 +102,21 @@ class Experiment:
             samples, kept = (self.run.read(iteration, f"{name}.jsonl", Sample) for name in ("samples", "accepted"))
             first = self.run.results.get("iter-01/diagnostics")
             found = self.diagnosis.summary(draws, samples, kept, self.task, first)
+            stage.show(**facts(found))
             stage.report(**found, warnings=warnings.of_diagnostics(found, first))
 
         if self.diagnosis.questions:
-            self.run.do(iteration, "diagnostics", look, total=self.diagnosis.total)
+            self.run.do(iteration, "diagnostics", look, self.diagnosis.total)
 
     def evaluate(self, iteration: int, split: str, questions: Sequence[Question]) -> None:
         """Greedy accuracy of the model after `iteration` (0: the base model), and its accuracy at temperature 1."""
 
         def measure(stage: Stage) -> None:
             answers = stage.sharded(questions, self.evaluation.answers)
+            found = self.evaluation.summary(questions, answers)
+            stage.show(accuracy=percent(found["accuracy"], (found["low"], found["high"])))
             stage.write(f"eval.{split}.jsonl", greedy_rows(questions, answers))
-            stage.report(**self.evaluation.summary(questions, answers))
+            stage.report(**found)
 
-        size = row_bytes(len(questions), self.evaluation.max_new_tokens)
-        total = len(questions) * (1 + self.evaluation.samples)
-        self.run.do(iteration, f"eval.{split}", measure, total=total, writes=size)
+        total, writes = self.evaluation.total(questions), row_bytes(questions, self.evaluation.max_new_tokens)
+        self.run.do(iteration, f"eval.{split}", measure, total, writes)

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from minem.config import MStepSection
 from minem.errors import UserError, some
+from minem.files import read_json
 from minem.model.decoder import Model
 from minem.model.lora import LoRA, adapter_parameters
-from minem.model.tokenizer import read_json
 from minem.parallel.ranks import Ranks
-from minem.parallel.sharding import assign, complete, gather, local, scatter, sharded_copy
+from minem.parallel.sharding import assign, complete, gather_weights, local, scatter, sharded_copy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, by its names in torch
 FILE_BYTES = 2 * 2**30  # of one file, about
@@ -136,7 +136,7 @@ class Masters(dict[str, Tensor]):
         if self.lora is not None:
             self.lora.merge(self.complete())
         elif self.trained is not self.model:
-            gather(self.trained, self.model)
+            gather_weights(self.trained, self.model)
 
     def complete(self) -> dict[str, Tensor]:
         """All values of all masters, on every rank; a collective."""

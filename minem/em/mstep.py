@@ -27,6 +27,7 @@ from minem.errors import GuardError, Interrupted, NotFinite, some
 from minem.model.decoder import Model
 from minem.model.lora import LoRA
 from minem.model.sizes import SAFE_SHARE, activation_bytes, flops, loss_bytes
+from minem.model.weights import read_weights
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.sharding import complete
 
@@ -69,13 +70,13 @@ class MStep:
     into the model's weights. Several ranks train a second model, of which `model` gets the weights at the end of `run`.
 
     Args:
-        seed: of new adapters. base: the folder of the weights that the model holds now. Both are for LoRA only.
+        seed: of new adapters. base: the folder of the weights that the model holds now. LoRA and `restart` need it.
     """
 
     def __init__(
         self, model: Model, section: MStepSection, ranks: Ranks = ALONE, seed: int = 0, base: Path | None = None
     ) -> None:
-        self.model, self.config, self.ranks = model, section, ranks
+        self.model, self.config, self.ranks, self.base = model, section, ranks, base
         self.lora: LoRA | None = None
         if section.lora_rank:
             assert base is not None, "adapters are merged into the base weights, which are read from their folder"
@@ -95,6 +96,12 @@ class MStep:
         """Start from the model's present weights, which with LoRA must be the base model's."""
         self.history = []
         self.masters.reset()
+
+    def restart(self) -> None:
+        """Start from the base model again."""
+        assert self.base is not None
+        read_weights(self.model, self.base)
+        self.reset()
 
     def room(self) -> int:
         """Bytes that this rank may plan with; on the CPU all ranks share one memory."""

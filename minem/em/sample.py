@@ -1,37 +1,30 @@
-"""The central noun: one rationale that was drawn for a question, and what became of it.
+"""A sample: one attempt at a question, as samples.jsonl keeps it and the M-step trains on it.
 
-    head -1 runs/first-look/iter-01/samples.jsonl      # one as a row of JSON
+head -1 runs/toy.rsm8.toy-llama.s0/iter-01/samples.jsonl
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
+
+Prompt = Literal["plain", "hinted"]
+Status = Literal["accepted", "wrong", "unparsed", "truncated"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One draw for the question `id`; log-probabilities are sums over its tokens, in nats."""
+    """A rationale with its answer; the fields are the columns of samples.jsonl. Log-probabilities are sums, in nats."""
 
-    id: str
+    id: str  # of the question
     iteration: int
-    attempt: int  # counted from 1
-    prompt: Literal["plain", "hinted"]  # what it was drawn with
+    attempt: int  # from 1
+    prompt: Prompt  # it was drawn from
     token_ids: list[int]  # as drawn, EOS included
-    logprob_q: float | None  # under the prompt and the policy that it was drawn with
-    logprob_plain: float | None  # under the plain prompt and the policy at the start of the iteration
+    logprob_q: float | None  # under the prompt and policy it was drawn with
+    logprob_plain: float | None  # under the plain prompt and theta_old; None if not computed
     text: str
-    answer: str | None  # that it states
+    answer: str | None  # None if the text states none
     gold: str
-    status: str  # "accepted" | "wrong" | "unparsed" | "truncated"
-    leak: bool  # a hinted draw that cites the hint
-
-    def row(self) -> dict[str, Any]:
-        """The row of samples.jsonl."""
-        return dict(vars(self))
-
-    @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> Sample:
-        """What `row` made of one."""
-        return cls(**row)
+    status: Status
+    leak: bool  # a hinted rationale that cites the hint

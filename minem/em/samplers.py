@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from minem.config import SamplerSection
 from minem.data.tasks import Question
@@ -54,7 +54,7 @@ class Budgeted:
 
     budget: int
     draws: Literal["first", "all"] = "first"
-    prompts = ("plain", "hinted")
+    prompts: ClassVar[Sequence[Prompt]] = ("plain", "hinted")
 
     def next(self, question: Question, attempts: Sequence[Attempt]) -> Prompt | None:
         if len(attempts) >= self.budget or (self.draws == "first" and any(a.accepted for a in attempts)):

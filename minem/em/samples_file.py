@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minem.data.prompts import encode_prompt
 from minem.data.tasks import Task
-from minem.em.estep import encode_prompt
 from minem.em.sample import Sample
 from minem.errors import UserError, shown
 from minem.files import read_rows

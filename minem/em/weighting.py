@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from minem.config import MStepSection
+from minem.data.prompts import encode_prompt
 from minem.data.tasks import Question, Task
-from minem.em.estep import encode_prompt
 from minem.em.packing import Example
 from minem.em.sample import Sample
 from minem.em.scoring import score

@@ -11,21 +11,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minem.runs.directory import RunDirectory
+from minem.config import Config
 from minem.text import clean
 
 
-def plot_accuracy(run: RunDirectory, path: Path) -> None:
+def plot_accuracy(results: Mapping[str, Mapping[str, Any]], config: Config, path: Path) -> None:
     """Validation accuracy per iteration with its 95 % Wilson band, and test accuracy of the base and the last model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    last = run.config.run.iterations
+    last = config.run.iterations
     iterations = list(range(last + 1))
-    validation = [run.result(f"iter-{i:02d}/eval.validation") for i in iterations]
-    test = {i: run.result(f"iter-{i:02d}/eval.test") for i in (0, last)}
+    validation = [results[f"iter-{i:02d}/eval.validation"] for i in iterations]
+    test = {i: results[f"iter-{i:02d}/eval.test"] for i in (0, last)}
     figure, axes = pyplot.subplots(figsize=(6.4, 4.0), dpi=150)
     low, high = ([100 * v[bound] for v in validation] for bound in ("low", "high"))
     axes.fill_between(iterations, low, high, alpha=0.2, linewidth=0, label="95 % interval (Wilson)")
@@ -45,8 +45,8 @@ def plot_accuracy(run: RunDirectory, path: Path) -> None:
         color="black",
         label="test, greedy",
     )
-    sampler = run.config.sampler
-    axes.set_title(clean(f"{run.config.task.name}: {sampler.name}, budget {sampler.budget}"), parse_math=False)
+    sampler = config.sampler
+    axes.set_title(clean(f"{config.task.name}: {sampler.name}, budget {sampler.budget}"), parse_math=False)
     axes.set_xlabel("EM iteration (0: base model)")
     axes.set_ylabel("accuracy in %")
     axes.set_xticks(iterations)

@@ -2,8 +2,8 @@
 
     truncate -s 1000 runs/toy.rsm8.toy-llama.s0/iter-04/model/model.safetensors && minem train
 
-The first stage with a damaged file is undone, and with it all that came after; the draws repeat the same random streams,
-so the run ends in the same bytes. The newest model must be intact. Under `run.keep = "last"` the ones before it are
+The first stage with a damaged file is undone, and with it all that came after; draws repeat the same random streams, so
+the run ends in the same bytes. The newest model must be intact. Under `run.keep = "last"` the ones before it are
 gone, so a damaged one takes the run back to the base model.
 """
 
@@ -52,8 +52,9 @@ def _lost(run: RunDirectory, stage: str) -> list[str]:
     """Damaged files of a finished stage that the run cannot do without."""
     folder, _, kind = stage.partition("/")
     if kind == "mstep":
-        newest = folder == f"iter-{last_model(run.results):02d}"
-        return [f for f in run.damaged(stage) if f.startswith((f"{folder}/model/", f"{folder}/state/"))] if newest else []
+        if folder != f"iter-{last_model(run.results):02d}":
+            return []
+        return [name for name in run.damaged(stage) if name.startswith((f"{folder}/model/", f"{folder}/state/"))]
     if kind.startswith("mstep."):
         return []  # a checkpoint: an older one is used, or none
     joined = kind.startswith("estep.") and f"{folder}/estep" in run.results  # the block was discarded since

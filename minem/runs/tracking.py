@@ -8,7 +8,6 @@ never stops a run. What is sent: the config and the numbers of the stages; no sa
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -48,7 +47,7 @@ def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -
             getattr(tracker, call)(*arguments, **named)
         except Exception as error:  # a network, a server, a package of others: not worth a run
             working = False
-            progress.note(f"warning {tracker.__name__} failed ({error!r}); the run goes on without it")
+            progress.note(f"warning {tracker.__name__} failed ({error!r}); the run continues without it")
 
     def send(stage: str, values: Mapping[str, Any]) -> None:
         if working:
@@ -59,7 +58,7 @@ def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -
     try:
         yield
     finally:
-        run.on_metrics = None
+        run.on_metrics = lambda stage, values: None
         if working:
             attempt("finish")
 
