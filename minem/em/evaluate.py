@@ -94,6 +94,11 @@ class Evaluation:
         return summarise_answers(questions, answers, self.samples)
 
 
+def facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The line of progress at the end of an evaluation."""
+    return {"accuracy": percent(summary["accuracy"], (summary["low"], summary["high"]))}
+
+
 def greedy_rows(questions: Sequence[Question], answers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of eval.*.jsonl: the greedy answers, in the order of the questions."""
     greedy = {row["id"]: row for row in answers if row["draw"] == 0}

@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from minem.config import RunSection
-from minem.console import percent
 from minem.data.tasks import Question, Task
-from minem.em import warnings
+from minem.em import diagnostics, evaluate, warnings
 from minem.em.checkpoints import Checkpoints, export, export_bytes, make_room
-from minem.em.diagnostics import Diagnosis, facts
+from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep, minibatch
 from minem.em.evaluate import Evaluation, greedy_rows
 from minem.em.mstep import MStep
@@ -102,7 +101,7 @@ class Experiment:
             samples, kept = (self.run.read(iteration, f"{name}.jsonl", Sample) for name in ("samples", "accepted"))
             first = self.run.results.get("iter-01/diagnostics")
             found = self.diagnosis.summary(draws, samples, kept, self.task, first)
-            stage.show(**facts(found))
+            stage.show(**diagnostics.facts(found))
             stage.report(**found, warnings=warnings.of_diagnostics(found, first))
 
         if self.diagnosis.questions:
@@ -114,7 +113,7 @@ class Experiment:
         def measure(stage: Stage) -> None:
             answers = stage.sharded(questions, self.evaluation.answers)
             found = self.evaluation.summary(questions, answers)
-            stage.show(accuracy=percent(found["accuracy"], (found["low"], found["high"])))
+            stage.show(**evaluate.facts(found))
             stage.write(f"eval.{split}.jsonl", greedy_rows(questions, answers))
             stage.report(**found)
 
