@@ -1,6 +1,8 @@
 """The central noun: one rationale that was drawn for a question, and what became of it.
 
     head -1 runs/first-look/iter-01/samples.jsonl      # one as a row of JSON
+
+The E-step makes samples, the filter keeps some of them, the M-step trains on those, and a report shows them all.
 """
 
 from __future__ import annotations
