@@ -79,7 +79,7 @@ class MStep:
         self.model, self.config, self.ranks, self.base = model, section, ranks, base
         self.lora: LoRA | None = None
         if section.lora_rank:
-            assert base is not None, "adapters are merged into the base weights, which are read from their folder"
+            assert base is not None, "adapters are merged into the base weights, which are read from `base`"
             self.lora = LoRA(model, section.lora_rank, section.lora_alpha, section.lora_targets, seed, base)
         self.trained_parameters = sum(p.numel() for p in trainable(model, self.lora).values())
         self.master_bytes = self.trained_parameters * torch.float32.itemsize
@@ -155,7 +155,7 @@ class MStep:
         iteration: int,
         on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> dict[str, Any]:
-        """Train on the examples for the configured epochs; after `load`, from the step where that M-step was.
+        """Train on the examples for the configured epochs; after `load`, from the step that it was saved after.
 
         on_step: called after every update with its `_metrics`, lr and grad_norm (before clipping). It may call `save`.
         Returns the metrics of all updates together, grad_norm as the mean, the first and the last loss, and counts.

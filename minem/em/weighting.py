@@ -7,7 +7,7 @@ Several draws of a question may be kept, (z_1, y) ... (z_n, y). What their weigh
     equal        1          the sum over kept draws: of M plain draws, M grad p, so easy questions count more
     question     1 / n      their mean: grad log p for each question that has a kept draw
     importance   w_k / sum  w_k = pi(z_k, y | x) / q(z_k, y | ...): the same gradient from draws of a proposal q, such
-                            as the model that was shown the answer; its bias falls as 1 / n where q covers the posterior
+                            as the model that was shown the answer; its bias falls as 1 / n if q covers the posterior
 
 Plain draws at temperature 1 have w = 1, so that importance is question there.
 """

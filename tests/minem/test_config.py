@@ -122,7 +122,7 @@ def test_the_memory_that_a_shipped_config_names_is_that_of_its_model(path: Path)
     assert f"Download ({2 * parameters / 1e9:.1f} GB)" in text
     if config.mstep.lora_rank:
         mstep = MStep(model, config.mstep, base=Path())
-        trained = sum(p.numel() for p in mstep.working.values())
+        trained = mstep.trained_parameters
         total = (2 * parameters + 18 * trained) / 1e9
         assert f"computed and not measured: {total:.1f} GB, 2 bytes for each of" in text
         assert f"18 for each of {trained / 1e6:.1f} million in the adapters" in text

@@ -18,6 +18,7 @@ import torch
 from minem.config import MStepSection
 from minem.em.mstep import MStep
 from minem.em.packing import Example, Step, pack
+from minem.em.sample import Sample
 from minem.em.samplers import Attempt, make_sampler
 from minem.em.weighting import weigh
 
@@ -42,7 +43,7 @@ class TablePolicy(torch.nn.Module):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.config = SimpleNamespace(vocab_size=5)
+        self.device = torch.device("cpu")
         noise = torch.Generator().manual_seed(seed)
         tables = torch.randn(2, len(PREFIXES), 3, generator=noise, dtype=torch.float64)
         self.table = torch.nn.Parameter(tables[0])
@@ -136,17 +137,18 @@ class World:
                 weights[outcome] += chance / (len(kept) if mean else 1)
         return sum((weight * self.g[outcome] for outcome, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
 
-    def row(self, prompt: str, outcome: Outcome) -> dict:
-        """What samples.jsonl says of a draw for `minem.em.weighting.weigh`."""
-        chance = {"plain": self.plain, "hinted": self.hinted}[prompt][outcome]
-        return {"id": "q", "logprob_q": math.log(chance), "logprob_plain": math.log(self.plain[outcome])}
+    def sample(self, prompt: str, outcome: Outcome) -> Sample:
+        """An accepted draw, as `minem.em.weighting.weigh` takes it."""
+        log_q = math.log({"plain": self.plain, "hinted": self.hinted}[prompt][outcome])
+        log_p = math.log(self.plain[outcome])
+        return Sample("q", 1, 1, prompt, list(outcome), log_q, log_p, "", "A", "A", "accepted", False)
 
     def weighed_gradient(self, name: str, budget: int, kind: str) -> torch.Tensor:
         """E[g] with draws="all", over all histories, each weighed as minem weighs what it keeps."""
         weights: Counter[Outcome] = Counter()
         for chance, history in self.histories(name, budget, "all"):
             kept = [(prompt, outcome) for prompt, outcome in history if accepted(outcome)]
-            found = weigh([self.row(*draw) for draw in kept], kind, [""] * len(kept))
+            found = weigh([self.sample(*draw) for draw in kept], kind)
             for (_, outcome), weight in zip(kept, found, strict=True):
                 weights[outcome] += chance * weight
         return sum((weight * self.g[outcome] for outcome, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
@@ -154,7 +156,8 @@ class World:
     def hinted_by_counts(self, k: int, kind: str) -> torch.Tensor:
         """`weighed_gradient("pps", k, kind)` for many draws: over all counts of outcomes, not all histories."""
         right = [outcome for outcome in OUTCOMES if accepted(outcome)]
-        total = torch.zeros(len(PREFIXES), 3, dtype=torch.float64)
+        samples = {outcome: self.sample("hinted", outcome) for outcome in right}
+        weights: Counter[Outcome] = Counter()
         for counts in product(range(k + 1), repeat=len(right)):
             missed = k - sum(counts)
             if missed < 0 or missed == k:
@@ -164,10 +167,10 @@ class World:
                 n * math.log(self.hinted[o]) - math.lgamma(n + 1) for o, n in zip(right, counts, strict=True)
             )
             kept = [o for o, n in zip(right, counts, strict=True) for _ in range(n)]
-            found = weigh([self.row("hinted", o) for o in kept], kind, [""] * len(kept))
+            found = weigh([samples[o] for o in kept], kind)
             for o, weight in zip(kept, found, strict=True):
-                total += math.exp(log_chance) * weight * self.g[o]
-        return total
+                weights[o] += math.exp(log_chance) * weight
+        return sum((weight * self.g[o] for o, weight in weights.items()), torch.zeros(len(PREFIXES), 3))
 
     def expectation(self, name: str, budget: int, draws: str, value: Callable[[list[float]], float]) -> float:
         """E[value(weights of the attempts)], with the importance weights w = r pi(z | plain) / q(z | hinted)."""
@@ -222,7 +225,7 @@ def test_2_keeping_every_accepted_draw(world, budget):
     close(world.expected_gradient("rsm", budget, "all", mean=True), kept * world.grad_accuracy(log=True))
 
 
-@pytest.mark.parametrize("budget", [1, 2, 4])
+@pytest.mark.parametrize("budget", [1, 3])
 def test_2_question_weights_give_the_posterior_gradient_of_what_was_solved(world, budget):
     kept = 1 - (1 - world.p) ** budget
     expected = kept * world.grad_accuracy(log=True)
@@ -236,11 +239,11 @@ def test_4_question_weights_do_not_turn_hinted_draws_into_posterior_ones(world):
     close(world.weighed_gradient("pps", 3, "question"), (1 - (1 - world.a) ** 3) * world.hinted_gradient())
 
 
-def test_4_importance_weights_do_where_one_draw_of_each_kind_in_proportion_is_there(world):
+def test_4_importance_weights_do_if_one_draw_of_each_kind_in_proportion_is_given(world):
     """With q spread evenly over the right outcomes and each drawn once, their weights are the posterior itself."""
     right = [outcome for outcome in OUTCOMES if accepted(outcome)]
     world.hinted = {o: 1 / len(right) if accepted(o) else 0.0 for o in OUTCOMES}
-    found = weigh([world.row("hinted", o) for o in right], "importance", [""] * len(right))
+    found = weigh([world.sample("hinted", o) for o in right], "importance")
     assert found == pytest.approx([world.plain[o] / world.p for o in right], rel=1e-12)
     close(sum(w * world.g[o] for w, o in zip(found, right, strict=True)), world.grad_accuracy(log=True))
 
@@ -257,7 +260,7 @@ def test_4_importance_weights_approach_the_posterior_gradient_as_one_over_k(worl
     biases = {k: bias(k, "importance") for k in (1, 2, 4, 8, 16, 32)}
     assert all(biases[2 * k] < biases[k] for k in (1, 2, 4, 8, 16))
     assert biases[32] / biases[16] == pytest.approx(0.5, abs=0.1)
-    assert bias(32, "question") == pytest.approx(bias(1, "question"), rel=1e-9)  # never gets any nearer
+    assert bias(8, "question") == pytest.approx(bias(1, "question"), rel=1e-9)  # never gets any nearer
 
 
 def test_3_plain_and_hinted_draws_are_weighed_together(world):
@@ -272,7 +275,7 @@ def test_3_self_taught_reasoner(world, budget):
     close(world.expected_gradient("star", budget), world.grad_accuracy() + saved * world.hinted_gradient())
 
 
-def test_3_keeping_every_accepted_draw_still_hints_only_where_the_model_failed(world):
+def test_3_keeping_every_accepted_draw_still_hints_only_if_the_model_failed(world):
     hinted = (1 - world.p) * 2 * world.a
     close(world.expected_gradient("star", 3, "all"), world.grad_accuracy() + hinted * world.hinted_gradient())
 
@@ -284,7 +287,7 @@ def test_4_prompt_posterior_sampling(world, budget):
 
 
 def test_3_and_4_differ_from_the_posterior_gradient(world):
-    """The identities are no tautology: hinted draws do not, in general, pull where the exact posterior would."""
+    """The identities are no tautology: hinted draws do not, in general, pull as the exact posterior does."""
     apart = world.hinted_gradient() - world.grad_accuracy(log=True)
     assert apart.norm() > 0.05 * world.grad_accuracy(log=True).norm()
 
@@ -307,7 +310,7 @@ def test_5_lazy_attempts_overestimate_p(world, budget):
     assert without_limit == pytest.approx(-math.log(world.a) / (1 - world.a), rel=1e-6)
 
 
-def test_5_where_q_misses_part_of_the_posterior_the_estimate_falls_short(world):
+def test_5_if_q_misses_part_of_the_posterior_the_estimate_falls_short(world):
     missed = max((o for o in OUTCOMES if accepted(o)), key=world.plain.__getitem__)
     rest = 1 - world.hinted[missed]
     world.hinted = {o: 0.0 if o == missed else chance / rest for o, chance in world.hinted.items()}
@@ -315,7 +318,7 @@ def test_5_where_q_misses_part_of_the_posterior_the_estimate_falls_short(world):
     assert estimate == pytest.approx(world.p - world.plain[missed], rel=1e-12)
 
 
-def test_5_log_mean_weight_is_a_bound_that_grows_where_q_always_accepts(world):
+def test_5_log_mean_weight_is_a_bound_that_grows_if_q_always_accepts(world):
     world.hinted = {o: chance / world.a if accepted(o) else 0.0 for o, chance in world.hinted.items()}
     bounds = [world.expectation("pps", k, "all", lambda w: math.log(sum(w) / len(w))) for k in (1, 2, 3, 4)]
     assert all(lower < higher for lower, higher in pairwise(bounds))

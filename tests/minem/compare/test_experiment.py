@@ -25,6 +25,7 @@ from minem.compare.results import Cell, matched
 from minem.config import load_config
 from minem.data.tasks import TOY, load_task
 from minem.em.estep import encode_prompt
+from minem.em.masters import Masters
 from minem.em.mstep import MStep
 from minem.em.packing import Example
 from minem.em.samplers import Budgeted
@@ -175,7 +176,7 @@ def test_files_of_finished_runs_that_changed_are_made_again(tmp_path):
 def test_asked_to_stop_in_an_m_step_it_writes_a_checkpoint(tmp_path, monkeypatch):
     more = ["--iterations", "1", "--limit", "12", "--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
     more += ["--set", "mstep.epochs=3"]
-    update, made = MStep._update, [0]
+    update, made = Masters.step, [0]
 
     def counted(*arguments: Any) -> None:
         update(*arguments)
@@ -183,7 +184,7 @@ def test_asked_to_stop_in_an_m_step_it_writes_a_checkpoint(tmp_path, monkeypatch
         if made[0] == 2:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(MStep, "_update", counted)
+    monkeypatch.setattr(Masters, "step", counted)
     stopped = compare(tmp_path / "cut", *more, samplers="rsm:2", seeds="0")
     assert stopped.exit_code == 3, stopped.output
     assert "stopped by SIGTERM after step 2 of " in " ".join(stopped.stderr.split())

@@ -22,7 +22,7 @@ plans = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(plans)
 def test_every_example_once_per_epoch_in_even_steps_within_capacity(arguments):
     lengths = arguments["lengths"]
@@ -40,7 +40,7 @@ def test_every_example_once_per_epoch_in_even_steps_within_capacity(arguments):
     assert steps == plan(**arguments)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(plans, st.integers(1, 100), st.integers(1, 9))
 def test_neither_capacity_nor_ranks_change_an_optimizer_step(arguments, pack_tokens, ranks):
     steps = plan(**arguments)
@@ -48,7 +48,7 @@ def test_neither_capacity_nor_ranks_change_an_optimizer_step(arguments, pack_tok
     assert [step.examples for step in steps] == [step.examples for step in others]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(plans, st.integers(2, 9))
 def test_ranks_share_a_step_in_equally_many_micro_batches_within_capacity(arguments, ranks):
     lengths, capacity = arguments["lengths"], arguments["pack_tokens"]
@@ -62,7 +62,7 @@ def test_ranks_share_a_step_in_equally_many_micro_batches_within_capacity(argume
         loads = [sum(lengths[i] for i in one) for one in step.micro_batches]
         for micro_batch, load in zip(step.micro_batches, loads, strict=True):
             assert len(micro_batch) <= 1 or load <= capacity
-        if () in step.micro_batches:  # only where nothing is left to part
+        if () in step.micro_batches:  # only if nothing is left to split
             assert all(len(one) <= 1 for one in step.micro_batches)
         rounds = [loads[i : i + ranks] for i in range(0, len(loads), ranks)]
         assert all(min(larger) >= max(smaller) for larger, smaller in pairwise(rounds))
@@ -82,16 +82,16 @@ def test_even_bins_by_hand():
     # One bin would do. For two ranks bins of 5 are enough, for three bins of 3 (the 4 is longer and has its own).
     assert even_bins([4, 2, 2, 1], 10, 2) == [[0, 3], [1, 2]]
     assert even_bins([4, 2, 2, 1], 10, 3) == [[0], [1, 3], [2]]
-    # Six 3s fill six bins of 3 or three of 6, never four: of the three one is parted.
+    # Six 3s fill six bins of 3 or three of 6, never four: one of the three is split.
     assert even_bins([3] * 6, 7, 4) == [[2, 3], [4, 5], [0], [1]]
     assert even_bins([5, 3], 10, 4) == [[0], [1], [], []]
     # Three bins of 8 tokens for two ranks: four of 6 do as well, and the second round goes backwards.
     assert even_bins([4, 4, 4, 4, 2, 2, 2, 2], 8, 2) == [[0, 4], [1, 5], [3, 7], [2, 6]]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 100), max_size=60))
-def test_bins_are_at_most_half_empty_but_for_one(lengths):
+def test_all_bins_except_one_are_half_full_or_more(lengths):
     bins = best_fit_decreasing(lengths, 100)
     loads = sorted(sum(lengths[i] for i in one) for one in bins)
     # No two bins would fit into one: otherwise best fit would not have opened the second.
@@ -109,10 +109,10 @@ def test_shuffles_depend_on_seed_iteration_and_epoch_and_are_unbiased():
     orders = {tuple(shuffle(20, *key)) for key in keys}
     assert len(orders) == len(keys)
     counts = torch.zeros(4, 4)
-    for seed in range(2000):
+    for seed in range(1000):
         for position, item in enumerate(shuffle(4, seed, 1, 0)):
             counts[position, item] += 1
-    chi_square = ((counts - 500) ** 2 / 500).sum()
+    chi_square = ((counts - 250) ** 2 / 250).sum()
     assert chi_square < 27.9  # 0.1 % point of chi-square with (4 - 1) * (4 - 1) = 9 degrees of freedom
 
 
@@ -132,28 +132,13 @@ def test_pack_supervises_the_sampled_tokens_only():
     assert packed.token_weights.tolist() == [0.5, 0.5, 0.5, 1.0]
 
 
-def test_pack_takes_no_more_than_what_is_supervised():
-    """The rest of the sampled tokens enters neither loss nor model."""
-    first = Example("a", [1, 2, 3], [7, 8, 9], weight=0.5, supervised=2)
-    second = Example("b", [4, 5], [6, 7], supervised=1)
-    packed = pack([first, second])
-    assert packed.input_ids.tolist() == [1, 2, 3, 7, 4, 5]
-    assert packed.lengths == [4, 2] == [len(first), len(second)]
-    assert packed.rows.tolist() == [2, 3, 5]
-    assert packed.targets.tolist() == [7, 8, 6] == first.targets + second.targets
-    assert packed.token_weights.tolist() == [0.5, 0.5, 1.0]
-    whole = Example("a", [1, 2, 3], [7, 8, 9], weight=0.5, supervised=3)
-    assert pack([whole]).targets.tolist() == pack([Example("a", [1, 2, 3], [7, 8, 9])]).targets.tolist()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"supervised": 0}, "example 'q': supervised is 0; it must be between 1 and the 1 of token_ids"),
-        ({"supervised": 2}, "example 'q': supervised is 2"),
-        ({"prompt_ids": []}, "example 'q': prompt_ids is empty"),
-        ({"token_ids": []}, "example 'q': token_ids is empty"),
+        ({"prompt_ids": []}, "example 'q': it needs a prompt and sampled tokens"),
+        ({"token_ids": []}, "example 'q': it needs a prompt and sampled tokens"),
         ({"weight": float("nan")}, "example 'q': weight is nan"),
+        ({"weight": float("inf")}, "example 'q': weight is inf"),
         ({"weight": 0.0}, "example 'q': weight is 0.0"),
     ],
 )

@@ -16,7 +16,7 @@ from minem.errors import GuardError
 from tests.minem.folders import VOCABULARY, make_folder
 
 
-def draws(folder, dtype, n: int = 40):
+def draws(folder, dtype, n: int = 20):
     model, tokenizer = minem.load(folder, dtype=dtype)
     generator = minem.Generator(model, tokenizer, slots=8)
     numbers = torch.Generator().manual_seed(1)
@@ -27,15 +27,16 @@ def draws(folder, dtype, n: int = 40):
     return model, list(generator)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("llama", torch.float32), ("qwen2", torch.bfloat16), ("qwen3", torch.float32)]
+)
 def test_generator_and_trainer_agree(tmp_path, kind, dtype):
     make_folder(tmp_path, kind)
     model, completions = draws(tmp_path, dtype)
     found = agreement(model, completions, pack_tokens=512)
-    assert found.tokens == sum(len(c.token_ids) for c in completions) > 500
+    assert found.tokens == sum(len(c.token_ids) for c in completions) > 250
     found.require(dtype)
-    assert found == agreement(model, completions[::-1], pack_tokens=512) or dtype == torch.bfloat16
+    agreement(model, completions[::-1], pack_tokens=100_000).require(dtype)  # packed in another way
 
 
 def test_the_estimate_is_that_of_the_definition(tmp_path):

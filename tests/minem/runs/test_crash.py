@@ -21,7 +21,7 @@ import torch
 from minem.config import load_config
 from minem.console import Progress
 from minem.em.loop import Experiment
-from minem.em.mstep import MStep
+from minem.em.masters import Masters
 from minem.em.packing import Example
 from minem.errors import GuardError, Interrupted
 from minem.files import read_rows
@@ -299,7 +299,7 @@ def losses(run: Path) -> list[float]:
 
 def run_in_process(out: Path, settings: Sequence[str], monkeypatch: pytest.MonkeyPatch, stop_after: int = 0) -> int:
     """A whole run, asked to stop at so many updates; how many updates it made."""
-    stop, update, made = Stop(), MStep._update, [0]
+    stop, update, made = Stop(), Masters.step, [0]
 
     def counted(*arguments: Any) -> None:
         update(*arguments)
@@ -309,7 +309,7 @@ def run_in_process(out: Path, settings: Sequence[str], monkeypatch: pytest.Monke
 
     config = load_config(overrides=settled(["eval.diagnostics=0", *settings, f"run.out={out}"]))
     with monkeypatch.context() as patch:
-        patch.setattr(MStep, "_update", counted)
+        patch.setattr(Masters, "step", counted)
         if stop_after:
             with pytest.raises(Interrupted, match=rf"stopped by SIGTERM after step \d+ .* {AGAIN}"):
                 train(config, Progress(), stop=stop)
