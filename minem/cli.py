@@ -497,9 +497,9 @@ def show(run: Path, iteration: int | None, status: str | None, question: str | N
     """Show what the model wrote in the E-steps of a run, finished or not."""
     from minem.console import Progress
     from minem.report import show as shown
-    from minem.report.reader import read_run, told_as_damage
+    from minem.report.reader import read_run, checked
 
-    with told_as_damage(run):
+    with checked(run):
         read = read_run(run)
         rows, matched = shown.matching(read, n, iteration, status, question)
         lines = list(shown.lines(rows))

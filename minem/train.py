@@ -53,9 +53,9 @@ def conclude(run: RunDirectory) -> None:
     """What ends a run's directory: its picture and its report."""
     if not run.finished("plot"):
         with run.stage("plot") as record:
-            from minem.report.plot import plot_accuracy
+            from minem.report.charts import plot_accuracy
 
-            plot_accuracy(run, record.path("accuracy.png"))
+            plot_accuracy(run.path, record.path("accuracy.png"))
     if not run.finished(LAST_STAGE):
         with run.stage(LAST_STAGE) as record:
             from minem.report.page import write_report

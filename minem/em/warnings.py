@@ -8,9 +8,10 @@ Each rule is one function of the numbers that the journal and the metrics have: 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from minem.statistics import mean, standard_deviation
 
 ALL_ACCEPTED = 0.99  # share of the attempts from which on rejection selects nothing
 FEW_SOLVED = 0.05  # share of the questions below which hardly anything is learned from
@@ -79,8 +80,8 @@ def loss_not_falling(losses: Sequence[float]) -> str | None:
     if len(losses) < FEWEST_STEPS:
         return None
     first, second = losses[:half], losses[-half:]
-    before, after = statistics.fmean(first), statistics.fmean(second)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(second)) / half)
+    before, after = mean(first), mean(second)
+    error = math.hypot(*(standard_deviation(losses) or 0.0 for losses in (first, second))) / math.sqrt(half)
     if before - after + 2 * error >= LEAST_FALL * before:
         return None
     return (

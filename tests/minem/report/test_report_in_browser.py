@@ -39,7 +39,7 @@ def page(tmp_path_factory) -> Path:
         for name, more, seed, sampler in (("a", hostile, 0, "rsm"), ("b", [], 1, "rsm"), ("c <i>", [], 0, "star"))
     ]
     path = '<path d="M0 0 9 9" style="stroke: #000000"/>'
-    svg = '<svg viewBox="0 0 9 9" onload="alert(3)"><script>alert(4)</script>' + path + "</svg>"
+    svg = '<svg aria-label="plot" viewBox="0 0 9 9" onload="alert(3)"><script>alert(4)</script>' + path + "</svg>"
     comparison = {
         "tables": [{"title": HOSTILE, "note": "", "columns": ["sampler", HOSTILE], "rows": [[HOSTILE, 1]]}],
         "plots": [{"title": "plot", "svg": svg}],
