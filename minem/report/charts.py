@@ -35,14 +35,11 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 DASHES = ("-", "--", ":", "-.")
 VARIABLES = {colour: f"var(--series-{number})" for number, colour in enumerate(COLOURS)}
 VARIABLES |= {"#000000": "currentColor", "#ffffff": "var(--paper)"}
-STYLE: Any = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
-    "svg.hashsalt": "minem",  # the same picture, the same bytes
-    **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False},
-    **{"axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6},
-    **{"axes.grid": True, "axes.grid.axis": "y"},
-    **{"grid.color": "#000000", "grid.alpha": 0.15, "grid.linewidth": 0.6},
-}
+# Text stays text: small, selectable, in the page's own font. The same picture gives the same bytes.
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "minem", "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y"}
+STYLE |= {"axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
+STYLE |= {"grid.color": "#000000", "grid.alpha": 0.15, "grid.linewidth": 0.6}
 
 
 class Point(NamedTuple):
@@ -65,18 +62,18 @@ def draw(curves: Mapping[int, Sequence[Point]], share: bool, x_label: str, name:
     name: for screen readers.
     """
     figure = Figure(figsize=(4.2, 2.5))
-    axes = figure.add_axes((0.15, 0.2, 0.83, 0.77))
+    axes = figure.add_axes((0.15, 0.2, 0.83, 0.77), xlabel=x_label, ylabel="%" if share else "")
     for number, points in curves.items():
         x, *bands = zip(*points, strict=True)
         value, low, high = ([100 * one if share else one for one in band] for band in bands)
         colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x, value, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3.5)
-    axes.set_xlabel(x_label)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if share:
-        axes.set_ylabel("%")
-        axes.set_ylim(*_percent_range(*axes.get_ylim()))
+        bottom, top = axes.get_ylim()
+        missing = max(0.0, 10 - (top - bottom)) / 2
+        axes.set_ylim(max(-1.0, min(bottom - missing, 90.0)), min(101.0, max(top + missing, 10.0)))
     else:
         axes.set_ylim(0, 1.08 * (max(point.high for points in curves.values() for point in points) or 1))
     for axis in (axes.xaxis, axes.yaxis):
@@ -164,10 +161,3 @@ def _svg(figure: Figure, name: str) -> str:
     svg = re.sub(r'(\bid="|"#|\(#)', rf"\g<1>{prefix}", svg)
     svg = re.sub(r"^<svg.*?>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, flags=re.DOTALL)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(visible(name))}"', 1).strip()
-
-
-def _percent_range(low: float, high: float) -> tuple[float, float]:
-    """At least ten points of a percentage, between 0 and 100 (and a little space above)."""
-    missing = max(0.0, 10 - (high - low)) / 2
-    low, high = low - missing, high + missing
-    return max(-1.0, min(low, 90.0)), min(101.0, max(high, 10.0))

@@ -17,13 +17,14 @@ from minem.console import percent
 from minem.em.diagnostics import EXPLAINED
 from minem.report.charts import COLOURS, DASHES, Point, draw
 from minem.report.reader import Run
+from minem.report.tables import accuracy
 from minem.statistics import mcnemar, mean, standard_deviation
 
-COST = "The same, over all tokens drawn in E-steps so far, rejected and cancelled ones too."
+BY_COST = "Accuracy by cost", "The same, over all tokens drawn in E-steps so far, rejected and cancelled ones too."
 # Title, sentence, the stage and the key in its result.
 CHARTS = (
     ("Accuracy", "Greedy, on validation.", "eval.validation", "accuracy"),
-    ("Accuracy by cost", COST, "eval.validation", "accuracy"),
+    (*BY_COST, "eval.validation", "accuracy"),
     ("Accuracy at temperature 1", "Share of right draws on validation: what EM raises.", "eval.validation", "sampled"),
     ("Questions solved", "Share of the training questions with a right draw.", "estep", "solved_share"),
     ("Tokens drawn", "By the E-steps up to each iteration.", "estep", "drawn"),
@@ -80,27 +81,20 @@ class Group:
 
 def summary(name: str, run: Run) -> dict[str, Any]:
     """The row of a run in the first table."""
-    last, wanted = max(run.iterations, default=0), run.config["run"].get("iterations")
-    row = {"state": f"unfinished, in iteration {last} of {wanted}", "test": "", "flips": "", "p": ""}
-    if run.last_test is not None:
-        lost, won = map(len, run.flips)
-        row = {
-            "state": "finished",
-            "test": _accuracy(run.result(run.last_test, "eval.test")),
-            "flips": f"{won} became right, {lost} became wrong",
-            "p": f"{mcnemar(lost, won):.2g}",
-        }
-    return row | {
+    last, wanted, tested = max(run.iterations, default=0), run.config["run"].get("iterations"), run.last_test
+    base, test = run.result(0, "eval.test"), run.result(tested or 0, "eval.test")
+    lost, won = map(len, run.flips)
+    return {
         "run": name,
         "sampler": run.sampler,
         "seed": run.config["run"].get("seed"),
-        "base": _accuracy(run.result(0, "eval.test")),
+        "state": "finished" if tested else f"unfinished, in iteration {last} of {wanted}",
+        "base": accuracy(base) if base else "",
+        "test": accuracy(test) if tested else "",
+        "flips": f"{won} became right, {lost} became wrong" if tested else "",
+        "p": f"{mcnemar(lost, won):.2g}" if tested else "",
         "tokens": f"{sum(run.series('estep', 'tokens').values()):,.0f}",
     }
-
-
-def _accuracy(result: Mapping[str, Any]) -> str:
-    return percent(result["accuracy"], (result["low"], result["high"])) if result else ""
 
 
 def by_task(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -140,7 +134,7 @@ def _chart(task: str, groups: Sequence[Group], title: str, text: str, stage: str
     """A chart and the same numbers as a table; None if no run has any."""
     share, x_label = key not in NO_SHARES, "EM iteration (0: base model)"
     curves = {group: group.points(stage, key) for group in groups}
-    if text == COST:
+    if (title, text) == BY_COST:
         x_label = "tokens drawn"
         curves = {group: group.by_cost(points) for group, points in curves.items()}
     curves = {group: points for group, points in curves.items() if points}
@@ -198,8 +192,5 @@ def warnings(name: str, run: Run) -> list[str]:
 def falls(name: str, run: Run) -> list[str]:
     """Sentences on hinted acceptance that fell."""
     hinted = run.series("diagnostics", "hinted")
-    return [
-        f"{name}: from {percent(hinted[1])} in iteration 1 to {percent(share)} in iteration {i}"
-        for i, share in hinted.items()
-        if run.result(i, "diagnostics").get("falling") and 1 in hinted
-    ]
+    fell = [i for i in hinted if run.result(i, "diagnostics").get("falling") and 1 in hinted]
+    return [f"{name}: from {percent(hinted[1])} in iteration 1 to {percent(hinted[i])} in iteration {i}" for i in fell]

@@ -59,8 +59,8 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["visible"] = lambda value: visible(str(value))
-    names = [run.name for run in runs]
-    named = [(run.name if names.count(run.name) == 1 else str(run.path), run) for run in runs]
+    names = [run.path.resolve().name for run in runs]
+    named = [(n if names.count(n) == 1 else str(run.path), run) for n, run in zip(names, runs, strict=True)]
     script = (PAGE / "page.js").read_text(encoding="utf-8")
     return environment.get_template("page.html").render(
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",

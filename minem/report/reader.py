@@ -35,19 +35,12 @@ SAMPLE |= {"logprob_q": float | int | None, "logprob_plain": float | int | None}
 
 @dataclass(frozen=True)
 class Run:
-    """A run as far as it has got. `results` is its journal: {stage: result}."""
+    """A run as far as it has got. `facts`: run.json, `results`: its journal as {stage: result}."""
 
     path: Path
     facts: dict[str, Any]
+    config: dict[str, dict[str, Any]]
     results: dict[str, dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name
-
-    @property
-    def config(self) -> dict[str, dict[str, Any]]:
-        return self.facts["config"]
 
     @property
     def sampler(self) -> str:
@@ -144,7 +137,7 @@ def read_run(path: Path) -> Run:
     config = facts.get("config")
     if not (isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in SECTIONS)):
         raise UserError(f"{path} is not a run directory: its run.json holds no config with {', '.join(SECTIONS)}")
-    return Run(path, facts, read_journal(path))
+    return Run(path, facts, config, read_journal(path))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The last lines of `minem train`, `minem compare` and `minem eval` come from here
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
@@ -24,7 +25,7 @@ def train_table(result: dict[str, Any]) -> None:
     rows: list[dict[str, Any]] = []
     for row in result["iterations"]:
         estep, mstep, validation = row.get("estep"), row.get("mstep"), row["validation"]
-        cells = {"iteration": row["iteration"] or "base", "validation, greedy": _accuracy(validation)}
+        cells = {"iteration": row["iteration"] or "base", "validation, greedy": accuracy(validation)}
         if validation["sampled"] is not None:
             cells["temperature 1"] = percent(validation["sampled"])
         if estep:
@@ -38,7 +39,7 @@ def train_table(result: dict[str, Any]) -> None:
     table(columns, [[cells.get(column, "") for column in columns] for cells in rows], file=sys.stdout)
     test = result["test"]
     say(
-        f"test ({test['base']['n']} questions, greedy): {_accuracy(test['base'])} -> {_accuracy(test['last'])}; "
+        f"test ({test['base']['n']} questions, greedy): {accuracy(test['base'])} -> {accuracy(test['last'])}; "
         f"{test['wrong_to_right']} became right, {test['right_to_wrong']} became wrong, "
         f"McNemar p = {test['mcnemar_p']:.2g}"
     )
@@ -58,7 +59,7 @@ def compare_tables(result: dict[str, Any]) -> None:
 
 
 def eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
-    rows = {"accuracy, greedy": _accuracy(summary)}
+    rows = {"accuracy, greedy": accuracy(summary)}
     if summary["sampled"] is not None:
         rows["accuracy, temperature 1"] = percent(summary["sampled"])
     rows |= {f"pass@{k}": percent(share) for k, share in summary.get("pass_at_k", {}).items()}
@@ -70,10 +71,11 @@ def eval_table(named: dict[str, Any], summary: dict[str, Any]) -> None:
     columns = [f"{named['model']} on {named['task']}", f"{named['split']}, n = {summary['n']}"]
     table(columns, list(rows.items()), file=sys.stdout)
     if "subjects" in summary:
-        subjects = [[name, str(s["n"]), _accuracy(s)] for name, s in summary["subjects"].items()]
+        subjects = [[name, str(s["n"]), accuracy(s)] for name, s in summary["subjects"].items()]
         table(["subject", "n", "accuracy, greedy"], subjects, file=sys.stdout)
     say(f"answers: {named['answers']}")
 
 
-def _accuracy(result: dict[str, Any]) -> str:
+def accuracy(result: Mapping[str, Any]) -> str:
+    """With its 95 % interval, like "61.3 % (57.0-65.4)"."""
     return percent(result["accuracy"], (result["low"], result["high"]))
