@@ -83,7 +83,7 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     """Of a sample (n - 1); None for fewer than two values."""
     if len(values) < 2:
         return None
-    if max(values) == min(values):  # whose mean need not be exactly their value
+    if max(values) == min(values):  # their mean may differ from them by rounding
         return 0.0
     centre = mean(values)
     return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
@@ -142,7 +142,7 @@ class ImportanceEstimate:
     """Estimate from K hinted draws of p(y | x), the chance that the model reaches the answer unaided."""
 
     p_hat: float  # the mean weight: unbiased if the proposal can draw every right rationale
-    ess: float  # effective sample size, between 1 and K; 0 where all were rejected
+    ess: float  # effective sample size, between 1 and K; 0 if all were rejected
     any_accepted: bool
     log_p_hat: float | None  # if q always accepts, on average a lower bound of log p(y | x); None: all rejected
 

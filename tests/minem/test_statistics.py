@@ -1,7 +1,9 @@
 """Intervals and tests against scipy, corrections and estimators against their definitions, by exact enumeration."""
 
 import math
+import re
 from itertools import combinations, permutations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -170,3 +172,9 @@ def test_importance_of_long_rationales():
     assert found.log_p_hat == pytest.approx(-700.0)
     assert found.ess == pytest.approx(2.0)
     assert importance([-1.0], [-1.0], [False]) == importance([-9.0], [-2.0], [False])
+
+
+def test_no_module_of_minem_imports_the_standard_librarys_statistics():
+    folder = Path(__file__).parents[2] / "minem"
+    wrong = re.compile(r"^\s*(import statistics|from statistics import)", re.MULTILINE)
+    assert [str(path) for path in folder.rglob("*.py") if wrong.search(path.read_text())] == []
