@@ -7,7 +7,6 @@ import json
 import os
 import re
 import statistics
-import xml.etree.ElementTree
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,6 @@ from minem.cli import main
 from minem.data.tasks import load_task
 from minem.hub import download
 from minem.report import figures
-from minem.report.charts import plot_accuracy, plot_spent, svg_spent
 from minem.report.page import TEXT_LIMIT, write_report
 from minem.report.reader import _load_task, choose, read_run
 from minem.runs.directory import read_journal
@@ -321,28 +319,6 @@ def test_a_comparison_comes_first(tmp_path, without_charts):
     assert "five seeds" in page
     assert "<strong>Plot</strong></figcaption><svg></svg>" in page
     assert 'id="comparison"' not in page_of(run)
-
-
-def test_pictures_of_a_run_and_of_a_comparison(tmp_path):
-    run = make_run(tmp_path / "run", base=[answer("a", "wrong")], last=[answer("a", "accepted")])
-    pictures = [tmp_path / name for name in ("a.png", "b.png", "c.png")]
-    plot_accuracy(run, pictures[0])
-    spent = [
-        {"task": task, "sampler": sampler, "curve": [(0, 0.5), (1000 + seed, 0.75)]}
-        for task in ("toy <b>", "gsm8k")
-        for sampler in ("rsm:8", "star:2")
-        for seed in (0, 1)
-    ]
-    for path in pictures[1:]:
-        plot_spent(spent, path)
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    assert pictures[1].read_bytes() == pictures[2].read_bytes()  # the same picture, the same bytes
-    svgs = svg_spent(spent)
-    assert [one["title"] for one in svgs] == [f"{task}: accuracy against tokens spent" for task in ("toy <b>", "gsm8k")]
-    for one in svgs:
-        assert xml.etree.ElementTree.fromstring(one["svg"]).get("aria-label") == one["title"]
-        assert "stroke: currentColor" in one["svg"]
-        assert "#" not in re.sub(r'"#c|\(#c', "", one["svg"])  # no colour that a theme does not change
 
 
 def test_hinted_acceptance_that_fell_is_reported(tmp_path, without_charts):
