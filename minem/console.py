@@ -1,4 +1,4 @@
-"""What a person sees while a run works: one line per stage, on stderr.
+"""Progress on stderr: one line per stage of a run.
 
     minem train                     # a terminal: one live line, which stays when its stage is done
     minem train 2> train.log        # anything else: plain lines, at most one every ten seconds
@@ -7,10 +7,10 @@
         with progress.stage("iteration 1/4 E-step", total=512) as line:
             line.update(120, accepted=percent(0.61), tokens_per_s=5300.0)
 
-    iteration 1/4 E-step  ━━━━╸───────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
+    iteration 1/4 E-step  ━━━━────────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
 
-Nothing shown is trusted: names, answers and texts come from files and models, so `minem.text.clean` takes out whatever
-a terminal would obey instead of print, and markup is never interpreted.
+Names, answers and texts come from files and models: `minem.text.clean` removes what a terminal would obey instead of
+print, and rich's markup is off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TextIO
 
 from rich import box
@@ -33,16 +33,16 @@ BAR_WIDTH = 20
 
 
 class Line:
-    """The line of one running stage; `Progress.stage` hands it out."""
+    """The line of one running stage; `Progress.stage` makes it."""
 
     def __init__(self, name: str, total: int | None, clock: Callable[[], float]) -> None:
         self.name = clean(name)
         self.total = total
         self.done = 0
         self.facts: dict[str, str | float] = {}
+        self.on_update: Callable[[], None] = lambda: None
         self._clock = clock
-        self._start = clock()
-        self._on_update: Callable[[], None] = lambda: None
+        self.start = self.shown = clock()
 
     def update(self, done: int | None = None, **facts: str | float) -> None:
         """Set how much is done (in the units of `total`) and the latest numbers; those not named stay as they are.
@@ -51,20 +51,21 @@ class Line:
         """
         self.done = self.done if done is None else done
         self.facts |= facts
-        self._on_update()
+        self.on_update()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the stage began."""
-        return self._clock() - self._start
+        return self._clock() - self.start
 
-    def text(self, ending: str | None = None) -> str:
+    def text(self, ending: str | None = None, bar: str = "") -> str:
         """The line as it stands, or with `ending` ("done", "stopped") the one that stays."""
         elapsed = self.elapsed
-        parts = [self.name]
+        parts = [part for part in (self.name, bar) if part]
         if self.total is not None:
             parts.append(f"{self.done:,}/{self.total:,}")
-        parts += [f"{_label(name)} {_shown(value)}" for name, value in self.facts.items()]
+        for name, value in self.facts.items():
+            parts.append(f"{clean(name).replace('_per_', '/').replace('_', ' ')} {_shown(value)}")
         if ending:
             parts.append(f"{ending} after {duration(elapsed)}")
         elif self.total and 0 < self.done <= self.total:
@@ -75,38 +76,39 @@ class Line:
         return "  ".join(parts)
 
     def __rich__(self) -> Text:
-        text = self.text()
-        bar = ""
-        if self.total:
-            filled = min(self.done, self.total) * BAR_WIDTH // self.total
-            bar = "  " + "━" * filled + "─" * (BAR_WIDTH - filled)
+        filled = min(self.done, self.total) * BAR_WIDTH // self.total if self.total else 0
+        bar = "━" * filled + "─" * (BAR_WIDTH - filled) if self.total else ""
         # Cut rather than wrapped: a live line that wraps leaves its old halves behind.
-        return Text(self.name + bar + text[len(self.name) :], no_wrap=True, overflow="ellipsis")
+        return Text(self.text(bar=bar), no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
     """The lines of a run, on stderr unless another stream is given.
 
-    interval: seconds between two plain lines of a stage; a terminal is refreshed four times a second.
-    clock: seconds, for the tests.
+    interval: seconds between two plain lines of a stage; a terminal is refreshed four times a second. clock: seconds.
     """
 
     def __init__(
         self, stream: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        self._console = _console(self._stream)
-        self._live = self._stream.isatty() and not self._console.is_dumb_terminal
+        stream = sys.stderr if stream is None else stream
+        self._console = _Console(stream)
+        self._live = stream.isatty() and not self._console.is_dumb_terminal
         self._interval = interval
         self._clock = clock
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Line]:
-        """Show a line while the block runs; `total` is how much there is to do, where that is known."""
+        """Show a line while the block runs; `total` is how much there is to do, if that is known."""
         line = Line(name, total, self._clock)
+        if not self._live:
+            self.note(line.name + (f"  0/{total:,}" if total is not None else ""))
+            line.on_update = lambda: self._note_again(line)
+        # stdout is for results, so rich must not redirect it.
+        live = Live(line, console=self._console, transient=True, redirect_stdout=False, refresh_per_second=4)
         ending = "stopped"
         try:
-            with self._shown_live(line) if self._live else self._shown_plainly(line):
+            with live if self._live else nullcontext():
                 yield line
             ending = "done"
         finally:
@@ -115,30 +117,15 @@ class Progress:
     def note(self, text: str) -> None:
         """Print one line: a warning, or what was inferred or skipped.
 
-        Where nobody can read it (the other end of a pipe has gone, the disk of a log is full), the work goes on.
+        If it cannot be printed (a closed pipe, a full disk), the work continues without it.
         """
         with suppress(OSError):
             self._console.print(Text(redact(clean(text))), soft_wrap=True)
 
-    @contextmanager
-    def _shown_live(self, line: Line) -> Iterator[None]:
-        # stdout is for results and must stay untouched by what happens here.
-        with Live(line, console=self._console, transient=True, redirect_stdout=False, refresh_per_second=4):
-            yield
-
-    @contextmanager
-    def _shown_plainly(self, line: Line) -> Iterator[None]:
-        self.note(line.name + (f"  0/{line.total:,}" if line.total is not None else ""))
-        last = self._clock()
-
-        def on_update() -> None:
-            nonlocal last
-            if self._clock() - last >= self._interval:
-                last = self._clock()
-                self.note(line.text())
-
-        line._on_update = on_update
-        yield
+    def _note_again(self, line: Line) -> None:
+        if self._clock() - line.shown >= self._interval:
+            line.shown = self._clock()
+            self.note(line.text())
 
 
 def table(
@@ -150,9 +137,9 @@ def table(
     for index, column in enumerate(columns):
         made.add_column(Text(clean(column)), justify="right" if index else "left")
     for row in rows:
-        made.add_row(*(Text(clean(_shown(cell) if isinstance(cell, int | float) else str(cell))) for cell in row))
+        made.add_row(*(Text(_shown(cell)) for cell in row))
     # A file has no width that a table would have to fit in.
-    _console(stream, width=None if stream.isatty() else 500).print(made)
+    _Console(stream, width=None if stream.isatty() else 500).print(made)
 
 
 def percent(share: float, interval: tuple[float, float] | None = None) -> str:
@@ -169,22 +156,15 @@ def duration(seconds: float) -> str:
 
 
 class _Console(Console):
+    def __init__(self, file: TextIO, width: int | None = None) -> None:
+        super().__init__(file=file, markup=False, emoji=False, highlight=False, width=width)
+
     def on_broken_pipe(self) -> None:
-        """rich would end the process, and with it a run of hours, for want of a reader."""
+        """rich would end the process, and a run of hours with it, because its reader has gone."""
         self.quiet = True
 
 
-def _console(stream: TextIO, width: int | None = None) -> Console:
-    return _Console(file=stream, markup=False, emoji=False, highlight=False, width=width)
-
-
-def _label(name: str) -> str:
-    return clean(name).replace("_per_", "/").replace("_", " ")
-
-
-def _shown(value: str | float) -> str:
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, int) or abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
+def _shown(value: object) -> str:
+    if not isinstance(value, int | float):
+        return clean(str(value))
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.3g}"

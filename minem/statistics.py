@@ -1,4 +1,4 @@
-"""Intervals and tests for accuracies, in plain Python: what the tables and plots of a run rest on.
+"""Intervals and tests for accuracies: the statistics of minem's tables and charts.
 
     python -c "from minem.statistics import wilson; print(wilson(150, 300))"
 
@@ -6,7 +6,8 @@
     paired_t    two samplers over several seeds           holm      many such comparisons at once
     pass_at_k   n draws for one question                  importance   p(y | x) from hinted draws
 
-No scipy at run time: each is a few lines, and the tests hold them against scipy's or against exact enumeration.
+Plain Python without scipy; the tests compare each with scipy or with exact enumeration. The standard library's module
+`statistics` is used nowhere in minem, so the name means this file.
 """
 
 from __future__ import annotations
@@ -19,19 +20,17 @@ Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal: a two-si
 
 
 def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), as fractions; sound at 0 and n, where the usual one collapses.
+    """Score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0.
 
-    With n = 0 nothing is known: (0, 1). Raises ValueError unless 0 <= successes <= n.
+    Unlike the normal approximation it does not collapse to a point at 0 and n successes.
     """
-    if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}: must lie between 0 and n")
     if n == 0:
         return 0.0, 1.0
     share = successes / n
     scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At the ends the exact bound is 0 or 1; rounding must not leave it a hair inside or outside.
+    # At the ends the exact bound is 0 or 1, without rounding.
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return low, high
@@ -40,12 +39,9 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
 def mcnemar(b: int, c: int) -> float:
     """Exact two-sided p-value of McNemar's test for two models on the same questions.
 
-    b and c count the questions that only the first, and only the second, got right; where they agree says nothing.
-    Under the null hypothesis b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1.
-    Integers throughout, so nothing is lost for any number of questions; only the last division rounds.
+    b and c count the questions that only the first, and only the second, got right. Under the null hypothesis
+    b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1. Integers until the last division.
     """
-    if b < 0 or c < 0:
-        raise ValueError(f"b = {b}, c = {c}: counts cannot be negative")
     n = b + c
     tail = term = 1
     for k in range(min(b, c)):
@@ -56,11 +52,11 @@ def mcnemar(b: int, c: int) -> float:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of the differences of n pairs with its t-interval; what n or the spread leaves open is None."""
+    """Mean of the differences of n pairs with its t-interval."""
 
     n: int
     mean: float
-    low: float | None
+    low: float | None  # None, like the other two, without a spread
     high: float | None
     p_value: float | None  # two-sided, of the null hypothesis that the mean is 0
 
@@ -68,37 +64,36 @@ class PairedDifference:
 def paired_t(differences: Sequence[float], level: float = 0.95) -> PairedDifference:
     """Student's t-interval and t-test for the mean of paired differences, as fractions.
 
-    One pair has no interval. Where all differences are equal there is no spread to judge them by: no interval and no
-    p-value either, rather than an interval of no width. Raises ValueError without any difference.
+    One pair, and equal differences, have no spread: no interval and no p-value, rather than an interval of no width.
     """
-    n = len(differences)
-    if n == 0:
-        raise ValueError("no differences: at least one pair is needed")
-    mean, spread = math.fsum(differences) / n, standard_deviation(differences)
+    n, centre, spread = len(differences), mean(differences), standard_deviation(differences)
     if not spread:
-        return PairedDifference(n, mean, None, None, None)
+        return PairedDifference(n, centre, None, None, None)
     error = spread / math.sqrt(n)
     half = t_quantile(level, n - 1) * error
-    return PairedDifference(n, mean, mean - half, mean + half, 1 - t_within(abs(mean) / error, n - 1))
+    return PairedDifference(n, centre, centre - half, centre + half, 1 - t_within(abs(centre) / error, n - 1))
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one value."""
+    return math.fsum(values) / len(values)
 
 
 def standard_deviation(values: Sequence[float]) -> float | None:
     """Of a sample (n - 1); None for fewer than two values."""
     if len(values) < 2:
         return None
-    if max(values) == min(values):  # whose mean need not be exactly their value
+    if max(values) == min(values):  # their mean may differ from them by rounding
         return 0.0
-    mean = math.fsum(values) / len(values)
-    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
+    centre = mean(values)
+    return math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
 
 
 def t_within(t: float, df: int) -> float:
-    """P(|T| <= t) for Student's t with a whole number of degrees of freedom, where it is a finite sum.
+    """P(|T| <= t) for t >= 0 and Student's t with df = 1, 2, ... degrees of freedom, for which it is a finite sum.
 
     Source: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
     """
-    if df < 1 or t < 0:
-        raise ValueError(f"t = {t}, df = {df}: t must be 0 or more and df 1 or more")
     angle = math.atan2(t, math.sqrt(df))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = df % 2
@@ -112,9 +107,7 @@ def t_within(t: float, df: int) -> float:
 
 
 def t_quantile(level: float, df: int) -> float:
-    """The t with P(|T| <= t) = level, by bisection: what a two-sided interval of that level reaches out to."""
-    if not 0 <= level < 1:
-        raise ValueError(f"level = {level}: must be at least 0 and less than 1")
+    """The t with P(|T| <= t) = level, for 0 <= level < 1, by bisection."""
     low, high = 0.0, 1.0
     while t_within(high, df) < level:
         high *= 2
@@ -124,7 +117,7 @@ def t_quantile(level: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (1979), in the order given: at most `alpha` of one keeps the family-wise error there.
+    """Holm's adjusted p-values (1979), in the order given: rejecting those <= alpha keeps its family-wise error.
 
     The smallest is multiplied by the number of tests, the next by one less, and so on; none falls below the one before.
     """
@@ -138,22 +131,20 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def pass_at_k(n: int, correct: int, k: int) -> float:
     """The chance that at least one of k draws is right, estimated without bias from n draws of which `correct` are.
 
-    1 - C(n - correct, k) / C(n, k): the share of all choices of k among the n that hold a right one.
+    1 - C(n - correct, k) / C(n, k), k <= n: the share of all choices of k among the n that hold a right one.
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """
-    if not (0 <= correct <= n and 1 <= k <= n):
-        raise ValueError(f"{correct} right of {n} draws, k = {k}: 0 <= correct <= n and 1 <= k <= n must hold")
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 @dataclass(frozen=True)
 class ImportanceEstimate:
-    """What K hinted draws say about p(y | x), the chance that the model reaches the answer unaided."""
+    """Estimate from K hinted draws of p(y | x), the chance that the model reaches the answer unaided."""
 
-    p_hat: float  # the mean weight: unbiased where the proposal can draw every right rationale
-    ess: float  # effective sample size, between 1 and K; 0 where all were rejected
+    p_hat: float  # the mean weight: unbiased if the proposal can draw every right rationale
+    ess: float  # effective sample size, between 1 and K; 0 if all were rejected
     any_accepted: bool
-    log_p_hat: float | None  # where q always accepts, on average a lower bound of log p(y | x); None: all rejected
+    log_p_hat: float | None  # if q always accepts, on average a lower bound of log p(y | x); None: all rejected
 
 
 def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequence[bool]) -> ImportanceEstimate:
@@ -166,11 +157,7 @@ def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequenc
     Returns:
         p_hat = mean of w_k = r_k exp(log_p_k - log_q_k), with (sum w)^2 / sum w^2 as the effective sample size. The
         draws of a lazy search must not be used: stopping at the first accepted one makes the mean too large.
-    Raises:
-        ValueError: no draws, or lists of different lengths.
     """
-    if not len(log_q) == len(log_p) == len(accepted) > 0:
-        raise ValueError(f"{len(log_q)}, {len(log_p)} and {len(accepted)} values: as many of each, at least one")
     logs = [p - q for p, q, right in zip(log_p, log_q, accepted, strict=True) if right]
     if not logs:
         return ImportanceEstimate(0.0, 0.0, False, None)

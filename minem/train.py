@@ -43,8 +43,6 @@ from minem.model.weights import load, load_model, resolve
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 from minem.plugins import hash_source
-from minem.report.page import write_report
-from minem.report.plot import plot_accuracy
 from minem.runs.folder import default_path, folder_name
 from minem.runs.record import fingerprint, hash_prompts, hash_tokenizer, model_card
 from minem.runs.stages import Run
@@ -196,10 +194,13 @@ def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
 
 def conclude(run: Run) -> None:
     """What ends a run's directory: its picture and its report."""
+    from minem.report.charts import plot_accuracy  # here: matplotlib takes half a second to load
+    from minem.report.page import write_report
+
     directory = run.directory
     if directory is not None and "plot" not in directory.results:
         with directory.stage("plot") as record:
-            plot_accuracy(run.results, run.config, record.path("accuracy.png"))
+            plot_accuracy(run.path, record.path("accuracy.png"))
     if directory is not None and LAST_STAGE not in directory.results:
         with directory.stage(LAST_STAGE) as record:
             write_report([run.path], record.path("report.html"))

@@ -39,7 +39,6 @@ from minem.files import read_rows
 from minem.model.weights import resolve
 from minem.parallel.signals import Stop
 from minem.plugins import hash_source
-from minem.report.plot import plot_spent, svg_spent
 from minem.runs import resume as recovery
 from minem.runs.directory import default_path, folder_name, hold_folder, read_journal, remove_run, write_whole
 from minem.runs.record import fingerprint
@@ -308,6 +307,7 @@ def _clear(out: Path) -> None:
 
 def _write(out: Path, comparison: dict[str, Any]) -> None:
     """comparison.json, .md, .png and report.html."""
+    from minem.report.charts import plot_spent, svg_spent
     from minem.report.page import write_report
 
     runs = comparison["runs"]

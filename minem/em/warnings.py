@@ -15,7 +15,7 @@ from typing import Any
 from minem.em.diagnostics import FALLING_RULE
 from minem.em.sample import Sample
 from minem.errors import GuardError
-from minem.statistics import standard_deviation
+from minem.statistics import mean, standard_deviation
 
 ALL_ACCEPTED = 0.99  # share of the attempts from which on rejection selects nothing
 FEW_SOLVED = 0.05  # share of the questions below which hardly anything is learned from
@@ -109,7 +109,7 @@ def loss_not_falling(losses: Sequence[float]) -> str | None:
     if len(losses) < FEWEST_STEPS:
         return None
     first, second = losses[:half], losses[-half:]
-    before, after = math.fsum(first) / half, math.fsum(second) / half
+    before, after = mean(first), mean(second)
     error = math.hypot(standard_deviation(first) or 0.0, standard_deviation(second) or 0.0) / math.sqrt(half)
     if before - after + 2 * error >= LEAST_FALL * before:
         return None

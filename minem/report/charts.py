@@ -1,9 +1,11 @@
-"""Charts of the report: one small SVG per number, legible on light and on dark paper.
+"""The pictures of a run, all drawn by matplotlib: charts in report.html, accuracy.png and comparison.png.
 
-    minem report runs/*               # they are inline in report.html
+    minem report runs/*               # charts, inline as SVG
+    minem train                       # ends by drawing runs/.../accuracy.png
+    minem compare                     # ends by drawing comparison.png
 
-matplotlib draws them; their colours are then replaced by those of the page around them (`currentColor` and the
-variables of minem/page.css), so that the page's theme is theirs. They hold no text of anybody's but axis labels.
+An SVG is drawn in matplotlib's default colours; these then become variables of page.css, so that charts follow the
+page's theme. Without pyplot and with fixed margins a figure is drawn once: a layout engine would draw it twice.
 """
 
 from __future__ import annotations
@@ -11,35 +13,36 @@ from __future__ import annotations
 import hashlib
 import html
 import io
+import itertools
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from minem.text import visible
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
-# The first of matplotlib's default colours stand for those of the page, and black for the colour of its text.
-SERIES = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
+from minem.report.reader import read_run
+from minem.statistics import mean
+from minem.text import clean, visible
+
+# Of a curve, by its number. The page has these eight colours in both themes, as variables.
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 DASHES = ("-", "--", ":", "-.")
-VARIABLES = {colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)} | {"#000000": "currentColor"}
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: small, selectable, in the page's own font
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": "#000000",
-    "grid.alpha": 0.15,
-    "grid.linewidth": 0.6,
-}
+VARIABLES = {colour: f"var(--series-{number})" for number, colour in enumerate(COLOURS)}
+VARIABLES |= {"#000000": "currentColor", "#ffffff": "var(--paper)"}
+# Text stays text: small, selectable, in the page's own font. The same picture gives the same bytes.
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "minem", "legend.frameon": False}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y"}
+STYLE |= {"axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
+STYLE |= {"grid.color": "#000000", "grid.alpha": 0.15, "grid.linewidth": 0.6}
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """`value` at `x`, with the ends of its band."""
 
     x: float
@@ -48,83 +51,113 @@ class Point:
     high: float
 
 
-@dataclass(frozen=True)
-class Line:
-    """The points of a series; `number` chooses its colour and dashes."""
+@matplotlib.rc_context(STYLE)
+def draw(curves: Mapping[int, Sequence[Point]], share: bool, x_label: str, name: str) -> str:
+    """An <svg> element with curves and their bands.
 
-    number: int
-    points: Sequence[Point]
-
-
-def draw(lines: Sequence[Line], *, share: bool, x_label: str, name: str) -> str:
-    """An <svg> element with the lines and their bands.
-
-    share: the values are shares, shown in percent; the axis shows ten points at least, and nothing outside 0 to 100.
+    curves: by the number that chooses colour and dashes.
+    share: the values are shares, shown in percent; the axis shows at least ten points, and nothing outside 0 to 100.
         Other axes start at 0.
-    x_label: what the other axis shows. Numbers of 1,000 and more are shortened on both ("12k").
-    name: what a screen reader says.
+    x_label: of the other axis. Numbers of 1,000 and more are shortened on both ("12k").
+    name: for screen readers.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, MaxNLocator
-
-    scale = 100 if share else 1
-    style: Any = {**STYLE, "svg.hashsalt": name}  # the same name, the same bytes
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(4.2, 2.5), layout="constrained")
-        axes = figure.add_subplot()
-        for line in lines:
-            x = [point.x for point in line.points]
-            colour = SERIES[line.number % len(SERIES)]
-            low, high = ([scale * bound for bound in bounds] for bounds in _bounds(line.points))
-            axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(
-                x,
-                [scale * point.value for point in line.points],
-                color=colour,
-                linestyle=DASHES[line.number // len(SERIES) % len(DASHES)],
-                linewidth=1.6,
-                marker="o",
-                markersize=3.5,
-            )
-        axes.set_xlabel(x_label)
-        axes.set_ylabel("%" if share else "")
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        if share:
-            axes.set_ylim(*_percent_range(*axes.get_ylim()))
-        else:
-            axes.set_ylim(0, 1.08 * (max(point.high for line in lines for point in line.points) or 1))
-        for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_view_interval()[1] >= 1000:
-                axis.set_major_formatter(EngFormatter(sep=""))
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return themed(file.getvalue(), name)
+    figure = Figure(figsize=(4.2, 2.5))
+    axes = figure.add_axes((0.15, 0.2, 0.83, 0.77), xlabel=x_label, ylabel="%" if share else "")
+    for number, points in curves.items():
+        x, *bands = zip(*points, strict=True)
+        value, low, high = ([100 * one if share else one for one in band] for band in bands)
+        colour, dash = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
+        axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.plot(x, value, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3.5)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    if share:
+        bottom, top = axes.get_ylim()
+        missing = max(0.0, 10 - (top - bottom)) / 2
+        axes.set_ylim(max(-1.0, min(bottom - missing, 90.0)), min(101.0, max(top + missing, 10.0)))
+    else:
+        axes.set_ylim(0, 1.08 * (max(point.high for points in curves.values() for point in points) or 1))
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_view_interval()[1] >= 1000:
+            axis.set_major_formatter(EngFormatter(sep=""))
+    return _svg(figure, name)
 
 
-def themed(svg: str, name: str) -> str:
-    """An SVG file of matplotlib as an element of a page: in the page's colours, named for screen readers, no prologue.
+@matplotlib.rc_context(STYLE)
+def plot_accuracy(run: Path, path: Path) -> None:
+    """accuracy.png: validation per iteration with its 95 % Wilson band, and test of the base and the last model."""
+    read = read_run(run)
 
-    Black becomes the colour of the page's text, white that of its paper, and matplotlib's default colours those of its
-    series. Ids are made the element's own, for all ids of a page must differ.
-    """
-    start = svg.find("<svg")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[max(0, start) :], flags=re.DOTALL)
-    for colour, variable in {**VARIABLES, "#ffffff": "var(--paper)"}.items():
+    def percents(split: str, key: str) -> tuple[list[int], list[float]]:
+        series = read.series(f"eval.{split}", key)
+        return list(series), [100 * share for share in series.values()]
+
+    figure = Figure(figsize=(6.4, 4.0), dpi=150)
+    title = f"{read.config['task']['name']}: {read.sampler}"
+    axes = _panel(figure, title, "EM iteration (0: base model)", "accuracy in %")
+    iterations, low = percents("validation", "low")
+    axes.fill_between(iterations, low, percents("validation", "high")[1], alpha=0.2, label="95 % interval (Wilson)")
+    axes.plot(*percents("validation", "accuracy"), marker="o", label="validation, greedy")
+    if read.series("eval.validation", "sampled"):
+        axes.plot(*percents("validation", "sampled"), "--", marker=".", label="validation, temperature 1")
+    axes.vlines(*percents("test", "low"), percents("test", "high")[1], color="black")
+    axes.plot(*percents("test", "accuracy"), "ks", label="test, greedy")
+    axes.set_xticks(iterations)
+    axes.set_ylim(0, 102)
+    axes.legend(loc="lower right")
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+
+
+@matplotlib.rc_context(STYLE)
+def plot_spent(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """comparison.png: accuracy by the tokens spent on it, a panel per task, from the runs of `read_comparison`."""
+    FigureCanvasAgg(_spent(runs)).print_png(path, metadata={"Software": None})
+
+
+@matplotlib.rc_context(STYLE)
+def svg_spent(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The panels of `plot_spent` as <svg> elements for the report: {title, svg}."""
+    titles = {run["task"]: f"{run['task']}: accuracy against tokens spent" for run in runs}
+    figures = {task: _spent([run for run in runs if run["task"] == task]) for task in titles}
+    return [{"title": title, "svg": _svg(figures[task], title)} for task, title in titles.items()]
+
+
+def _spent(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """A thin line per seed and a thick one for their mean, iteration by iteration."""
+    by_task: dict[str, dict[str, list[Any]]] = {}
+    for run in runs:
+        points = [(tokens / 1000, 100 * accuracy) for tokens, accuracy in run["curve"]]
+        by_task.setdefault(run["task"], {}).setdefault(run["sampler"], []).append(points)
+    figure = Figure(figsize=(6.4 * len(by_task), 4.0), dpi=150)
+    x_label, y_label = "thousand tokens spent in E-steps (points: iterations)", "validation accuracy, greedy, in %"
+    for number, (task, by_sampler) in enumerate(by_task.items()):
+        axes = _panel(figure, task, x_label, y_label, number, len(by_task))
+        for (sampler, seeds), colour in zip(by_sampler.items(), itertools.cycle(COLOURS), strict=False):
+            for points in seeds:
+                axes.plot(*zip(*points, strict=True), color=colour, alpha=0.35, linewidth=0.8)
+            means = [[mean(values) for values in zip(*points, strict=True)] for points in zip(*seeds, strict=True)]
+            axes.plot(*zip(*means, strict=True), color=colour, marker="o", linewidth=2, label=sampler)
+        axes.set_ylim(None, 102)
+        axes.legend(loc="lower right", title="mean of seeds")
+    return figure
+
+
+def _panel(figure: Figure, title: str, x_label: str, y_label: str, number: int = 0, panels: int = 1) -> Axes:
+    axes = figure.add_axes(((number + 0.1) / panels, 0.13, 0.88 / panels, 0.79), xlabel=x_label, ylabel=y_label)
+    axes.set_title(clean(title), parse_math=False)
+    return axes
+
+
+def _svg(figure: Figure, name: str) -> str:
+    """The figure as an element of a page: in the page's colours, named for screen readers, with ids of its own."""
+    file = io.StringIO()
+    for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
+        patch.set_visible(False)
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     prefix = "c" + hashlib.sha256(name.encode()).hexdigest()[:8] + "-"
     svg = re.sub(r'(\bid="|"#|\(#)', rf"\g<1>{prefix}", svg)
-    svg = re.sub(r'^(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
-    svg = re.sub(r'^(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", svg)
+    svg = re.sub(r"^<svg.*?>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, flags=re.DOTALL)
     return svg.replace("<svg", f'<svg role="img" aria-label="{html.escape(visible(name))}"', 1).strip()
-
-
-def _bounds(points: Sequence[Point]) -> tuple[list[float], list[float]]:
-    return [point.low for point in points], [point.high for point in points]
-
-
-def _percent_range(low: float, high: float) -> tuple[float, float]:
-    """At least ten points of a percentage, between 0 and 100 (and a little air above)."""
-    missing = max(0.0, 10 - (high - low)) / 2
-    low, high = low - missing, high + missing
-    return max(-1.0, min(low, 90.0)), min(101.0, max(high, 10.0))

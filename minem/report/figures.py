@@ -2,25 +2,29 @@
 
     minem report runs/*             # minem.report.page puts them on a page
 
-Everything is read from `minem.report.reader.Run`: nothing is shown that a run has not measured.
+Everything is read from `minem.report.reader.Run`; what a run has not measured is not shown.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from minem.console import percent
 from minem.em.diagnostics import EXPLAINED
-from minem.report.charts import DASHES, SERIES, Line, Point, draw
-from minem.report.reader import Run, changed
-from minem.statistics import mcnemar
+from minem.report.charts import COLOURS, DASHES, Point, draw
+from minem.report.reader import Run
+from minem.report.tables import accuracy
+from minem.statistics import mcnemar, mean, standard_deviation
 
-# title, what it says, the stage and the key in its result
-PANELS = (
+BY_COST = "Accuracy by cost", "The same, over all tokens drawn in E-steps so far, rejected and cancelled ones too."
+# Title, sentence, the stage and the key in its result.
+CHARTS = (
+    ("Accuracy", "Greedy, on validation.", "eval.validation", "accuracy"),
+    (*BY_COST, "eval.validation", "accuracy"),
     ("Accuracy at temperature 1", "Share of right draws on validation: what EM raises.", "eval.validation", "sampled"),
     ("Questions solved", "Share of the training questions with a right draw.", "estep", "solved_share"),
     ("Tokens drawn", "By the E-steps up to each iteration.", "estep", "drawn"),
@@ -28,9 +32,11 @@ PANELS = (
     ("Length of kept rationales", "Mean tokens of what is trained on.", "estep", "kept_length"),
     ("Length of validation answers", "Mean tokens of a greedy answer.", "eval.validation", "tokens"),
 )
+DIAGNOSTICS = tuple(
+    (label if "-" in label else label.capitalize(), sentence, "diagnostics", key)
+    for key, (label, sentence) in EXPLAINED.items()
+)
 NO_SHARES = ("kept_length", "tokens", "drawn", "ess", "entropy")  # everything else is a share, shown in percent
-
-
 # Keys that do not make two runs different experiments.
 BESIDE_THE_POINT = {"run.seed", "run.iterations", "run.out", "run.device", "run.slots", "run.keep"}
 BESIDE_THE_POINT |= {"eval.diagnostics", "eval.hinted_draws"}
@@ -38,7 +44,7 @@ BESIDE_THE_POINT |= {"eval.diagnostics", "eval.hinted_draws"}
 ALSO_DECIDE = ("match", "base model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Group:
     """Runs that differ in their seed alone; `number` chooses colour and dashes."""
 
@@ -46,191 +52,117 @@ class Group:
     label: str
     runs: list[Run]
 
-    @property
-    def band(self) -> str:
-        if len(self.runs) == 1:
-            return "one run; the band of its accuracy is the 95 % Wilson interval"
-        return f"mean of {len(self.runs)} seeds; the band is one standard deviation between them, either way"
+    def legend(self) -> dict[str, Any]:
+        band = "one run; the band of its accuracy is the 95 % Wilson interval"
+        if len(self.runs) > 1:
+            band = f"mean of {len(self.runs)} seeds; the band is one standard deviation between them, either way"
+        dashes = {"-": "", "--": "6 3", ":": "2 2", "-.": "6 2 2 2"}[DASHES[self.number // len(COLOURS) % len(DASHES)]]
+        return {"label": self.label, "band": band, "number": self.number % len(COLOURS), "dashes": dashes}
 
+    def points(self, stage: str, key: str) -> list[Point]:
+        """Mean and standard deviation over the runs that have got that far; the Wilson interval of one accuracy."""
+        series = [_series(run, stage, key) for run in self.runs]
+        found = []
+        for iteration in sorted(set().union(*series)):
+            values = [one[iteration] for one in series if iteration in one]
+            centre, spread = mean(values), standard_deviation(values) or 0.0
+            bounds = centre - spread, centre + spread
+            if key == "accuracy" and len(self.runs) == 1:
+                result = self.runs[0].result(iteration, stage)
+                bounds = result["low"], result["high"]
+            found.append(Point(iteration, centre, *bounds))
+        return found
 
-def _task_name(run: Run) -> str:
-    return str(run.config["task"].get("name"))
+    def by_cost(self, points: Sequence[Point]) -> list[Point]:
+        """The points of iterations at the mean number of tokens drawn by then."""
+        cost = {0.0: 0.0} | {point.x: point.value for point in self.points("estep", "drawn")}
+        return [point._replace(x=cost[point.x]) for point in points if point.x in cost]
 
 
 def summary(name: str, run: Run) -> dict[str, Any]:
     """The row of a run in the first table."""
-    last, wanted = max(run.iterations, default=0), run.config["run"].get("iterations")
-    base, test, flips = run.results.get("iter-00/eval.test"), None, None
-    if run.last_test is not None:
-        test = run.results[f"iter-{run.last_test:02d}/eval.test"]
-        lost, won = (len(ids) for ids in changed(run.answers(0, "test"), run.answers(run.last_test, "test")))
-        flips = f"{won} became right, {lost} became wrong", f"{mcnemar(lost, won):.2g}"
-    tokens = sum(run.series("estep", "tokens").values())
+    last, wanted, tested = max(run.iterations, default=0), run.config["run"].get("iterations"), run.last_test
+    base, test = run.result(0, "eval.test"), run.result(tested or 0, "eval.test")
+    lost, won = map(len, run.flips)
     return {
         "run": name,
         "sampler": run.sampler,
         "seed": run.config["run"].get("seed"),
-        "state": "finished" if test else f"unfinished, in iteration {last} of {wanted}",
-        "base": _accuracy(base),
-        "test": _accuracy(test),
-        "flips": flips[0] if flips else "",
-        "p": flips[1] if flips else "",
-        "tokens": f"{tokens:,.0f}",
+        "state": "finished" if tested else f"unfinished, in iteration {last} of {wanted}",
+        "base": accuracy(base) if base else "",
+        "test": accuracy(test) if tested else "",
+        "flips": f"{won} became right, {lost} became wrong" if tested else "",
+        "p": f"{mcnemar(lost, won):.2g}" if tested else "",
+        "tokens": f"{sum(run.series('estep', 'tokens').values()):,.0f}",
     }
 
 
-def _accuracy(result: Mapping[str, Any] | None) -> str:
-    try:
-        return percent(result["accuracy"], (result["low"], result["high"])) if result else ""
-    except (KeyError, TypeError):  # of `minem train --samples`, or another version
-        return ""
-
-
-def by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Legend and charts for each of the tasks that the runs are about."""
-    tasks = sorted({_task_name(run) for run in runs})
-    return [_task_section(task, [run for run in runs if _task_name(run) == task]) for task in tasks]
+def by_task(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Legend, charts and diagnostics for each of the tasks that the runs are about."""
+    by_name: dict[str, list[Run]] = {}
+    for run in runs:
+        by_name.setdefault(str(run.config["task"].get("name")), []).append(run)
+    return [
+        {
+            "name": name,
+            "legend": [group.legend() for group in groups],
+            "charts": [chart for one in CHARTS if (chart := _chart(name, groups, *one))],
+            "diagnostics": [chart for one in DIAGNOSTICS if (chart := _chart(name, groups, *one))],
+        }
+        for name in sorted(by_name)
+        for groups in [_groups(by_name[name])]
+    ]
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
-    """Runs by all of their config that decides what happens, the seed apart; labelled by what differs."""
-    configs = [
-        {
-            f"{section}.{key}": value
-            for section, values in run.config.items()
-            for key, value in values.items()
-            if f"{section}.{key}" not in BESIDE_THE_POINT
-        }
-        | {what: run.facts.get("inputs", {}).get(what) for what in ALSO_DECIDE}
-        for run in runs
-    ]
-    told = {"sampler.name", "sampler.budget"}
-    keys = sorted({key for config in configs for key in config} - told)
+    """Runs by all of their config that decides what happens, except the seed; labelled by what differs."""
+    configs = []
+    for run in runs:
+        config = {f"{section}.{key}": value for section, keys in run.config.items() for key, value in keys.items()}
+        inputs = {name: run.facts.get("inputs", {}).get(name) for name in ALSO_DECIDE}
+        configs.append({key: value for key, value in config.items() if key not in BESIDE_THE_POINT} | inputs)
+    keys = sorted({key for config in configs for key in config} - {"sampler.name", "sampler.budget"})
     differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
     grouped: dict[str, list[Run]] = {}
     for run, config in zip(runs, configs, strict=True):
-        label = " · ".join([run.sampler, *(f"{key} {_set(config.get(key))}" for key in differing)])
-        grouped.setdefault(label, []).append(run)
+        values = [f"{key} {'not set' if config.get(key) is None else config[key]}" for key in differing]
+        grouped.setdefault(" · ".join([run.sampler, *values]), []).append(run)
     return [Group(number, label, members) for number, (label, members) in enumerate(grouped.items())]
 
 
-def _set(value: Any) -> str:
-    return "not set" if value is None else str(value)
-
-
-def _task_section(task: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """Legend and charts of the runs on one task."""
-    groups = _groups(runs)
-    cost = "The same, over all tokens drawn in E-steps so far, rejected and cancelled ones too."
-    charts = [
-        _chart(task, groups, "Accuracy", "Greedy, on validation.", _accuracy_points),
-        _chart(task, groups, "Accuracy by cost", cost, _by_cost, x_label="tokens drawn"),
-        *(_chart(task, groups, title, said, _points_of(stage, key), key) for title, said, stage, key in PANELS),
-    ]
-    diagnostics = [
-        _chart(task, groups, label if "-" in label else label.capitalize(), said, _points_of("diagnostics", key), key)
-        for key, (label, said) in EXPLAINED.items()
-    ]
-    legend = [
-        {
-            "label": group.label,
-            "band": group.band,
-            "number": group.number % len(SERIES),
-            "dashes": {"-": "", "--": "6 3", ":": "2 2", "-.": "6 2 2 2"}[DASHES[group.number // len(SERIES) % 4]],
-        }
-        for group in groups
-    ]
-    return {
-        "name": task,
-        "legend": legend,
-        "charts": [chart for chart in charts if chart],
-        "diagnostics": [chart for chart in diagnostics if chart],
-    }
-
-
-def _chart(
-    task: str,
-    groups: Sequence[Group],
-    title: str,
-    sentence: str,
-    points: Callable[[Group], list[Point]],
-    key: str = "accuracy",
-    x_label: str = "EM iteration (0: base model)",
-) -> dict[str, Any] | None:
-    """A chart and the same numbers as a table; None where no run has any."""
-    share = key not in NO_SHARES
-    lines = {group.label: Line(group.number, points(group)) for group in groups}
-    lines = {label: line for label, line in lines.items() if line.points}
-    if not lines:
+def _chart(task: str, groups: Sequence[Group], title: str, text: str, stage: str, key: str) -> dict[str, Any] | None:
+    """A chart and the same numbers as a table; None if no run has any."""
+    share, x_label = key not in NO_SHARES, "EM iteration (0: base model)"
+    curves = {group: group.points(stage, key) for group in groups}
+    if (title, text) == BY_COST:
+        x_label = "tokens drawn"
+        curves = {group: group.by_cost(points) for group, points in curves.items()}
+    curves = {group: points for group, points in curves.items() if points}
+    if not curves:
         return None
+
+    def shown(value: float) -> str:
+        return percent(value) if share else f"{value:,.2f}"
+
     rows = [
-        [
-            label,
-            f"{point.x:,.0f}",
-            _number(point.value, share),
-            f"{_number(point.low, share)} to {_number(point.high, share)}",
-        ]
-        for label, line in lines.items()
-        for point in line.points
+        [group.label, f"{point.x:,.0f}", shown(point.value), f"{shown(point.low)} to {shown(point.high)}"]
+        for group, points in curves.items()
+        for point in points
     ]
-    svg = draw(list(lines.values()), share=share, x_label=x_label, name=f"{task}: {title}")
-    return {"title": title, "sentence": sentence, "svg": svg, "x": x_label, "rows": rows}
-
-
-def _number(value: float, share: bool) -> str:
-    return percent(value) if share else f"{value:,.2f}"
-
-
-def _accuracy_points(group: Group) -> list[Point]:
-    """Of one run with its Wilson interval, of several their mean and spread."""
-    if len(group.runs) > 1:
-        return _points_of("eval.validation", "accuracy")(group)
-    value, low, high = (group.runs[0].series("eval.validation", key) for key in ("accuracy", "low", "high"))
-    return [Point(i, value[i], low[i], high[i]) for i in value if i in low and i in high]
-
-
-def _by_cost(group: Group) -> list[Point]:
-    """The accuracy of each iteration at the mean number of tokens drawn by then."""
-    costs = [_series(run, "estep", "drawn") for run in group.runs]
-    points = []
-    for point in _accuracy_points(group):
-        known = [cost[int(point.x)] for cost in costs if int(point.x) in cost]
-        if not point.x or known:
-            points.append(Point(statistics.fmean(known) if known else 0.0, point.value, point.low, point.high))
-    return points
-
-
-def _points_of(stage: str, key: str) -> Callable[[Group], list[Point]]:
-    """Mean and standard deviation over the runs of a group that have got that far."""
-
-    def points(group: Group) -> list[Point]:
-        series = [_series(run, stage, key) for run in group.runs]
-        found = []
-        for iteration in sorted(set().union(*series)):
-            values = [one[iteration] for one in series if iteration in one]
-            mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-            found.append(Point(iteration, mean, mean - spread, mean + spread))
-        return found
-
-    return points
+    svg = draw({group.number: points for group, points in curves.items()}, share, x_label, f"{task}: {title}")
+    return {"title": title, "sentence": text, "svg": svg, "x": x_label, "rows": rows}
 
 
 def _series(run: Run, stage: str, key: str) -> dict[int, float]:
     """A number of the journal, or one that follows from several."""
     if key == "drawn":
-        total, found = 0.0, {}
-        for iteration, tokens in run.series("estep", "tokens").items():
-            total += tokens
-            found[iteration] = total
-        return found
+        tokens = run.series(stage, "tokens")
+        return dict(zip(tokens, accumulate(tokens.values()), strict=True))
     if key == "solved_share":
         return _ratio(run.series(stage, "solved"), run.series(stage, "questions"))
     if key == "accepted_share":
-        accepted = {
-            i: run.results[f"iter-{i:02d}/estep"].get("statuses", {}).get("accepted", 0)
-            for i in run.series("estep", "attempts")
-        }
-        return _ratio(accepted, run.series("estep", "attempts"))
+        attempts = run.series(stage, "attempts")
+        return _ratio({i: run.result(i, stage)["statuses"].get("accepted", 0) for i in attempts}, attempts)
     return run.series(stage, key)
 
 
@@ -238,40 +170,27 @@ def _ratio(above: Mapping[int, float], below: Mapping[int, float]) -> dict[int, 
     return {i: above[i] / below[i] for i in above if below.get(i)}
 
 
-def acceptance_by_stage(run: Run) -> dict[str, Any] | None:
+def acceptance_by_stage(name: str, run: Run) -> dict[str, Any] | None:
     """Attempts by prompt and number, a column for each iteration, as the diagnostics counted them."""
-    counted = {i: run.results.get(f"iter-{i:02d}/diagnostics", {}).get("attempts") for i in run.iterations}
+    counted = {i: run.result(i, "diagnostics").get("attempts") for i in run.iterations}
     found = {i: {(one["prompt"], one["attempt"]): one for one in all_} for i, all_ in counted.items() if all_}
     stages = sorted({stage for by_stage in found.values() for stage in by_stage}, key=lambda s: (s[0] != "plain", s[1]))
-    if not stages:
-        return None
 
     def cell(one: Mapping[str, Any] | None) -> str:
         return f"{percent(one['accepted'] / one['drawn'])} of {one['drawn']:,}" if one else ""
 
     rows = [[f"{prompt}, attempt {n}", *(cell(by.get((prompt, n))) for by in found.values())] for prompt, n in stages]
-    return {"columns": ["prompt", *(f"iteration {i}" for i in found)], "rows": rows}
+    return {"name": name, "columns": ["prompt", *(f"iteration {i}" for i in found)], "rows": rows} if rows else None
 
 
-def warnings(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
-    """What the E- and M-steps of the runs warned of (minem.em.warnings)."""
-    return [
-        f"{name}, iteration {i}: {sentence}"
-        for name, run in zip(names, runs, strict=True)
-        for i in run.iterations
-        for stage in ("estep", "mstep")
-        for sentence in run.results.get(f"iter-{i:02d}/{stage}", {}).get("warnings", ())
-    ]
+def warnings(name: str, run: Run) -> list[str]:
+    """The warnings of a run's E- and M-steps (minem.em.warnings)."""
+    steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "mstep")]
+    return [f"{name}, iteration {i}: {sentence}" for i, result in steps for sentence in result.get("warnings", ())]
 
 
-def falls(names: Sequence[str], runs: Sequence[Run]) -> list[str]:
+def falls(name: str, run: Run) -> list[str]:
     """Sentences on hinted acceptance that fell."""
-    sentences = []
-    for name, run in zip(names, runs, strict=True):
-        hinted = run.series("diagnostics", "hinted")
-        for i, share in hinted.items():
-            if run.results[f"iter-{i:02d}/diagnostics"].get("falling") and 1 in hinted:
-                sentences.append(
-                    f"{name}: from {percent(hinted[1])} in iteration 1 to {percent(share)} in iteration {i}"
-                )
-    return sentences
+    hinted = run.series("diagnostics", "hinted")
+    fell = [i for i in hinted if run.result(i, "diagnostics").get("falling") and 1 in hinted]
+    return [f"{name}: from {percent(hinted[1])} in iteration 1 to {percent(hinted[i])} in iteration {i}" for i in fell]

@@ -1,5 +1,5 @@
-// What moves in the report (minem/report/page.py): the theme, and two browsers over the same kind of list.
-// Texts are anybody's, so they are only ever set as textContent.
+// The report's script (minem/report/page.py): the theme, and two filtered lists.
+// Texts come from models and strangers' files, so they are set as textContent only.
 "use strict";
 
 const PAGE = 20;
@@ -40,7 +40,7 @@ function browse(section, rows, total, what, texts, card) {
     const counts = [`${found.length.toLocaleString("en")} ${what} match`];
     if (found.length > PAGE) counts.push(`${start + 1} to ${end} are shown`);
     if (rows.length < total) {
-      counts.push(`this file holds ${rows.length.toLocaleString("en")} of the ${total.toLocaleString("en")} there are`);
+      counts.push(`this file holds ${rows.length.toLocaleString("en")} of ${total.toLocaleString("en")}`);
     }
     section.querySelector(".count").textContent = counts.join(" · ");
     section.querySelector(".rows").replaceChildren(...found.slice(start, end).map(card));
@@ -96,8 +96,9 @@ function logprob(value, tokens) {
 function sampleCard(row) {
   const card = element("article", undefined, "row");
   const facts = [`answer ${row.answer ?? "none"}`, `right: ${row.gold ?? "not known"}`, `${row.tokens} tokens`];
-  if (row.logq !== null) facts.push(`log q as drawn ${logprob(row.logq, row.tokens)}`);
-  if (row.logp !== null && row.logp !== row.logq) facts.push(`log p plain ${logprob(row.logp, row.tokens)}`);
+  const [q, p] = [row.logprob_q, row.logprob_plain];
+  if (q !== null) facts.push(`log q as drawn ${logprob(q, row.tokens)}`);
+  if (p !== null && p !== q) facts.push(`log p plain ${logprob(p, row.tokens)}`);
   if (row.leak) facts.push("cites the hint");
   card.append(
     head(row.status, row.status, row, [`iteration ${row.iteration}`, `attempt ${row.attempt}`, `${row.kind} prompt`]),

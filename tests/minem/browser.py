@@ -67,7 +67,7 @@ class Browser:
         self._profile.cleanup()
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """Send a command and wait for its answer. AssertionError with Chromium's words where it fails."""
+        """Send a command and wait for its answer. Raises AssertionError with Chromium's error."""
         number = self._send(method, **params)
         while True:
             answer = self._receive()
@@ -120,6 +120,6 @@ class Browser:
             self.complaints.append(json.dumps(params))
         elif method == "Page.javascriptDialogOpening":
             self.complaints.append(f"dialog: {params['message']}")
-            self._send("Page.handleJavaScriptDialog", accept=True)  # nothing goes on until somebody does
+            self._send("Page.handleJavaScriptDialog", accept=True)  # the page waits for it
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])

@@ -1,9 +1,10 @@
-"""Run directories made by hand, as small as a test wants them and with whatever texts in them."""
+"""Run directories made by hand, as small as a test needs them and with any texts in them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def make_run(
 ) -> Path:
     """A run of the toy with these right answers to 20 validation questions after each iteration.
 
-    samples: of any iterations. base, last: rows of eval.test; none means that the run has not got that far.
+    samples: of any iterations. base, last: rows of eval.test; without them the run has not got that far.
     tokens: drawn in each iteration. extra: {stage: result} of the journal. flags: of the config, "sampler__name"="rsm".
     """
     config = load_config(flags={key.replace("__", "."): value for key, value in flags.items()})
@@ -48,7 +49,7 @@ def make_run(
         "commit": "abc",
         "command": ["minem", "train", "--seed", str(config.run.seed)],
         "config": config.model_dump(),
-        "inputs": {"task rows": load_task("toy", config.task.limit).rows_sha256},
+        "inputs": {"task rows": _rows_sha256(config.task.limit)},
         "started": "2026-01-01T00:00:00+00:00",
     }
     path.mkdir(parents=True)
@@ -72,6 +73,11 @@ def make_run(
     stages |= extra or {}
     write_rows(path / "journal.jsonl", [{"stage": stage, "result": result} for stage, result in stages.items()])
     return path
+
+
+@cache
+def _rows_sha256(limit: int | None) -> str:
+    return load_task("toy", limit).rows_sha256
 
 
 def accuracy(right: int, n: int) -> dict[str, Any]:

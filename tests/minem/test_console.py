@@ -1,4 +1,4 @@
-"""Progress: sparse plain lines into files, one live line on a terminal, and hostile text that stays text."""
+"""Progress: sparse plain lines in files, one live line on a terminal, and hostile text stays text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_files_get_the_start_one_line_in_ten_seconds_and_the_end() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.ENOSPC, errno.EIO])
-def test_the_work_goes_on_where_nobody_can_read_of_it(number: int) -> None:
+def test_the_work_continues_if_its_lines_cannot_be_printed(number: int) -> None:
     """The other end of a pipe has gone, the disk of a log is full, a terminal was closed."""
 
     class Gone(io.StringIO):
@@ -68,11 +68,11 @@ def test_what_is_not_known_is_not_shown() -> None:
     assert line.text() == "load  0:03"
     line.update(loss=0.123456, step=7)
     assert line.text("done") == "load  loss 0.123  step 7  done after 0:03"
-    for total in (0, 5):  # nothing to do, or nothing done yet: no time left to tell, and no division by zero
+    for total in (0, 5):  # nothing to do, or nothing done yet: no estimate, and no division by zero
         assert Line("eval", total, clock).text() == f"eval  0/{total}  0:00"
 
 
-def test_a_stage_that_fails_says_so_and_lets_the_error_through() -> None:
+def test_a_stage_that_fails_is_shown_as_stopped_and_the_error_passes_through() -> None:
     stream = io.StringIO()
     with pytest.raises(KeyboardInterrupt), Progress(stream).stage("M-step", total=3) as line:  # noqa: PT012
         line.update(1)
@@ -90,7 +90,7 @@ def in_a_terminal(work: object, columns: int = 100) -> str:
         while True:
             try:
                 data = os.read(master, 4096)
-            except OSError:  # Linux says so when the other end is closed
+            except OSError:  # on Linux, once the other end is closed
                 return
             if not data:
                 return
@@ -123,7 +123,7 @@ def test_a_terminal_gets_a_live_line_that_stays(monkeypatch: pytest.MonkeyPatch)
     assert "E-step 1/4  2/4  accepted 50.0 %  done after 0:00\r\n" in sent
     assert "M-step 1/4  done after 0:00\r\n" in sent
     assert sent.count("done after") == 2
-    assert sent.count("\x1b[?25l") == sent.count("\x1b[?25h") == 2  # the cursor is given back
+    assert sent.count("\x1b[?25l") == sent.count("\x1b[?25h") == 2  # the cursor is shown again
 
 
 def test_a_narrow_terminal_cuts_the_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +206,7 @@ def test_clean_text_is_harmless_and_ordinary_text_is_kept(text: str, keep_lines:
 
 @given(text=st.text(st.characters()))
 def test_visible_text_is_harmless_and_loses_nothing(text: str) -> None:
-    """Each character that `clean` would take out is an escape, by which it can be told; the others are themselves."""
+    """Each character that `clean` would take out is an escape, and so recognisable; the others stay themselves."""
     shown = visible(text)
     assert clean(shown, keep_lines=True) == shown
     plain = text.replace("\r\n", "\n")

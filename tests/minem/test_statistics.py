@@ -1,7 +1,9 @@
 """Intervals and tests against scipy, corrections and estimators against their definitions, by exact enumeration."""
 
 import math
+import re
 from itertools import combinations, permutations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -34,11 +36,8 @@ def test_wilson_takes_other_levels():
     assert wilson(12, 40, z=2.5758293035489004) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_wilson_of_nothing_and_of_nonsense():
+def test_wilson_of_no_questions():
     assert wilson(0, 0) == (0.0, 1.0)
-    for successes, n in ((-1, 3), (4, 3)):
-        with pytest.raises(ValueError, match="between 0 and n"):
-            wilson(successes, n)
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (2, 9), (9, 2), (0, 40), (61, 33), (900, 1040)])
@@ -47,11 +46,9 @@ def test_mcnemar_equals_the_exact_binomial_test(b, c):
     assert mcnemar(b, c) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_far_out_and_of_nonsense():
+def test_mcnemar_far_out():
     assert mcnemar(14042, 0) == 0.0  # 2 ** -14041 is below the smallest float
     assert mcnemar(7000, 7042) == pytest.approx(0.729, abs=0.001)  # the normal approximation: 2 * (1 - Phi(0.346))
-    with pytest.raises(ValueError, match="negative"):
-        mcnemar(-1, 3)
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 4, 5, 6, 7, 9, 10, 29, 30, 101])
@@ -60,12 +57,6 @@ def test_students_t_equals_scipy(df):
         assert t_within(t, df) == pytest.approx(1 - 2 * stats.t.sf(t, df), abs=1e-13)
     for level in (0.0, 0.5, 0.9, 0.95, 0.999):
         assert t_quantile(level, df) == pytest.approx(stats.t.ppf((1 + level) / 2, df), rel=1e-10, abs=1e-300)
-
-
-def test_students_t_of_nonsense():
-    for call in (lambda: t_within(1.0, 0), lambda: t_within(-1.0, 3), lambda: t_quantile(1.0, 3)):
-        with pytest.raises(ValueError, match="must be"):
-            call()
 
 
 @settings(max_examples=100, deadline=None)
@@ -80,18 +71,16 @@ def test_paired_differences_equal_scipy(differences):
     assert standard_deviation(differences) == pytest.approx(stats.tstd(differences), rel=1e-9)
 
 
-def test_where_there_is_no_spread_there_is_no_interval():
+def test_without_a_spread_there_is_no_interval():
     for differences in ([0.1], [0.1, 0.1], [0.1] * 3, [0.0] * 5):
         found = paired_t(differences)
         assert found.mean == pytest.approx(differences[0])
         assert (found.low, found.high, found.p_value) == (None, None, None)
     assert standard_deviation([0.1]) is None
-    with pytest.raises(ValueError, match="no differences"):
-        paired_t([])
 
 
-def test_the_interval_covers_as_often_as_it_says():
-    """What the table promises, tried: 4,000 comparisons of samplers that do not differ, five seeds each."""
+def test_the_interval_covers_as_often_as_it_claims():
+    """4,000 comparisons of samplers that do not differ, five seeds each."""
     noise = iter(stats.norm.rvs(size=20_000, random_state=0))
     inside = rejected = 0
     for _ in range(4_000):
@@ -133,8 +122,6 @@ def test_pass_at_k_is_the_share_of_choices_with_a_right_draw(n):
         for k in range(1, n + 1):
             chosen = list(combinations(draws, k))
             assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, chosen)) / len(chosen), abs=1e-15)
-    with pytest.raises(ValueError, match="must hold"):
-        pass_at_k(n, 0, n + 1)
 
 
 def test_pass_at_k_is_unbiased():
@@ -174,18 +161,20 @@ def test_importance_of_a_proposal_that_always_accepts_bounds_log_p():
     right = {o: chance / world.a for o, chance in world.hinted.items() if accepted(o)}
     bound = sum(q * importance([math.log(q)], [math.log(world.plain[o])], [True]).log_p_hat for o, q in right.items())
     assert bound < math.log(world.p)
-    posterior = {o: world.plain[o] / world.p for o in right}  # the best proposal: every draw says p exactly
+    posterior = {o: world.plain[o] / world.p for o in right}  # the best proposal: every draw gives p exactly
     for o, q in posterior.items():
         found = importance([math.log(q)], [math.log(world.plain[o])], [True])
         assert found.p_hat == pytest.approx(world.p, rel=1e-12)
 
 
-def test_importance_of_long_rationales_and_of_nonsense():
+def test_importance_of_long_rationales():
     found = importance([-2000.0, -2010.0], [-2700.0, -2710.0], [True, True])  # each weight is e^-700
     assert found.log_p_hat == pytest.approx(-700.0)
     assert found.ess == pytest.approx(2.0)
     assert importance([-1.0], [-1.0], [False]) == importance([-9.0], [-2.0], [False])
-    with pytest.raises(ValueError, match="as many of each"):
-        importance([-1.0], [-1.0, -2.0], [True])
-    with pytest.raises(ValueError, match="as many of each"):
-        importance([], [], [])
+
+
+def test_no_module_of_minem_imports_the_standard_librarys_statistics():
+    folder = Path(__file__).parents[2] / "minem"
+    wrong = re.compile(r"^\s*(import statistics|from statistics import)", re.MULTILINE)
+    assert [str(path) for path in folder.rglob("*.py") if wrong.search(path.read_text())] == []

@@ -1,4 +1,4 @@
-"""The report: what its charts say, which samples it holds, and that nothing in a run can break the page."""
+"""The report: the numbers of its charts, which samples it holds, and that nothing in a run can break the page."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -19,7 +20,7 @@ from minem.data.tasks import load_task
 from minem.hub import download
 from minem.report import figures
 from minem.report.page import TEXT_LIMIT, write_report
-from minem.report.reader import Choice, read_run
+from minem.report.reader import _load_task, choose, read_run
 from minem.runs.directory import read_journal
 from minem.statistics import wilson
 from tests.minem.made_runs import answer, make_run, sample
@@ -53,11 +54,17 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+@pytest.fixture
+def without_charts(monkeypatch):
+    """For tests of numbers and texts: drawing takes nearly all the time of a report."""
+    monkeypatch.setattr("minem.report.figures.draw", lambda *_: "<svg></svg>")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A real run, of seconds."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    small = ["--limit", 16, "--iterations", 2, "--sampler", "star", "--budget", 3, "--set", "eval.diagnostics=8"]
+    small = ["--limit", 8, "--iterations", 2, "--sampler", "star", "--budget", 2, "--set", "eval.diagnostics=8"]
     result = invoke("train", *small, "--out", out)
     assert result.exit_code == 0, result.output
     return out
@@ -90,7 +97,7 @@ def test_everything_that_a_run_measured_is_on_its_page(trained):
     found = data_of(page)
     assert found["notes"] == []
     assert [(s["iteration"], s["id"], s["attempt"], s["text"]) for s in found["samples"]] == sorted(
-        (r["iteration"], r["id"], r["attempt"], r["text"]) for r in rows
+        (r.iteration, r.id, r.attempt, r.text) for r in rows
     )
     hinted = [s for s in found["samples"] if s["kind"] == "hinted"]
     gold = {question.id: question.gold for question in load_task("toy", 16).train}
@@ -99,7 +106,7 @@ def test_everything_that_a_run_measured_is_on_its_page(trained):
         assert f"The correct answer is {gold[row['id']]}" in found["prompts"][row["prompt"]]
 
 
-def test_runs_that_were_matched_differently_are_not_averaged(tmp_path):
+def test_runs_that_were_matched_differently_are_not_averaged(tmp_path, without_charts):
     paths = [make_run(tmp_path / str(seed), run__seed=seed) for seed in range(3)]
     facts = json.loads((paths[2] / "run.json").read_text())
     facts["inputs"]["match"] = "kept of rsm:8, pps:1"
@@ -110,7 +117,7 @@ def test_runs_that_were_matched_differently_are_not_averaged(tmp_path):
     assert one["label"].endswith("match kept of rsm:8, pps:1")
 
 
-def test_several_seeds_are_a_mean_and_their_spread_one_run_its_wilson_interval(tmp_path):
+def test_several_seeds_are_a_mean_and_their_spread_one_run_its_wilson_interval(tmp_path, without_charts):
     rights = [(10, 15, 18), (9, 13, 20), (11, 12, 16)]
     runs = [make_run(tmp_path / f"s{i}", validation=v, run__seed=i, tokens=1000 + i) for i, v in enumerate(rights)]
     other = make_run(tmp_path / "pps", validation=(10, 12), sampler__name="pps", run__iterations=1)
@@ -121,14 +128,14 @@ def test_several_seeds_are_a_mean_and_their_spread_one_run_its_wilson_interval(t
     rows = {chart["title"]: chart["rows"] for chart in task["charts"]}
     for i, values in enumerate(zip(*rights, strict=True)):
         mean, spread = statistics.mean(values) / 20, statistics.stdev(values) / 20
-        told = [f"{100 * x:.1f} %" for x in (mean, mean - spread, mean + spread)]
-        assert rows["Accuracy"][i] == ["rsm 8", str(i), told[0], f"{told[1]} to {told[2]}"]
-        assert rows["Accuracy by cost"][i][1:3] == [f"{1001 * i:,}", told[0]]
+        wanted = [f"{100 * x:.1f} %" for x in (mean, mean - spread, mean + spread)]
+        assert rows["Accuracy"][i] == ["rsm 8", str(i), wanted[0], f"{wanted[1]} to {wanted[2]}"]
+        assert rows["Accuracy by cost"][i][1:3] == [f"{1001 * i:,}", wanted[0]]
     low, high = wilson(12, 20)
     assert rows["Accuracy"][-1] == ["pps 1", "1", "60.0 %", f"{100 * low:.1f} % to {100 * high:.1f} %"]
 
 
-def test_runs_that_differ_in_more_than_their_seed_are_told_apart(tmp_path):
+def test_runs_that_differ_in_more_than_their_seed_are_separate(tmp_path, without_charts):
     runs = [
         make_run(tmp_path / name, **flags)
         for name, flags in {
@@ -142,7 +149,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_told_apart(tmp_path):
     assert "mean of 2 seeds" in task["legend"][0]["band"]
 
 
-def test_flips(tmp_path):
+def test_flips(tmp_path, without_charts):
     base = [answer("a", "wrong", "base a"), answer("b", "accepted"), answer("c", "accepted"), answer("d", "wrong")]
     last = [answer("a", "accepted", "last a"), answer("b", "truncated"), answer("c", "accepted"), answer("d", "wrong")]
     page = page_of(make_run(tmp_path / "run", base=base, last=last))
@@ -153,7 +160,7 @@ def test_flips(tmp_path):
     assert "1 became right, 1 became wrong" in page
 
 
-def test_flips_have_a_limit_that_is_told_and_both_directions_below_it(tmp_path, monkeypatch):
+def test_flips_have_a_limit_that_is_shown_and_both_directions_below_it(tmp_path, monkeypatch, without_charts):
     monkeypatch.setattr("minem.report.page.MOST_FLIPS", 10)
     ids = [f"q{i:02d}" for i in range(30)]
     base = [answer(i, "accepted" if i < "q05" else "wrong") for i in ids]
@@ -163,7 +170,7 @@ def test_flips_have_a_limit_that_is_told_and_both_directions_below_it(tmp_path, 
     assert (kinds.count("became wrong"), kinds.count("became right"), data["flips_total"]) == (5, 5, 30)
 
 
-def test_unfinished_runs_and_those_being_written(tmp_path):
+def test_unfinished_runs_and_those_being_written(tmp_path, without_charts):
     empty = make_run(tmp_path / "empty", validation=())
     half = make_run(tmp_path / "half", validation=(10, 12), base=[answer("a", "wrong")], samples=[sample("x")])
     (half / "iter-02").mkdir()
@@ -211,7 +218,7 @@ def test_the_page_asks_for_nothing_and_runs_one_script_only(trained):
         assert used in ids
 
 
-def test_questions_that_are_gone_or_changed_leave_a_note(tmp_path):
+def test_questions_that_are_gone_or_changed_leave_a_note(tmp_path, without_charts):
     questions = tmp_path / "questions.jsonl"
     rows = [
         {
@@ -232,8 +239,6 @@ def test_questions_that_are_gone_or_changed_leave_a_note(tmp_path):
     data = data_of(page_of(run))
     assert task.train[0].text in data["prompts"][data["samples"][0]["prompt"]]
     questions.write_text(questions.read_text().replace("Is it", "Was it"))
-    from minem.report.reader import _load_task
-
     for what in ("are not those of the run", "no task or path"):
         _load_task.cache_clear()
         data = data_of(page_of(run))
@@ -243,7 +248,7 @@ def test_questions_that_are_gone_or_changed_leave_a_note(tmp_path):
         questions.unlink(missing_ok=True)
 
 
-def test_the_questions_of_a_hub_task_come_from_the_cache_alone(tmp_path, monkeypatch):
+def test_the_questions_of_a_hub_task_come_from_the_cache_alone(tmp_path, monkeypatch, without_charts):
     asked = []
 
     def snapshot_download(*args, local_files_only, **more):
@@ -264,7 +269,7 @@ def test_the_questions_of_a_hub_task_come_from_the_cache_alone(tmp_path, monkeyp
     assert asked == [True, False]
 
 
-def test_texts_and_samples_have_limits_that_are_told(tmp_path, monkeypatch):
+def test_texts_and_samples_have_limits_that_are_shown(tmp_path, monkeypatch, without_charts):
     monkeypatch.setattr("minem.report.page.MOST_SAMPLES", 5)
     rows = [sample(f"q{i}", iteration, text="x" * (TEXT_LIMIT + 7)) for iteration in (1, 2) for i in range(4)]
     data = data_of(page_of(make_run(tmp_path / "run", samples=rows)))
@@ -279,51 +284,51 @@ def test_texts_and_samples_have_limits_that_are_told(tmp_path, monkeypatch):
     st.integers(10, 300),
     st.randoms(),
 )
-def test_the_chosen_samples_are_whole_questions_whatever_the_order(rows, most, characters, random):
-    """Within both limits but for a single question; the same questions in any order; none left out that would fit."""
-    numbered = [(run, sample(f"q{q}", attempt=n, text="x" * length)) for n, (run, q, length) in enumerate(rows)]
+def test_chosen_samples_are_all_attempts_at_the_same_questions_in_any_order(rows, most, characters, random):
+    """Within both limits except for a single question; none is left out that would fit."""
+    numbered = [
+        (run, SimpleNamespace(**sample(f"q{q}", attempt=n, text="x" * length)))
+        for n, (run, q, length) in enumerate(rows)
+    ]
 
-    def choose(pairs):
-        choice = Choice(most, characters)
-        for run, row in pairs:
-            choice.add(run, row)
-        assert choice.seen == len(pairs)
-        return choice.chosen()
+    def chosen_of(pairs):
+        runs = [SimpleNamespace(samples=lambda of=[row for run, row in pairs if run == n]: of) for n in range(3)]
+        chosen, total = choose(runs, most, characters)
+        assert total == len(pairs)
+        return chosen
 
-    chosen = choose(numbered)
-    ids = {row["id"] for _, row in chosen}
+    chosen = chosen_of(numbered)
+    ids = {row.id for _, row in chosen}
     mixed = list(numbered)
     random.shuffle(mixed)
-    assert {row["id"] for _, row in choose(mixed)} == ids
+    assert {row.id for _, row in chosen_of(mixed)} == ids
     assert len(chosen) <= most
     if len(ids) > 1:
-        assert len(chosen) == sum(row["id"] in ids for _, row in numbered)
-        assert sum(len(row["text"]) for _, row in chosen) <= characters
-    if len(numbered) <= most and sum(len(row["text"]) for _, row in numbered) <= characters:
+        assert len(chosen) == sum(row.id in ids for _, row in numbered)
+        assert sum(len(row.text) for _, row in chosen) <= characters
+    if len(numbered) <= most and sum(len(row.text) for _, row in numbered) <= characters:
         assert len(chosen) == len(numbered)
 
 
-def test_a_comparison_stands_first(tmp_path):
+def test_a_comparison_comes_first(tmp_path, without_charts):
     table = {"title": "Samplers", "note": "five seeds", "columns": ["sampler", "accuracy"], "rows": [["rsm:8", "91 %"]]}
-    svg = '<?xml version="1.0"?><!DOCTYPE svg><svg id="a" width="9pt"><path style="stroke: #000000"/></svg>'
     run = make_run(tmp_path / "run")
-    page = page_of(run, comparison={"tables": [table], "plots": [{"title": "Accuracy", "svg": svg}], "other": 1})
+    page = page_of(run, comparison={"tables": [table], "plots": [{"title": "Plot", "svg": "<svg></svg>"}], "other": 1})
     assert page.index('id="comparison"') < page.index('id="runs"')
     assert '<th scope="row">rsm:8</th><td>91 %</td>' in page
     assert "five seeds" in page
-    assert "stroke: currentColor" in page
-    assert "<?xml" not in page
+    assert "<strong>Plot</strong></figcaption><svg></svg>" in page
     assert 'id="comparison"' not in page_of(run)
 
 
-def test_hinted_acceptance_that_fell_is_told(tmp_path):
+def test_hinted_acceptance_that_fell_is_reported(tmp_path, without_charts):
     stages = {f"iter-0{i}/diagnostics": {"hinted": share, "falling": i == 2} for i, share in ((1, 0.9), (2, 0.5))}
     page = page_of(make_run(tmp_path / "run", extra=stages))
     assert "run: from 90.0 % in iteration 1 to 50.0 % in iteration 2" in page
     assert figures.EXPLAINED["hinted"][1] in page
 
 
-def test_warnings_of_the_iterations_are_told(tmp_path):
+def test_warnings_of_the_iterations_are_shown(tmp_path, without_charts):
     sentence = "the loss did not fall, <b>really</b>"
     run = make_run(tmp_path / "run", extra={"iter-02/mstep": {"warnings": [sentence]}, "iter-01/mstep": {}})
     page = page_of(run)
@@ -350,7 +355,7 @@ def test_warnings_of_the_iterations_are_told(tmp_path):
         ),
     ],
 )
-def test_what_is_no_run_is_one_sentence(tmp_path, damage, sentence):
+def test_what_is_no_run_is_one_sentence(tmp_path, damage, sentence, without_charts):
     run = make_run(tmp_path / "run", samples=[sample("x")])
     damage(run)
     for command in (["report", run, "-o", tmp_path / "page.html"], ["show", run]):

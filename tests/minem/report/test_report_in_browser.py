@@ -39,7 +39,7 @@ def page(tmp_path_factory) -> Path:
         for name, more, seed, sampler in (("a", hostile, 0, "rsm"), ("b", [], 1, "rsm"), ("c <i>", [], 0, "star"))
     ]
     path = '<path d="M0 0 9 9" style="stroke: #000000"/>'
-    svg = '<svg viewBox="0 0 9 9" onload="alert(3)"><script>alert(4)</script>' + path + "</svg>"
+    svg = '<svg aria-label="plot" viewBox="0 0 9 9" onload="alert(3)"><script>alert(4)</script>' + path + "</svg>"
     comparison = {
         "tables": [{"title": HOSTILE, "note": "", "columns": ["sampler", HOSTILE], "rows": [[HOSTILE, 1]]}],
         "plots": [{"title": "plot", "svg": svg}],
@@ -66,7 +66,7 @@ def opened(browser, page):
 
 
 def count(browser: Browser, section: str) -> int:
-    """How many match, as the section says."""
+    """How many match, by the count of the section."""
     return int(re.match(r"[\d,]+", browser.value(f"document.querySelector('#{section} .count').textContent"))[0])
 
 
@@ -77,7 +77,7 @@ def shown(browser: Browser, section: str) -> list[str]:
 
 
 def choose(browser: Browser, section: str, name: str, value: str) -> None:
-    """Fill in a filter and say so, as a person's hand does."""
+    """Fill in a filter and send the event that a person's input would."""
     field = f"document.querySelector('#{section} [name={name}]')"
     browser.value(f"{field}.value = {json.dumps(value)}; {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
 
@@ -189,7 +189,7 @@ def contrasts(browser: Browser) -> dict[str, float]:
         ".badge.wrong": "color",
         ".badge.unparsed": "color",
         ".row .facts": "color",
-        "figure.chart > svg": "fill",  # of what says nothing of its fill, like letters that are paths
+        "figure.chart > svg": "fill",  # inherited by elements without a fill of their own
         "figure.chart > svg text": "fill",
         "figure.chart > svg path[clip-path][style*='stroke: var(--series-0)']": "stroke",
     }

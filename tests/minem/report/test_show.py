@@ -90,13 +90,13 @@ def test_wrong_requests_are_one_sentence(run, arguments, sentence):
     assert result.stdout == ""
 
 
-def test_a_run_without_samples_says_so(tmp_path):
+def test_a_run_without_samples_is_one_sentence(tmp_path):
     result = show(make_run(tmp_path / "run", validation=(10,)))
     assert result.exit_code == 2
     assert "no finished E-step yet" in result.stderr
 
 
-def test_without_the_task_the_answers_are_shown_all_the_same(run):
+def test_without_the_task_the_answers_are_still_shown(run):
     facts = json.loads((run / "run.json").read_text())
     facts["config"]["task"]["name"] = "gone/away"
     (run / "run.json").write_text(json.dumps(facts))
