@@ -115,7 +115,11 @@ def joined(device: str) -> Iterator[Ranks]:
     store.set_timeout(PATIENCE)
     try:
         if on_gpu:
-            _take_gpu(int(os.environ["LOCAL_RANK"]))
+            if (gpu := int(os.environ["LOCAL_RANK"])) >= cuda.device_count():
+                raise UserError(
+                    f"a process needs GPU {gpu}, but torch sees {cuda.device_count()}; start fewer processes"
+                )
+            cuda.set_device(gpu)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # host values never touch a GPU
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         yield Ranks(rank, size)
@@ -131,11 +135,3 @@ def joined(device: str) -> Iterator[Ranks]:
         if broken:
             raise Interrupted(f"the connection to another process broke; {AGAIN} (torch reports: {error})") from None
         raise
-
-
-def _take_gpu(number: int) -> None:
-    from torch import cuda
-
-    if number >= cuda.device_count():
-        raise UserError(f"a process needs GPU {number}, but torch sees {cuda.device_count()} here; start fewer of them")
-    cuda.set_device(number)
