@@ -74,3 +74,8 @@ def some(names: Sequence[str], most: int = 5) -> str:
     """The first names of many, for a sentence."""
     listed = ", ".join(names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
+def reason(error: BaseException) -> str:
+    """The message of another library's error for a sentence: one line of at most 300 characters, or the error's type."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

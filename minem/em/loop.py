@@ -37,7 +37,7 @@ from minem.files import read_rows, write_rows, write_whole
 from minem.generation.generator import DEFAULT_SLOTS, Generator
 from minem.generation.request import Completion, SamplingParams
 from minem.model.decoder import Model
-from minem.model.weights import load, load_model, read_weights, resolve, save, saved_bytes, verify
+from minem.model.weights import load, load_model, read_weights, resolve, save, saved_bytes
 from minem.parallel.follower import Follower
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
@@ -387,12 +387,9 @@ class Experiment:
                 if not self.ranks.first:
                     return
                 if self.mstep.lora is not None:
-                    place = record.path(f"{folder}/adapter")
-                    self.mstep.lora.save(place, adapter, self.config.model.id)
-                    self.mstep.lora.verify(place, adapter)
+                    self.mstep.lora.save(record.path(f"{folder}/adapter"), adapter, self.config.model.id)
                 model = record.path(f"{folder}/model")
                 save(self.model, self.tokenizer, model)
-                verify(self.model, self.tokenizer, model)
                 (model / "README.md").write_text(model_card(self, iteration), encoding="utf-8")
                 record.result.update(summary)
                 record.result["warnings"] = self._health(iteration, self.mstep.losses, summary["entropy"])
