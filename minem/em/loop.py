@@ -33,7 +33,7 @@ from minem.em.samplers import Prompt, altered, make_sampler
 from minem.em.scoring import DRAWS, agreement
 from minem.em.weighting import add_plain_logprobs, read_examples
 from minem.errors import GuardError, NotFinite, UserError
-from minem.files import read_rows, write_rows, write_whole
+from minem.files import read_rows, write_rows, write_atomic
 from minem.generation.generator import DEFAULT_SLOTS, Generator
 from minem.generation.request import Completion, SamplingParams
 from minem.model.decoder import Model
@@ -514,7 +514,7 @@ class Experiment:
                 raise
             dump = self.run.path / "log" / f"not-finite.iter-{iteration:02d}.json"
             dump.parent.mkdir(exist_ok=True)
-            write_whole(dump, (json.dumps(error.dump) + "\n").encode())
+            write_atomic(dump, (json.dumps(error.dump) + "\n").encode())
             raise GuardError(f"iteration {iteration}: {error}; their tokens are in {dump}") from error
 
     def _row_bytes(self, questions: Sequence[Question], max_new_tokens: int) -> int:

@@ -35,9 +35,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal
 
-from minem.files import PARTIAL, flush, flush_folders, flush_tree, is_as_written, is_full, manifest, remove, shortage, write_whole
+from minem.files import PARTIAL, flush_folders, flush_tree, is_as_written, is_full, manifest, remove, shortage, write_atomic
 from minem.errors import Interrupted, UserError
-from minem.files import damaged, json_line, keep_whole, whole_lines
+from minem.files import complete_rows, damaged, json_line
 from minem.runs.record import now, run_facts
 from minem.config import difference, to_toml
 from minem.files import own_file, read_json, read_toml
@@ -202,7 +202,7 @@ class RunDirectory:
         undone = self.stages[self.stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}
         try:
-            write_whole(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
+            write_atomic(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
             self._lines, self._damaged = kept, {}
             self._drop_metrics()
         except OSError as error:
@@ -264,7 +264,7 @@ class RunDirectory:
         line = json_line({**row, "sha256": _digest(row)})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(line)
-            flush(journal)
+        flush_tree(self.path / "journal.jsonl")
         flush_folders(self.path, self.path)
         self._lines[stage.name] = json.loads(line)  # exactly what a continued run reads
         if self.on_finished is not None:
@@ -306,20 +306,20 @@ class RunDirectory:
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = run_facts(self.config, command, inputs, origins)
-            write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
-            write_whole(journal, b"")
+            write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+            write_atomic(journal, b"")
         if not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            write_whole(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
-        self._lines = _replay(keep_whole(journal), self.path)
+            write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
+        self._lines = _replay(complete_rows(journal, repair=True), self.path)
         self._drop_metrics()
 
     def _drop_metrics(self) -> None:
         """Keep the lines of metrics.jsonl that finished stages wrote."""
-        metrics = keep_whole(self.path / "metrics.jsonl")
+        metrics = complete_rows(self.path / "metrics.jsonl", repair=True)
         kept = [row for row in metrics if row.get("stage") in self._lines]
         if len(kept) < len(metrics):
-            write_whole(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
+            write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
     def _config_before(self) -> Mapping[str, Mapping[str, Any]] | None:
         """The config that the run was started with; None where it was not."""
@@ -380,7 +380,7 @@ def hold_folder(
         if (path / mark).exists() and clear is None:
             _refuse_other_settings(path, mark, settings)
         else:
-            write_whole(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
+            write_atomic(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
         try:
             yield
         except OSError as error:
@@ -449,7 +449,7 @@ def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
     path = own_file(folder, "journal.jsonl")
     if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
         raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    return _replay(whole_lines(path)[0], folder)
+    return _replay(complete_rows(path), folder)
 
 
 def read_facts(folder: str | Path) -> dict[str, Any]:
