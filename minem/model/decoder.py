@@ -100,7 +100,7 @@ class Model(nn.Module):
             targets: int64 [R], the supervised tokens.
             token_weights: [R], the weight of each log-probability; None: all 1.
         Returns:
-            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) where
+            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) with
             loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
         """
         if lengths is None:
@@ -206,7 +206,7 @@ class Embedding(nn.Embedding):
 
 @lru_cache(maxsize=16)
 def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    """Angle per position of each channel pair, float32 [C/2]: theta^(-2i/C), stretched as `rope.type` says."""
+    """Angle per position of each channel pair, float32 [C/2]: theta^(-2i/C), scaled by the rule `rope.type`."""
     channels = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float()
     frequency = 1.0 / rope.theta ** (channels / head_dim)
     if rope.type == "linear":
