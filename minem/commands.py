@@ -1,4 +1,4 @@
-"""How a command ends: minem's errors become one sentence and an exit code, signals stop it, misspelt names are explained.
+"""How a command ends: errors become one sentence and an exit code, signals stop it, misspelt names are explained.
 
 minem trian; echo $?        # there is no command 'trian'; did you mean 'train'? ... 2
 """

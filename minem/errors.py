@@ -1,8 +1,7 @@
-"""The three ways a run ends other than well, each with its exit code.
+"""Three errors for the user, each with its exit code: bad input (2), stopped but resumable (3), stopped by a guard (4).
 
-Everything that a person can put right is raised as one of these with one clear sentence; the command line prints
-the sentence and exits with the code. Anything else is a bug in minem and keeps its traceback. Below them stand the few
-words with which the configs of several modules say what is wrong.
+Every error that the user can correct is one of these, with one clear sentence; the command line prints the sentence and
+exits with the code. Any other exception is a bug in minem and keeps its traceback. Below: helpers for such sentences.
 """
 
 from __future__ import annotations
@@ -16,10 +15,7 @@ from minem.text import sentence
 
 
 class MinemError(Exception):
-    """Base of the errors whose message is meant for a person.
-
-    Much of it is often quoted from files and models: it becomes one line that is safe to show (`minem.text.sentence`).
-    """
+    """Base of the errors for the user. Messages may quote files and models: `minem.text.sentence` makes them safe."""
 
     exit_code = 2
 
@@ -32,13 +28,13 @@ class UserError(MinemError):
 
 
 class Interrupted(MinemError):
-    """The run was stopped but can continue; the message says how. Exit code 3."""
+    """The run stopped but can be resumed; the message gives the way. Exit code 3."""
 
     exit_code = 3
 
 
 class GuardError(MinemError):
-    """A guard stopped the run: non-finite numbers, or nothing accepted and so nothing to train on. Exit code 4."""
+    """A guard stopped the run: numbers that are not finite, or nothing to train on. Exit code 4."""
 
     exit_code = 4
 
@@ -46,7 +42,7 @@ class GuardError(MinemError):
 class NotFinite(GuardError):
     """A loss or gradient is not finite.
 
-    dump: what led to it, as JSON values: the step, its numbers, and the examples at fault with their token ids.
+    dump: the step, its numbers, and the examples at fault with their token ids, as JSON values.
     """
 
     def __init__(self, message: str, dump: dict[str, Any]) -> None:
@@ -55,15 +51,16 @@ class NotFinite(GuardError):
 
 
 def shown(value: Any) -> str:
-    """Whatever TOML may hold, short enough for a sentence."""
+    """A value of TOML in at most 80 characters, for a sentence."""
     try:
-        shown = json.dumps(value) if isinstance(value, str | bool) else str(value)
+        text = json.dumps(value) if isinstance(value, str | bool) else str(value)
     except ValueError:  # Python prints no integer of thousands of digits
-        shown = "too long to show"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+        return "too long to show"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def one_of(value: Any, choices: Iterable[str], more: str = "") -> str:
+    """ "one of a, b" for a sentence, with the choice that is nearest to a wrong value."""
     names = list(choices)
     listed = " ".join(filter(None, ["one of " + ", ".join(names), more]))
     near = difflib.get_close_matches(str(value), names, n=1)
@@ -71,6 +68,11 @@ def one_of(value: Any, choices: Iterable[str], more: str = "") -> str:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first names of many, for a sentence."""
+    """At most `most` of the names, for a sentence."""
     listed = ", ".join(names[:most])
     return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
+def reason(error: BaseException) -> str:
+    """The message of another library's error, on one line of at most 300 characters; its type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

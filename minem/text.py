@@ -1,9 +1,9 @@
-"""Text from files, models and strangers, made fit to be shown: on a terminal, in a log, in the message of an error.
+"""Text from files and models, made safe to show on a terminal, in a log or in the message of an error.
 
     python -c "from minem.text import *; print(clean('\x1b[31mred'), visible('\u202e'), redact('hf_' + 10 * 'x'))"
 
-Nothing is trusted to be plain: a question may hold an escape sequence that clears the screen, a model may write a mark
-that reverses the line after it, a library may put the user's own token into its error.
+A question may contain an escape sequence that clears the screen, a model may write a mark that reverses the line after
+it, a library may put the user's token into its error.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import os
 import re
 import unicodedata
 
-# Characters that reorder the text around them, so that a line reads as what it is not.
+# Characters that reorder the text around them.
 BIDI_CONTROLS = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-SENTENCE_LIMIT = 2_000  # characters of a sentence; of a longer one, its beginning and its end
-# What the tokens of the services that people use here look like, and passwords within a URL.
+SENTENCE_LIMIT = 2_000  # characters of a sentence; a longer one keeps its beginning and its end
+# Tokens of usual services, by their form, and passwords within a URL.
 _TOKEN = re.compile(
     r"\b(?:hf_|api_org_|sk-|ghp_|gho_|github_pat_|glpat-|xox[abp]-|wandb_v1_)[\w-]{8,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
 )
-# After a name that says so: --api-key=..., "token": "...", Bearer ...
+# Values after a name of a secret: --api-key=..., "token": "...", Bearer ...
 _NAMED = re.compile(
     r"(?i)((?<!\w)(?:(?:access|auth|hf|hub)[_-])?(?:token|api[_-]?key|secret|password|passwd)[\"']?"
     r"(?:\s*=\s*|\s*:\s*(?=[\"']))|\bbearer\s+)([\"']?)[^\s\"',;]{4,}"
@@ -29,7 +29,7 @@ REDACTED = "[redacted]"
 
 
 def clean(text: str, keep_lines: bool = False) -> str:
-    """The text without what a terminal would obey: control characters and escapes, reordering marks, lone surrogates.
+    """The text without what a terminal acts on: control characters and escapes, reordering marks, lone surrogates.
 
     Line breaks and tabs become spaces; with `keep_lines`, they stay.
     """
@@ -39,12 +39,12 @@ def clean(text: str, keep_lines: bool = False) -> str:
 
 
 def visible(text: str) -> str:
-    """As `clean`, for a page that shows a text whole: what it takes out is written as an escape, like \\u202e."""
-    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _is_obeyed(c) else c for c in text.replace("\r\n", "\n"))
+    """As `clean`, but with unsafe characters as escapes, like \\u202e: for pages that show the complete text."""
+    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _is_unsafe(c) else c for c in text.replace("\r\n", "\n"))
 
 
 def sentence(text: str) -> str:
-    """The text as one line of bearable length, safe to show and to keep: what the message of an error becomes."""
+    """The text as one line of at most about SENTENCE_LIMIT characters, without secrets: the message of an error."""
     line = redact(clean(text)).strip()
     if len(line) <= SENTENCE_LIMIT:
         return line
@@ -53,7 +53,7 @@ def sentence(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """The text without secrets: values of this environment's tokens and keys, and whatever looks like one."""
+    """The text without secrets: values of this environment's tokens and keys, and anything of their form."""
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_VARIABLE.search(name):
             text = text.replace(value, REDACTED)
@@ -63,10 +63,10 @@ def redact(text: str) -> str:
 def _clean_character(character: str, keep_lines: bool) -> str:
     if character in "\n\t":
         return character if keep_lines else " "
-    if _is_obeyed(character):
+    if _is_unsafe(character):
         return "\N{REPLACEMENT CHARACTER}" if character != "\r" else ""
     return character
 
 
-def _is_obeyed(character: str) -> bool:
+def _is_unsafe(character: str) -> bool:
     return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS

@@ -40,7 +40,7 @@ from minem.model.weights import resolve
 from minem.parallel.signals import Stop
 from minem.plugins import hash_source
 from minem.runs import resume as recovery
-from minem.runs.directory import default_path, folder_name, hold_folder, read_journal, remove_run, write_whole
+from minem.runs.directory import default_path, folder_name, hold_folder, read_journal, remove_run, write_atomic
 from minem.runs.record import fingerprint
 from minem.train import LAST_STAGE, conclude
 
@@ -311,8 +311,8 @@ def _write(out: Path, comparison: dict[str, Any]) -> None:
     from minem.report.page import write_report
 
     runs = comparison["runs"]
-    write_whole(out / "comparison.json", (json.dumps(comparison, indent=1, allow_nan=False) + "\n").encode())
-    write_whole(out / "comparison.md", markdown(comparison).encode())
+    write_atomic(out / "comparison.json", (json.dumps(comparison, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(out / "comparison.md", markdown(comparison).encode())
     if runs:
         plot_spent(runs, out / "comparison.png")
         shown = {**comparison, "plots": svg_spent(runs)}

@@ -24,7 +24,7 @@ from minem.data.tasks import Question
 from minem.data.verdict import Verdict, flexible
 from minem.em.estep import judge
 from minem.errors import UserError
-from minem.files import json_line, keep_whole
+from minem.files import complete_rows, json_line
 from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
 from minem.runs.folder import hold_folder
@@ -168,7 +168,7 @@ def answer_file(
         (path / "answers.jsonl").unlink(missing_ok=True)
 
     with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear if overwrite else None):
-        rows = keep_whole(folder / "answers.jsonl")
+        rows = complete_rows(folder / "answers.jsonl", repair=True)
         kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
         if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
             raise UserError(f"{folder / 'answers.jsonl'} is damaged; give --overwrite to repeat the evaluation")

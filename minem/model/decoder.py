@@ -1,11 +1,11 @@
-"""The decoder: Llama 2/3.x, Qwen2/2.5 and Qwen3 in one file, read top to bottom in the order in which a token flows.
+"""The decoder: Llama 2/3.x, Qwen2/2.5 and Qwen3 in one file, from the whole model down to its parts.
 
     python -c "import minem, torch; m, t = minem.load('toy'); print(m(torch.tensor([t.encode('2 + 2')])).shape)"
 
-Tokens travel *packed*: one flat row of N tokens from any number of sequences, [N, D], with no batch dimension and no
-padding. Only attention cares which token belongs to which sequence, so the model takes attention as a function
-(`Attend`): packed causal attention for training, the same plus a write into the cache for prefill, attention over the
-cache for decoding. The rest of the network is written once and does not know which of the three it serves.
+Tokens are *packed*: one flat row of N tokens from any number of sequences, [N, D], without batch dimension or padding.
+Only attention depends on which token belongs to which sequence, so the model takes attention as a function (`Attend`):
+packed causal attention for training, the same plus a write into the cache for prefill, attention over the cache for
+decoding. The rest of the network is written once for all three.
 
 Shape suffixes: N packed tokens, D width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 """
@@ -33,152 +33,106 @@ class Attend(Protocol):
     """Attention as the model calls it: once per layer, for all packed tokens."""
 
     def cache_write(self, layer: int) -> CacheWrite | None:
-        """Where the layer's new keys and values are also to be written; the rotary embedding does it in passing."""
+        """The place in the cache for the layer's new keys and values, which the rotary kernel writes; or None."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, C], k and v [N, K, C] -> [N, H, C]."""
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+class Model(nn.Module):
+    """A decoder-only language model. Its merged projections are the parameters; weights.py maps them to the files.
 
-
-# ------------------------------------------------------------------------------------------- rotary embedding
-
-
-@lru_cache(maxsize=16)
-def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
-    """Angle per position of each channel pair, float32 [C/2]: theta^(-2i/C), stretched as `rope.type` says."""
-    channels = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float()
-    frequency = 1.0 / rope.theta ** (channels / head_dim)
-    if rope.type == "linear":
-        return frequency / rope.factor
-    if rope.type == "llama3":
-        # Short wavelengths stay, long ones are divided, those between are blended (Llama 3.1's model card).
-        wavelength = 2 * math.pi / frequency
-        blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        return frequency * (blend.clamp(0, 1) + (1 - blend.clamp(0, 1)) / rope.factor)
-    if rope.type == "yarn":
-        # Peng et al. 2023, arXiv 2309.00071, section 3.2: interpolate the channels that turn less than `beta_slow`
-        # times within the original length, keep those that turn more than `beta_fast` times, ramp between.
-        def channel_turning(times: float) -> float:
-            return head_dim * math.log(rope.original_length / (times * 2 * math.pi)) / (2 * math.log(rope.theta))
-
-        low, high = channel_turning(rope.beta_fast), channel_turning(rope.beta_slow)
-        if rope.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, head_dim - 1)
-        high += 0.001 if low == high else 0  # as transformers: a ramp of no width would divide by zero
-        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
-        return frequency * (1 - ramp) + frequency / rope.factor * ramp
-    return frequency
-
-
-# -------------------------------------------------------------------------------------------------- attention
-
-
-def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers from the host as a tensor on the device; a GPU takes them in its own time, and the host does not wait."""
-    host = torch.as_tensor(values, dtype=dtype)
-    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
-
-
-@lru_cache(maxsize=1)
-def varlen_attention() -> Callable[..., Any] | None:
-    """PyTorch's flash attention over packed sequences, made causal; None where this PyTorch was built without it.
-
-    Called with q [N, H, C], k and v [N, K, C], the sequences' starts and the longest of them, twice each.
-    """
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # here, for it brings in the compiler
-    except ImportError:
-        return None
-    if not torch.backends.cuda.is_flash_attention_available():
-        return None
-    # The kernel takes fewer key/value heads than query heads. torch 2.11 passes them on; later ones ask for leave.
-    told: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
-    return partial(varlen_attn, window_size=(-1, 0), **told)
-
-
-def takes_varlen(q: Tensor) -> bool:
-    """Whether the flash kernel computes in this dtype, for heads of this size, on this device."""
-    return (
-        q.is_cuda
-        and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
-        and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and varlen_attention() is not None
-    )
-
-
-class PackedAttention:
-    """Causal attention inside each of several packed sequences; none can see another. An `Attend`.
-
-    On a GPU in half precision the flash kernel takes them as they are. Elsewhere each sequence is a rectangle of its
-    own, together with its neighbours of the same length: no padding, no gathers, and the same arithmetic for a sequence
-    whatever it is packed with.
+    `checkpointed`: the number of layers, from the first, that recompute their activations in the backward pass (Chen et
+    al. 2016, arXiv 1604.06174). Each keeps two [N, D] tensors instead, and training takes up to a third longer.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str):
-        self.lengths, self.device = list(lengths), device
-        self.rectangles = [(len(list(run)), length) for length, run in groupby(self.lengths)]
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """int32 [sequences + 1]: where each begins, and the end of the last; made for the first layer, used by all."""
-        return upload(list(accumulate(self.lengths, initial=0)), self.device, torch.int32)
-
-    def cache_write(self, layer: int) -> None:
-        """Training caches nothing."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if takes_varlen(q):
-            attention, longest = varlen_attention(), max(self.lengths)
-            assert attention is not None
-            return attention(q, k, v, self.starts, self.starts, longest, longest)
-        sizes = [count * length for count, length in self.rectangles]
-        parts = zip(self.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
-        done = [self._rectangle(*(x.unflatten(0, shape) for x in part)).flatten(0, 1) for shape, *part in parts]
-        return done[0] if len(done) == 1 else torch.cat(done)
-
-    @staticmethod
-    def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal grouped-query attention over [B, T, H, C] and [B, T, K, C]."""
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-
-
-# ------------------------------------------------------------------------------------------------ the network
-
-
-class Linear(nn.Linear):
-    """Without PyTorch's random start, which a checkpoint would overwrite; whoever trains from nothing sets his own."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class Embedding(nn.Embedding):
-    """Without PyTorch's random start, as `Linear`."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
-
-    def __init__(self, size: int, eps: float):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.config = config
+        self.checkpointed = 0
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(normed, sum) of x, or of x + residual: the addition before a norm is part of the same kernel."""
-        return rms_norm(x, self.weight, self.eps, residual)
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Final normed hidden states [N, D] of packed tokens [N] at their positions [N], both int64."""
+        rope = self.config.rope
+        angle = positions.float()[:, None] * inverse_frequencies(rope, self.config.head_dim, self.device)
+        cos = (angle.cos() * rope.attention_factor).to(self.dtype)
+        sin = (angle.sin() * rope.attention_factor).to(self.dtype)
+        x, residual = self.embed(input_ids), None
+        recomputed = self.checkpointed if torch.is_grad_enabled() else 0
+        for number, layer in enumerate(self.layers):
+            if number < recomputed:
+                # Nothing in a layer is random, so there is no random state to restore.
+                recompute = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+                x, residual = recompute(x, residual, cos, sin, attend)
+            else:
+                x, residual = layer(x, residual, cos, sin, attend)
+        return self.norm(x, residual)[0]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lengths: Sequence[int] | None = None,
+        rows: Tensor | None = None,
+        targets: Tensor | None = None,
+        token_weights: Tensor | None = None,
+    ) -> Any:
+        """Logits of a rectangle of tokens, or the loss of packed sequences.
+
+        Args:
+            input_ids: int64 [B, T], or packed [N] when `lengths` is given.
+            lengths: lengths of the packed sequences, summing to N. They do not attend to each other.
+            rows: int64 [R], the packed positions that predict a supervised token. Only these reach the head, inside
+                forward, so that the hooks of FSDP run around all parameters.
+            targets: int64 [R], the supervised tokens.
+            token_weights: [R], the weight of each log-probability; None: all 1.
+        Returns:
+            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) with
+            loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
+        """
+        if lengths is None:
+            batch, steps = input_ids.shape
+            hidden = self._packed_hidden(input_ids.flatten(), [steps] * batch)
+            return self.head(hidden).unflatten(0, (batch, steps))
+        hidden = self._packed_hidden(input_ids, lengths)
+        if rows is None or targets is None:
+            raise ValueError("packed sequences need rows and targets: which positions predict which tokens")
+        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
+
+    def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        positions = upload(torch.cat([torch.arange(n) for n in lengths]), input_ids.device)
+        return self.hidden(input_ids, positions, PackedAttention(lengths, input_ids.device))
+
+
+class Layer(nn.Module):
+    """One block. `x` is the previous block's output, not yet added to the residual stream: the next norm adds it."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        normed, residual = self.attention_norm(x, residual)
+        normed, residual = self.mlp_norm(self.attention(normed, cos, sin, attend), residual)
+        return self.mlp(normed), residual
 
 
 class Attention(nn.Module):
@@ -220,97 +174,136 @@ class MLP(nn.Module):
         return self.down(swiglu(self.gate_up(x)))
 
 
-class Layer(nn.Module):
-    """One block. `x` is what the last block adds to the residual stream, not added yet: the next norm does both."""
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019, arXiv 1910.07467)."""
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, size: int, eps: float):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, layer)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, attend: Attend
-    ) -> tuple[Tensor, Tensor]:
-        normed, residual = self.attention_norm(x, residual)
-        normed, residual = self.mlp_norm(self.attention(normed, cos, sin, attend), residual)
-        return self.mlp(normed), residual
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(normed, sum) of x, or of x + residual: the addition before a norm is part of the same kernel."""
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
-class Model(nn.Module):
-    """A decoder-only language model. Its merged projections are the real parameters; see weights.py for the files.
+class Linear(nn.Linear):
+    """Without PyTorch's random initialisation, which a checkpoint overwrites anyway."""
 
-    `checkpointed`: the activations of the first so many layers are not kept for the backward pass but computed again
-    in it (Chen et al. 2016, arXiv 1604.06174): of each such layer two [N, D] tensors stay, for a third more time.
+    def reset_parameters(self) -> None:
+        pass
+
+
+class Embedding(nn.Embedding):
+    """Without PyTorch's random initialisation, as `Linear`."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
+# ----------------------------------------------------------------------------------------------------- rotary embedding
+
+
+@lru_cache(maxsize=16)
+def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -> Tensor:
+    """Angle per position of each channel pair, float32 [C/2]: theta^(-2i/C), scaled by the rule `rope.type`."""
+    channels = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float()
+    frequency = 1.0 / rope.theta ** (channels / head_dim)
+    if rope.type == "linear":
+        return frequency / rope.factor
+    if rope.type == "llama3":
+        # Short wavelengths stay, long ones are divided by `factor`, those between are blended (Llama 3.1's model card).
+        wavelength = 2 * math.pi / frequency
+        blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        return frequency * (blend.clamp(0, 1) + (1 - blend.clamp(0, 1)) / rope.factor)
+    if rope.type == "yarn":
+        # Peng et al. 2023, arXiv 2309.00071, section 3.2: interpolate the channels with fewer than `beta_slow`
+        # rotations within the original length, keep those with more than `beta_fast`, ramp between.
+        def channel_of(rotations: float) -> float:
+            return head_dim * math.log(rope.original_length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+        low, high = channel_of(rope.beta_fast), channel_of(rope.beta_slow)
+        if rope.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 if low == high else 0  # as transformers: no division by zero
+        ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
+        return frequency * (1 - ramp) + frequency / rope.factor * ramp
+    return frequency
+
+
+# -------------------------------------------------------------------------------------- attention over packed sequences
+
+
+def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers as a tensor on the device. The copy to a GPU is asynchronous: the host does not wait."""
+    host = torch.as_tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
+
+
+@lru_cache(maxsize=1)
+def varlen_attention() -> Callable[..., Any] | None:
+    """PyTorch's causal flash attention over packed sequences; None if this PyTorch was built without it.
+
+    Its arguments: q [N, H, C], k and v [N, K, C], then `starts` twice and the longest length twice.
+    """
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler
+    except ImportError:
+        return None
+    if not torch.backends.cuda.is_flash_attention_available():
+        return None
+    # The kernel supports fewer key/value heads than query heads; torch above 2.11 wants a flag for it.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    return partial(varlen_attn, window_size=(-1, 0), **grouped)
+
+
+def takes_varlen(q: Tensor) -> bool:
+    """Whether the flash kernel supports this dtype and head size on this device."""
+    return (
+        q.is_cuda
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 256
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and varlen_attention() is not None
+    )
+
+
+class PackedAttention:
+    """Causal attention inside each packed sequence, never across them. An `Attend`.
+
+    On a GPU in half precision the flash kernel takes the packed row. Elsewhere consecutive sequences of one length form
+    a rectangle [B, T]: no padding, and a sequence's result does not depend on the sequences packed beside it.
     """
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.checkpointed = 0
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
-            self.head.weight = self.embed.weight
+    def __init__(self, lengths: Sequence[int], device: torch.device | str):
+        self.lengths, self.device = list(lengths), device
+        self.rectangles = [(len(list(run)), length) for length, run in groupby(self.lengths)]
 
-    @property
-    def device(self) -> torch.device:
-        return self.embed.weight.device
+    @cached_property
+    def starts(self) -> Tensor:
+        """int32 [sequences + 1]: the start of each and the end of the last; uploaded once for all layers."""
+        return upload(list(accumulate(self.lengths, initial=0)), self.device, torch.int32)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+    def cache_write(self, layer: int) -> None:
+        """None: training has no cache."""
 
-    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final normed hidden states [N, D] of packed tokens [N] at their positions [N], both int64."""
-        rope = self.config.rope
-        angle = positions.float()[:, None] * inverse_frequencies(rope, self.config.head_dim, self.device)
-        cos = (angle.cos() * rope.attention_factor).to(self.dtype)
-        sin = (angle.sin() * rope.attention_factor).to(self.dtype)
-        x, residual = self.embed(input_ids), None
-        recomputed = self.checkpointed if torch.is_grad_enabled() else 0
-        for number, layer in enumerate(self.layers):
-            if number < recomputed:
-                # Nothing in a layer is random, so there is no random state to keep.
-                keep = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-                x, residual = keep(x, residual, cos, sin, attend)
-            else:
-                x, residual = layer(x, residual, cos, sin, attend)
-        return self.norm(x, residual)[0]
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if takes_varlen(q):
+            attention, longest = varlen_attention(), max(self.lengths)
+            assert attention is not None
+            return attention(q, k, v, self.starts, self.starts, longest, longest)
+        sizes = [count * length for count, length in self.rectangles]
+        parts = zip(self.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
+        done = [self._rectangle(*(x.unflatten(0, shape) for x in part)).flatten(0, 1) for shape, *part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        lengths: Sequence[int] | None = None,
-        rows: Tensor | None = None,
-        targets: Tensor | None = None,
-        token_weights: Tensor | None = None,
-    ) -> Any:
-        """Logits of a rectangle of tokens, or the loss of packed sequences.
-
-        Args:
-            input_ids: int64 [B, T], or packed [N] when `lengths` is given.
-            lengths: lengths of the packed sequences, summing to N. They cannot see each other.
-            rows: int64 [R], the packed positions whose hidden state predicts a supervised token. Only these reach
-                the head, inside forward, so that hooks of wrapped models fire around all parameters.
-            targets: int64 [R], the supervised tokens.
-            token_weights: [R], the weight of each log-probability; all 1 where absent.
-        Returns:
-            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) where
-            loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
-        """
-        if lengths is None:
-            batch, steps = input_ids.shape
-            hidden = self._packed_hidden(input_ids.flatten(), [steps] * batch)
-            return self.head(hidden).unflatten(0, (batch, steps))
-        hidden = self._packed_hidden(input_ids, lengths)
-        if rows is None or targets is None:
-            raise ValueError("packed sequences need rows and targets: which positions predict which tokens")
-        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
-
-    def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-        positions = upload(torch.cat([torch.arange(n) for n in lengths]), input_ids.device)
-        return self.hidden(input_ids, positions, PackedAttention(lengths, input_ids.device))
+    @staticmethod
+    def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal grouped-query attention over [B, T, H, C] and [B, T, K, C]."""
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)

@@ -1,6 +1,6 @@
-"""config.json of a Hugging Face folder -> `ModelConfig`.
+"""config.json of a Hugging Face folder -> `ModelConfig`; what this decoder does not compute is refused by name.
 
-python -c "from minem.model.hf_config import *; print(ModelConfig.from_dict(__import__('json').load(open('FOLDER/config.json'))))"
+python -c "import minem; print(minem.load('toy')[0].config)"
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: its base and how it is stretched beyond the length seen in pre-training."""
+    """Rotary embedding: its base, and its scaling beyond the length of pre-training."""
 
     theta: float = 10_000.0
     type: str = "default"  # "default" | "linear" | "llama3" | "yarn"
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    original_length: int = 0  # llama3, yarn: positions seen in pre-training
+    original_length: int = 0  # llama3, yarn: positions in pre-training
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the ramp's ends to whole channels
@@ -33,7 +33,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder, in the field names of Hugging Face's config.json where those are shared."""
+    """The shape of a decoder; most fields have the names of Hugging Face's config.json."""
 
     model_type: str
     vocab_size: int
@@ -50,8 +50,8 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    rope: RopeConfig = field(default_factory=RopeConfig)
-    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as it was read
+    rope: RopeConfig = RopeConfig()
+    raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as read
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
@@ -61,24 +61,28 @@ class ModelConfig:
             raw: the parsed file.
             source: its path, for messages.
         Raises:
-            UserError: a field is missing, of the wrong kind, or asks for something that this decoder does not do.
+            UserError: a field is missing, has the wrong type, or asks for something that this decoder does not support.
         """
         _refuse_unsupported(raw, source)
-        kind = raw["model_type"]
-        heads = _positive(raw, "num_attention_heads", source)
+        kind, bias = raw["model_type"], bool(raw.get("attention_bias", False))
         width = _positive(raw, "hidden_size", source)
-        # Qwen3's own default is 128 whatever the width; the others divide the width among the heads.
-        default_head_dim = 128 if kind == "qwen3" else width // heads
-        bias = bool(raw.get("attention_bias", False))
-        config = cls(
+        heads = _positive(raw, "num_attention_heads", source)
+        groups = _positive(raw, "num_key_value_heads", source, heads)
+        if heads % groups:
+            raise UserError(f"{source}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}")
+        # Qwen3's default is 128 for every width; the others divide the width by the heads.
+        head_dim = _positive(raw, "head_dim", source, 128 if kind == "qwen3" else width // heads)
+        if head_dim % 2:
+            raise UserError(f"{source}: head_dim must be even for rotary embedding, not {head_dim}")
+        return cls(
             model_type=kind,
             vocab_size=_positive(raw, "vocab_size", source),
             hidden_size=width,
             intermediate_size=_positive(raw, "intermediate_size", source),
             num_hidden_layers=_positive(raw, "num_hidden_layers", source),
             num_attention_heads=heads,
-            num_key_value_heads=_positive(raw, "num_key_value_heads", source, heads),
-            head_dim=_positive(raw, "head_dim", source, default_head_dim),
+            num_key_value_heads=groups,
+            head_dim=head_dim,
             rms_norm_eps=_number(raw, "rms_norm_eps", source, 1e-6),
             max_position_embeddings=_positive(raw, "max_position_embeddings", source, 2048),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
@@ -89,14 +93,6 @@ class ModelConfig:
             rope=_read_rope(raw, source),
             raw=raw,
         )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise UserError(
-                f"{source}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
-                f"({config.num_key_value_heads})"
-            )
-        if config.head_dim % 2:
-            raise UserError(f"{source}: head_dim must be even for rotary embedding, not {config.head_dim}")
-        return config
 
 
 def _number(raw: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
@@ -108,20 +104,18 @@ def _number(raw: Mapping[str, Any], key: str, source: str, default: float | None
 
 def _positive(raw: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
     value = default if raw.get(key) is None else raw[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise UserError(f"{source}: {key} must be a positive whole number, not {value!r}")
-    if value >= 2**31:
-        raise UserError(f"{source}: {key} = {value} is beyond any model")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise UserError(f"{source}: {key} must be a positive whole number below 2^31, not {value!r}")
     return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
-    """Name the first field that asks for what this decoder does not compute; approximating it would be a lie."""
+    """UserError names the first field that asks for what this decoder does not compute."""
     kinds = {"model_type": str, "hidden_act": str, "layer_types": list, "sliding_window": int, "max_window_layers": int}
     kinds |= dict.fromkeys(("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window"), bool)
     for key, kind in kinds.items():
         if raw.get(key) is not None and type(raw[key]) is not kind:
-            raise UserError(f"{source}: {key} must be of the kind {kind.__name__}, not {raw[key]!r}")
+            raise UserError(f"{source}: {key} must be of type {kind.__name__}, not {raw[key]!r}")
     if raw.get("model_type") not in ARCHITECTURES:
         raise UserError(f"{source}: model_type {raw.get('model_type')!r} is not one of {', '.join(ARCHITECTURES)}")
     if raw.get("hidden_act", "silu") != "silu":
@@ -129,21 +123,19 @@ def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
     for key, harmless in (("attention_dropout", 0), ("quantization_config", None), ("partial_rotary_factor", 1)):
         if raw.get(key) not in (None, harmless):
             raise UserError(f"{source}: {key} = {raw[key]!r} is not supported; use a checkpoint without it")
-    window = raw.get("sliding_window")
-    layers = [str(kind) for kind in raw.get("layer_types") or []]
-    windowed = "sliding_attention" in layers or (
-        not layers
-        and raw.get("use_sliding_window")
-        and raw.get("max_window_layers", 28) < _positive(raw, "num_hidden_layers", source)
-    )
-    if windowed and window is not None and window < raw.get("max_position_embeddings", 2048):
-        raise UserError(f"{source}: sliding_window = {window} would bite; only full attention is supported")
+    layers = [str(layer) for layer in raw.get("layer_types") or []]
     if set(layers) - {"full_attention", "sliding_attention"}:
         raise UserError(f"{source}: layer_types may only hold 'full_attention', not {sorted(set(layers))}")
+    windowed = "sliding_attention" in layers
+    if not layers and raw.get("use_sliding_window"):
+        windowed = raw.get("max_window_layers", 28) < _positive(raw, "num_hidden_layers", source)
+    window = raw.get("sliding_window")
+    if windowed and window is not None and window < _positive(raw, "max_position_embeddings", source, 2048):
+        raise UserError(f"{source}: sliding_window = {window} is not supported, only full attention is")
 
 
 def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
-    """Rotary settings, written as rope_theta + rope_scaling or as transformers 5's rope_parameters."""
+    """Rotary settings, from rope_theta and rope_scaling or from rope_parameters (transformers 5)."""
     key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
     rope = raw.get(key) or {}
     if not isinstance(rope, Mapping):
@@ -164,11 +156,10 @@ def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
     factor = _number(rope, "factor", where)
     if kind == "linear":
         return RopeConfig(theta, kind, factor)
-    # A length beside the rope settings (Phi-style) outranks the one inside, as in transformers.
+    # A length beside the rope settings (as Phi writes it) comes before the one inside, as in transformers.
     holder = raw if raw.get("original_max_position_embeddings") else rope
-    original = _positive(
-        holder, "original_max_position_embeddings", where, _positive(raw, "max_position_embeddings", source, 2048)
-    )
+    longest = _positive(raw, "max_position_embeddings", source, 2048)
+    original = _positive(holder, "original_max_position_embeddings", where, longest)
     if kind == "llama3":
         low, high = _number(rope, "low_freq_factor", where), _number(rope, "high_freq_factor", where)
         if low >= high:

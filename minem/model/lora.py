@@ -3,30 +3,29 @@
     minem train --set mstep.lora_rank=16 --set mstep.lr=2e-4
 
 A linear layer W becomes W + scale * B A with scale = alpha / rank, A [rank, in] random and B [out, rank] zero, so that
-training starts at W itself (Hu et al. 2021, arXiv 2106.09685). Gradients, float32 masters and AdamW's state exist for A
-and B alone. Where W is several projections of Hugging Face's in one (`minem.model.weights.PARTS`), each has an A and a B of
-its own, which act on its rows.
+training starts at W itself (Hu et al. 2021, arXiv 2106.09685). Only A and B have gradients, float32 masters and AdamW's
+state. A merged layer holds several projections of Hugging Face's (`minem.model.weights.PARTS`), each with its own A and
+B for its rows.
 
-There is one set of weights. It holds the base model's while A and B train beside it, and W + scale * B A at all other
-times: what draws, evaluates and is saved is an ordinary model. Rounding never accumulates over iterations, because
-merging starts from the base weights, read once more from their file.
+There is one set of weights. It holds the base model's while A and B train, and W + scale * B A at all other times: the
+model that samples, is evaluated and is saved is an ordinary one. Rounding does not accumulate over iterations, because
+each merge starts from the base weights, read again from their file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minem.errors import GuardError, UserError
+from minem.errors import UserError
 from minem.model.decoder import Model
 from minem.model.weights import PARTS, checkpoint_views, read_weights
 
@@ -35,17 +34,17 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def read_targets(text: str) -> list[str]:
-    """The projections that `mstep.lora_targets` names, as they are written: names with commas, or "all"."""
+    """The projections that `mstep.lora_targets` names: names with commas, or "all"."""
     names = [name.strip() for name in text.split(",")]
     return list(TARGETS) if "all" in names else names
 
 
 class Adapter(nn.Module):
-    """The low-rank terms of one linear layer; part of its block's modules only while they train.
+    """The low-rank terms of one linear layer, in the module tree only during training.
 
     Args:
-        rows: output features of each of the layer's projections, by its Hugging Face name, in the order of its rows.
-        targets: the projections that are trained, by the last part of their names.
+        rows: output features of each projection of the layer, by its Hugging Face name, in the order of its rows.
+        targets: the projections to train, by the last part of their names.
         width: input features of the layer.
     """
 
@@ -53,7 +52,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.scale = scale
         self.rows = {_short(name): size for name, size in rows.items()}
-        # In the order of the rows, which a ParameterDict does not keep: it sorts.
+        # In the order of the rows: a ParameterDict sorts its keys.
         self.names = {_short(name): name for name in rows if _short(name) in targets}
         self.A = nn.ParameterDict({short: torch.zeros(rank, width) for short in self.names})
         self.B = nn.ParameterDict({short: torch.zeros(self.rows[short], rank) for short in self.names})
@@ -61,8 +60,7 @@ class Adapter(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y [N, out] with scale * B (A x) added in place, for the layer's input x [N, in] and output y.
 
-        The projections of a merged layer act as one, A stacked and B block-diagonal: x and y are read once, and y is
-        rounded once.
+        Stacked A and block-diagonal B act for all projections of a merged layer: one product each, y rounded once.
         """
         down = torch.cat([self.A[short] for short in self.names])  # [targets * rank, in]
         up = [self.B[short] if short in self.names else y.new_empty(size, 0) for short, size in self.rows.items()]
@@ -70,14 +68,14 @@ class Adapter(nn.Module):
 
 
 class LoRA:
-    """The adapters of a model, whose own parameters are frozen for good.
+    """The adapters of a model, whose own parameters stay frozen.
 
     Args:
-        targets: as `read_targets` takes them.
-        seed: of the random A, which is the same in every process.
-        base: the folder of the weights that the model holds now; `merge` reads them again.
+        targets: as for `read_targets`.
+        seed: of the random A, the same in every process.
+        base: the folder of the model's current weights, from which each merge starts.
     Raises:
-        UserError: a rank beyond the model's width.
+        UserError: the rank is above the model's width.
     """
 
     def __init__(self, model: Model, rank: int, alpha: float, targets: str, seed: int, base: Path):
@@ -100,12 +98,12 @@ class LoRA:
         self.reset()
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """All A and B in the model's dtype, by the names that PEFT gives them in its files."""
-        return _named(self.adapters.values())
+        """All A and B in the model's dtype, by their names in PEFT's files."""
+        return adapter_parameters(nn.ModuleList(self.adapters.values()))
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Start again from nothing learned, on the weights that the model holds now: the base model's."""
+        """Draw A again and set B to zero; the model must hold the base weights."""
         noise = torch.Generator().manual_seed(self.seed)
         for name, parameter in self.named_parameters().items():
             start = torch.zeros(parameter.shape)
@@ -114,37 +112,34 @@ class LoRA:
             parameter.copy_(start)
         self._merged = False
 
-    def attach(self) -> None:
-        """Put the adapters into the module tree, where the base weights stand: now the model computes with them.
-
-        Each is touched inside its own block's forward only, so that blocks can be sharded or recomputed.
-        """
-        self._unmerge()
-        self._hooks = []
-        for linear, adapter in self.adapters.items():
-            linear.add_module("lora", adapter)
-            self._hooks.append(linear.register_forward_hook(_add_low_rank))
-
-    def detach(self) -> None:
-        """Take them out again; what is left is the base model."""
-        for hook in self._hooks:
-            hook.remove()
-        for linear in self.adapters:
-            del linear.lora
-
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While open, the model is the base model with adapters."""
-        self.attach()
+        """While open, the model computes with base weights and adapters.
+
+        Each adapter runs inside its own block's forward, so that blocks can be sharded or recomputed.
+        """
+        self._unmerge()
+        hooks = []
+        for linear, adapter in self.adapters.items():
+            linear.add_module("lora", adapter)
+            hooks.append(linear.register_forward_hook(_add_low_rank))
         try:
             yield
         finally:
-            self.detach()
+            for hook in hooks:
+                hook.remove()
+            for linear in self.adapters:
+                del linear.lora
 
+    @torch.no_grad()
     def merge(self, masters: Mapping[str, Tensor]) -> None:
-        """Make the model's weights base + scale * B A, with A and B (float32) as in `named_parameters`."""
+        """Make the weights base + scale * B A, summed in float32 and rounded once; `masters`: A and B in float32."""
         self._unmerge()
-        merge(self.model, masters, self.scale)
+        for name, weight in checkpoint_views(self.model).items():
+            module = name.removesuffix(".weight")
+            if (a := masters.get(_peft_name(module, "A"))) is not None:
+                b = masters[_peft_name(module, "B")]
+                weight.copy_(torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale))
         self._merged = True
 
     def _unmerge(self) -> None:
@@ -153,7 +148,7 @@ class LoRA:
         self._merged = False
 
     def save(self, folder: Path, masters: Mapping[str, Tensor], base_model: str) -> None:
-        """Write an adapter folder that peft loads: `masters` in float32, and a config that names the base model."""
+        """Write a folder that peft loads: `masters` in float32, and a config that names the base model."""
         folder.mkdir(parents=True, exist_ok=True)
         config = {
             "peft_type": "LORA",
@@ -169,42 +164,18 @@ class LoRA:
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         tensors = {name: master.detach().contiguous() for name, master in masters.items()}
         save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
-        # safetensors makes files that only their owner can read
-        (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode)
-
-    def verify(self, folder: Path, masters: Mapping[str, Tensor]) -> None:
-        """Read an adapter that `save` wrote and compare it with what is in memory. Raises GuardError."""
-        try:
-            with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
-                written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise GuardError(f"the adapter that was just written cannot be read again: {error}") from error
-        same = written.keys() == masters.keys()
-        if not same or not all(torch.equal(written[name], master.cpu()) for name, master in masters.items()):
-            raise GuardError(f"{folder}: what was just written is not the adapter in memory")
+        (folder / ADAPTER_WEIGHTS).chmod((folder / "adapter_config.json").stat().st_mode)  # as in `weights.save`
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A and B of all adapters that are attached to a model, by their names in PEFT's files."""
-    return _named(module for module in model.modules() if isinstance(module, Adapter))
-
-
-def _named(adapters: Iterable[Adapter]) -> dict[str, nn.Parameter]:
+    """A and B of all adapters attached to a model, by their names in PEFT's files."""
     return {
         _peft_name(name, letter): factors[short]
-        for adapter in adapters
+        for adapter in model.modules()
+        if isinstance(adapter, Adapter)
         for short, name in adapter.names.items()
         for letter, factors in (("A", adapter.A), ("B", adapter.B))
     }
-
-
-@torch.no_grad()
-def merge(model: Model, masters: Mapping[str, Tensor], scale: float) -> None:
-    """Add scale * B A to the weights of a model that holds the base ones: summed in float32, then rounded once."""
-    for name, weight in checkpoint_views(model).items():
-        module = name.removesuffix(".weight")
-        if (a := masters.get(_peft_name(module, "A"))) is not None:
-            weight.copy_(torch.addmm(weight.to(a.dtype), masters[_peft_name(module, "B")], a, alpha=scale))
 
 
 def _add_low_rank(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a decoder weighs, from its config alone: parameters, FLOPs, and the bytes that training keeps.
+"""The size of a decoder, from its config alone: parameters, FLOPs, and the bytes that training keeps.
 
 minem train --dry-run
 """
@@ -12,7 +12,7 @@ import torch
 from minem.kernels.cross_entropy import CHUNK_BYTES
 from minem.model.hf_config import ModelConfig
 
-SAFE_SHARE = 0.9  # of the free memory that is planned with: allocators leave gaps
+SAFE_SHARE = 0.9  # the share of free memory to plan with: allocators leave gaps
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Parameters:
 
     embeddings: int
     body: int  # all but embeddings and head: the blocks and the last norm
-    head: int  # 0 where the head is the embeddings
+    head: int  # 0 if the head is the embeddings
 
     @property
     def total(self) -> int:
@@ -46,7 +46,7 @@ def parameters(config: ModelConfig) -> Parameters:
 def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
     """Parameters of LoRA's terms: for each target, A [rank, in] and B [out, rank].
 
-    targets: linear layers of the blocks under Hugging Face's names, with commas; or "all".
+    targets: linear layers of the blocks by Hugging Face's names, with commas; or "all".
     """
     width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
@@ -59,16 +59,15 @@ def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int
         "up_proj": width + inner,
         "down_proj": inner + width,
     }
-    names = {name.strip() for name in targets.split(",")}  # naming one twice makes one of it
+    names = {name.strip() for name in targets.split(",")}  # one that stands twice counts once
     return config.num_hidden_layers * rank * sum(sizes[name] for name in (sizes if "all" in names else names))
 
 
 def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
-    """Floating-point operations of forward and backward, as MFU counts them: 6 for each weight that a token meets.
+    """Floating-point operations of forward and backward, as for MFU: 6 per weight and token.
 
-    6 x (body parameters x tokens + head parameters x supervised). The head's are V x D, tied or not, for the product is
-    made in either case; looking a token up in the embeddings is no arithmetic. Attention and whatever is computed again
-    are not counted.
+    6 x (body parameters x tokens + head parameters x supervised). The head has V x D, tied or not; the embeddings are
+    only looked up. Attention and recomputation are not counted.
 
     tokens: that enter the model. supervised: that reach the head.
     """
@@ -84,18 +83,18 @@ def activation_bytes(
     dtype: torch.dtype,
     device: str = "cuda",
 ) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for its backward pass, the loss and its workspace apart.
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, without those of `loss_bytes`.
 
     Args:
         tokens: that enter the model.
         supervised: of them, those that reach the head.
-        checkpointed: blocks that keep their input alone. The backward pass makes one of them whole at a time.
-        device: "cuda", where the Triton kernels run, or "cpu", whose eager references keep more.
+        checkpointed: blocks that keep their input alone. The backward pass recomputes one of them at a time.
+        device: "cuda" for the Triton kernels, or "cpu" for the eager references, which keep more.
     """
     width, size = config.hidden_size, dtype.itemsize
     blocks = config.num_hidden_layers - checkpointed
     whole = max(blocks, min(checkpointed, 1)) * _block_bytes(config, size, device)
-    inputs = checkpointed * 2 * width * size  # the residual stream, and what the block before adds to it
+    inputs = checkpointed * 2 * width * size  # the residual stream, and the output of the block before
     last = width * size * (2 if device == "cpu" else 1)
     return tokens * (whole + inputs + last) + supervised * width * size
 
@@ -103,12 +102,12 @@ def activation_bytes(
 def loss_bytes(
     config: ModelConfig, supervised: int, dtype: torch.dtype, device: str = "cuda", trained: bool = True
 ) -> int:
-    """Bytes that `linear_cross_entropy` takes at its peak beside what `activation_bytes` counts.
+    """Bytes at the peak of `linear_cross_entropy`, beside those of `activation_bytes`.
 
-    trained: whether the head gets a gradient, as it does but under LoRA.
+    trained: whether the head gets a gradient; under LoRA it does not.
     """
     weight = config.vocab_size * config.hidden_size if trained else 0
-    # The weight's gradient in float32, and then its copy, scaled and in the dtype of the weight.
+    # The weight's gradient in float32, then its scaled copy in the dtype of the weight.
     return weight * 4 + max(_chunk_bytes(config, supervised, dtype, device), weight * dtype.itemsize)
 
 
@@ -116,7 +115,7 @@ def _chunk_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, devic
     """Bytes of the logits of `linear_cross_entropy`, a chunk of rows at a time."""
     vocabulary, size = config.vocab_size, dtype.itemsize
     rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))
-    # Eager, shifted logits and their exponentials in float32, beside the logits themselves where these are narrower.
+    # Eager: shifted logits and their exponentials in float32, and the logits themselves if these are narrower.
     return rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
 
 
@@ -125,13 +124,13 @@ def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
     width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
     heads, turned = config.num_attention_heads, (config.num_attention_heads + config.num_key_value_heads) * channels
     eager = device == "cpu"
-    numbers = 4 * width  # what each of two norms read, and what it wrote
-    numbers += _merged(config) + turned + heads * channels  # q, k, v before the rotation and after, and the result
-    numbers += 3 * inner  # gate, up, and what enters the last matrix
+    numbers = 4 * width  # input and output of two norms
+    numbers += _merged(config) + turned + heads * channels  # q, k, v before and after the rotation, and the result
+    numbers += 3 * inner  # gate, up, and the input of the last matrix
     statistics = 2 + heads  # of the norms, and of the softmax, in float32
     if eager:
         numbers += 2 * width + inner  # normed rows before their weight, silu(gate)
-        numbers += heads * channels  # the results of sequences of different lengths, before they are joined
+        numbers += heads * channels  # the results of sequences of different lengths, before `torch.cat`
         numbers += config.qk_norm * turned  # normed queries and keys before their weight
     if config.qk_norm:
         statistics += heads + config.num_key_value_heads

@@ -32,7 +32,7 @@ class Stop:
         """Raises Interrupted if this process was asked to stop; `what` is being done."""
         if self:
             raise Interrupted(
-                f"stopped by {self.signal} in {what}; what was finished is kept: give the same command again to go on"
+                f"stopped by {self.signal} in {what}; what was finished is kept: give the same command again to resume"
             )
 
     @contextmanager

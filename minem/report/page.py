@@ -23,7 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import minem
 from minem.em.diagnostics import FALLING_RULE
 from minem.errors import UserError
-from minem.files import own_file, read_limited, write_whole
+from minem.files import own_file, read_limited, write_atomic
 from minem.report import figures
 from minem.report.reader import SAMPLE, Run, checked, choose, read_run
 from minem.text import redact, visible
@@ -48,7 +48,7 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
     with checked(*runs):
         page = render([read_run(path) for path in runs], comparison or {})
     try:
-        write_whole(out, page.encode())
+        write_atomic(out, page.encode())
     except OSError as error:
         raise UserError(f"the report {out} cannot be written: {error.strerror or error}") from error
 

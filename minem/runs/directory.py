@@ -30,21 +30,19 @@ from minem.errors import Interrupted, UserError
 from minem.files import (
     PARTIAL,
     damaged,
-    flush,
     flush_folders,
     flush_tree,
     is_as_written,
     is_full,
     json_line,
-    keep_whole,
     manifest,
     own_file,
     read_json,
     read_toml,
     remove,
     shortage,
-    whole_lines,
-    write_whole,
+    complete_rows,
+    write_atomic,
 )
 from minem.runs.folder import check_place, default_path, disk_errors, full_disk, take_lock
 from minem.runs.record import now, run_facts
@@ -183,7 +181,7 @@ class RunDirectory:
         undone = stages[stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}
         with disk_errors(self.path):
-            write_whole(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
+            write_atomic(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
             self._lines = kept
             self._drop_metrics()
         return undone
@@ -219,7 +217,7 @@ class RunDirectory:
         content = json_line({**line, "seconds": round(seconds, 3), "time": now()})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(content)
-            flush(journal)
+        flush_tree(self.path / "journal.jsonl")
         flush_folders(self.path, self.path)
         self._lines[line["stage"]] = json.loads(content)  # exactly what a resumed run reads
 
@@ -257,20 +255,20 @@ class RunDirectory:
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = run_facts(self.config, command, inputs, origins)
-            write_whole(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
-            write_whole(journal, b"")
+            write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+            write_atomic(journal, b"")
         if not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            write_whole(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
-        self._lines = _replay(keep_whole(journal), self.path)
+            write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
+        self._lines = _replay(complete_rows(journal, repair=True), self.path)
         self._drop_metrics()
 
     def _drop_metrics(self) -> None:
         """Keep the lines of metrics.jsonl that finished stages wrote."""
-        metrics = keep_whole(self.path / "metrics.jsonl")
+        metrics = complete_rows(self.path / "metrics.jsonl", repair=True)
         kept = [row for row in metrics if row.get("stage") in self._lines]
         if len(kept) < len(metrics):
-            write_whole(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
+            write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
     def _config_before(self) -> Mapping[str, Mapping[str, Any]] | None:
         """The config that the run was started with; None for a new run."""
@@ -326,7 +324,7 @@ def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
     path = own_file(folder, "journal.jsonl")
     if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
         raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    return _replay(whole_lines(path)[0], folder)
+    return _replay(complete_rows(path), folder)
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The hub, played by a server on this machine: what is fetched from it, with which token, and how its refusals read.
+"""The hub, played by a server on this machine: what is downloaded, with which token, and the sentences of its refusals.
 
     python -m pytest tests/minem/test_hub.py
 
@@ -40,12 +40,15 @@ REFUSALS = {  # path of the repository -> (status, error code, error message), a
     "someone/token": (401, "", "Invalid credentials in Authorization header"),
     "someone/broken": (418, "", "Out of order"),
 }
-# Every case in one child: each is a line of Python, and its sentence or result comes back.
+# A child evaluates lines of Python and prints the result or the sentence of each.
 CHILD = """
 import json, sys
 from minem.data.tasks import load_task
 from minem.errors import UserError
-from minem.weights import resolve
+
+def resolve(name):
+    from minem.model.weights import resolve  # imported late: most children need no torch
+    return resolve(name)
 
 for line in sys.stdin:
     try:
@@ -65,7 +68,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0].strip("/")
         self.seen.append((self.command, path, self.headers.get("Authorization")))
-        refusal = next((told for name, told in REFUSALS.items() if name in path), None)
+        refusal = next((answer for name, answer in REFUSALS.items() if name in path), None)
         prefix = f"datasets/allenai/openbookqa/resolve/{COMMIT}/"
         if refusal:
             status, code, message = refusal
@@ -119,7 +122,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def ask(endpoint: str, cache: Path, *lines: str, **environment: str) -> list[str]:
-    """What a child process with this hub and this cache answers to each line."""
+    """The answers of a child process with this hub and this cache to each line."""
     done = subprocess.run(
         [sys.executable, "-c", CHILD],
         input="\n".join(lines) + "\n",
@@ -159,7 +162,7 @@ def test_only_the_files_needed_are_fetched_with_the_token_and_then_read_offline(
     assert offline[:2] == [online, online]
     assert offline[2].startswith("UserError: dataset 'openai/gsm8k' is not in the local cache and the hub cannot be")
     assert Hub.seen == []
-    # A hub out of reach, too: the cache does.
+    # The cache also serves when the hub is unreachable.
     unreachable = "http://127.0.0.1:9"
     assert ask(unreachable, tmp_path, show.format("openbookqa")) == [online]
 
@@ -182,13 +185,13 @@ def test_refusals_say_what_to_do(hub: str, tmp_path: Path) -> None:
         assert answer.startswith(f"UserError: {expected}")
         assert "\n" not in answer
         assert len(answer) < 500
-    assert "Access to this resource is disabled." in answers[4]  # the hub's own words
+    assert "Access to this resource is disabled." in answers[4]  # the message of the hub
 
 
 @pytest.mark.parametrize(
     "error", [TimeoutError(), RuntimeError("proxy says no\nand more"), OSError(28, "No space left on device")]
 )
-def test_whatever_else_the_client_raises_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_other_error_of_the_client_is_one_sentence(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
 

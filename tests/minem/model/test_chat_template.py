@@ -1,135 +1,68 @@
-"""Chat templates from strangers: what they may not do, and that being refused harms neither the run nor the next chat.
+"""Chat templates against transformers: the same text from the same template, and one sentence for one that fails.
 
 python -m pytest tests/minem/model/test_chat_template.py
 """
 
 from __future__ import annotations
 
-import os
-import signal
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from minem.errors import UserError
-from minem.model import chat_template as template
-from minem.model.chat_template import render
+from minem.model.chat_template import _compile, render
 
-CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "bos_token": "<s>"}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi <b>&</b> 'é'"}], "bos_token": "<s>"}
 GOOD = "{{ bos_token }}{{ messages[0].content }}"
-LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
-ENDLESS = {
-    "loops in loops": LOOP + 3 * "{% endfor %}",
-    "a loop that prints now and then": "{% for i in range(99999) %}x" + LOOP + 4 * "{% endfor %}",
-    "a power": "{{ 3**(7**(2**20)) }}",
-    "calls that branch": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "a filter": "{{ lipsum(n=10**7) }}",
-    "a long list": "{{ (range(99999)|list * 999)|sort|join }}",
+SOURCES = [
+    "  {% if true %}\n    a\n  {% endif %}\n{{ messages[0].content }}\n",  # trim_blocks and lstrip_blocks
+    "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}x{% endfor %}",
+    "{% generation %}{{ bos_token }}{% endgeneration %}!",
+    "{{ messages | tojson }} {{ messages | tojson(indent=2, ensure_ascii=true, sort_keys=true) }}",
+    "{% set n = namespace(x=1) %}{% for i in range(3) %}{% set n.x = n.x + i %}{% endfor %}{{ n.x }}{{ tools }}",
+    "{% macro f(x) %}[{{ x | trim | upper }}]{% endmacro %}{{ f(' a ') }}{{ missing is defined }}",
+]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_templates_print_what_transformers_prints(source: str) -> None:
+    expected, _ = render_jinja_template([CHAT["messages"]], chat_template=source, bos_token="<s>")
+    assert [render(source, {"tools": None, **CHAT})] == expected
+
+
+FAILING = {
+    "syntax": ("{% if %}", "cannot be read: "),
+    "a tag that stands open": ("{% for m in messages %}", "cannot be read: "),
+    "refusal": ("{{ raise_exception('roles\n must alternate') }}", "fails on this chat: roles must alternate"),
+    "undefined": ("{{ messages[0].tool.name }}", "fails on this chat: "),
+    "reaching out of the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails on this chat: "),
+    "Python's globals": ("{{ cycler.__init__.__globals__ }}", "fails on this chat: "),
+    "reading a file": ("{% include '/etc/passwd' %}", "fails on this chat: "),
+    "changing its input": ("{{ messages.append(1) }}", "fails on this chat: "),
+    "division by zero": ("{{ 1 // 0 }}", "fails on this chat: "),
+    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on this chat: "),
+    "a range without an end": ("{% for i in range(10**9) %}{% endfor %}", "fails on this chat: "),
 }
-LARGE = {
-    "a text": "{{ 'a' * 10**10 }}",
-    "a list": "{{ [0] * 10**9 }}",
-    "a width": "{{ 'a'.ljust(10**10) }}",
-    "a filter's width": "{{ 'a'|center(10**10) }}",
-    "a format": "{{ '%0999999999d' % 1 }}",
-    "another format": "{{ '{:999999999}'.format(1) }}",
-    "a text doubled": "{% set n = namespace(x='ab') %}" + "{% set n.x = n.x ~ n.x %}" * 40,
-    "replacements": "{{ ('a' * 99999).replace('a', 'b' * 99999) }}",
-    "an indent": "{{ 'a\nb'|indent(10**10) }}",
-}
 
 
-@pytest.mark.parametrize("case", ENDLESS)
-def test_a_template_without_an_end_is_stopped(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.setattr(template, "SECONDS", 0.2)
-    with pytest.raises(UserError, match=r"^takes more than 0\.2 seconds of processor time|^needs more than 512 MiB"):
-        render(ENDLESS[case], CHAT)
-
-
-@pytest.mark.parametrize("case", LARGE)
-def test_a_template_that_fills_the_memory_is_stopped(case: str) -> None:
-    with pytest.raises(UserError, match=r"^needs more than 512 MiB of memory$"):
-        render(LARGE[case], CHAT)
-
-
-def test_after_a_chat_that_was_stopped_the_next_one_is_rendered(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = "{% if messages[0].content == 'loop' %}" + LOOP + 3 * "{% endfor %}" + "{% endif %}" + GOOD
-    monkeypatch.setattr(template, "SECONDS", 0.2)
-    for _ in range(2):
-        with pytest.raises(UserError, match="takes more than"):
-            render(source, {**CHAT, "messages": [{"content": "loop"}]})
-        assert render(source, CHAT) == "<s>Hi"
-
-
-def test_many_chats_share_one_process_and_one_limit_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit of time is one of each chat, not of all together."""
-    monkeypatch.setattr(template, "SECONDS", 0.3)
-    source = "{% for i in range(60000) %}{% endfor %}" + GOOD
-    render(source, CHAT)
-    child = template._process(source).child
-    assert child is not None
-    ticks = os.sysconf("SC_CLK_TCK")
-    while sum(map(int, Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13])) < 0.6 * ticks:
-        assert render(source, CHAT) == "<s>Hi"
-    assert template._process(source).child is child
-
-
-def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in a notebook, while a chat is rendered."""
-    source = GOOD + "; "
-    render(source, CHAT)
-    process = template._process(source)
-    child = process.child
-    assert child is not None
-
-    class Interrupted:
-        def readline(self, limit: int) -> bytes:
-            raise KeyboardInterrupt
-
-        def close(self) -> None:
-            pass
-
-    monkeypatch.setattr(child, "stdout", Interrupted())
-    with pytest.raises(KeyboardInterrupt):
-        render(source, {**CHAT, "messages": [{"content": "the one before"}]})
-    assert render(source, CHAT) == "<s>Hi; "
-    assert child.poll() is not None
-
-
-def test_a_process_that_was_killed_is_one_sentence_and_begun_anew() -> None:
-    source = GOOD + "!"
-    render(source, CHAT)
-    child = template._process(source).child
-    assert child is not None
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    with pytest.raises(UserError, match=r"^broke the process that renders it \(status -9\)$"):
+@pytest.mark.parametrize("case", FAILING)
+def test_templates_that_fail_are_refused_in_one_sentence(case: str) -> None:
+    source, expected = FAILING[case]
+    with pytest.raises(UserError) as caught:
         render(source, CHAT)
-    assert render(source, CHAT) == "<s>Hi!"
+    assert str(caught.value).startswith(expected)
+    assert "\n" not in str(caught.value)
+    assert CHAT["messages"] == [{"role": "user", "content": "Hi <b>&</b> 'é'"}]
 
 
-def test_the_process_has_no_secrets_may_write_no_file_and_ends_with_its_template(monkeypatch: Any) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
-    source = GOOD + "?"
-    render(source, CHAT)
-    child = template._process(source).child
-    assert child is not None
-    status = Path(f"/proc/{child.pid}")
-    assert b"hf_secret" not in (status / "environ").read_bytes()
-    limits = {line[:26].strip(): line[26:].split()[:2] for line in (status / "limits").read_text().splitlines()}
-    assert limits["Max file size"] == limits["Max core file size"] == ["0", "0"]
-    assert limits["Max address space"] == [str(template.MEMORY_LIMIT)] * 2
-    for number in range(5):  # four templates are kept
-        render(f"{GOOD}{number}", CHAT)
-    for _ in range(100):
-        if child.poll() is not None:
-            break
-        time.sleep(0.05)
-    assert child.returncode is not None
-
-
-@pytest.mark.parametrize("content", ["\ud800", "\x00\x1b\u202e", "a\nb\r\n", "🙂" * 1000, "x" * 1_000_000])
-def test_contents_go_there_and_back_unchanged(content: str) -> None:
+@pytest.mark.parametrize("content", ["\ud800", "\x00\x1b\u202e", "a\nb\r\n", "🙂" * 1000])
+def test_contents_stay_unchanged(content: str) -> None:
     assert render(GOOD, {**CHAT, "messages": [{"content": content}]}) == "<s>" + content
+
+
+def test_a_template_is_compiled_once_and_its_clock_stands_still() -> None:
+    source = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    hits = _compile.cache_info().hits
+    assert [render(source, {"messages": [{"content": n}]}) for n in range(3)] == [f"26 Jul 2024 {n}" for n in range(3)]
+    assert _compile.cache_info().hits == hits + 2

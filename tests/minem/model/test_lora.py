@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 import minem
 from minem.cli import main
-from minem.config import MStepSection
+from minem.config import MStepSection, load_config
 from minem.em.mstep import MStep
 from minem.em.packing import Step, plan
 from minem.errors import UserError
@@ -29,7 +29,8 @@ from tests.minem.em.test_mstep import assert_close, make_examples, reference_sum
 from tests.minem.folders import VOCABULARY, make_folder
 
 KINDS = ("llama-tied", "qwen2", "qwen3")
-SUBSETS = ("all", "q_proj,v_proj,up_proj,down_proj")
+SUBSET = "q_proj,v_proj,up_proj,down_proj"
+CASES = [("llama-tied", "all"), ("qwen2", SUBSET), ("qwen3", "all")]  # (model, targets)
 SMALL = {"lr": 1e-2, "batch_size": 4, "epochs": 2, "lora_rank": 4, "lora_alpha": 12.0}
 
 
@@ -73,20 +74,20 @@ def tokens() -> torch.Tensor:
 # ------------------------------------------------------------------------------------ beside the frozen model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("llama-tied", torch.bfloat16), ("qwen2", torch.float32), ("qwen3", torch.float32)]
+)
 def test_new_adapters_change_nothing_and_only_they_are_trained(folders, kind, dtype):
     frozen, mstep = load_model(folders[kind], dtype=dtype), make_mstep(folders[kind], dtype)
     before, names = weights_of(mstep.model), list(dict(mstep.model.named_parameters()))
     examples, lora = make_examples(6), mstep.lora
     assert lora is not None
-    lora.attach()
-    assert torch.equal(mstep.model(tokens()), frozen(tokens()))
-    totals = mstep.accumulate(examples, Step(0, (tuple(range(6)),)), 1.0)
+    with lora.attached():
+        assert torch.equal(mstep.model(tokens()), frozen(tokens()))
+        totals = mstep.accumulate(examples, Step(0, (tuple(range(6)),)), 1.0)
+        for name, parameter in mstep.model.named_parameters():
+            assert (parameter.grad is not None) == (".lora." in name), name
     assert totals.loss == MStep(frozen, MStepSection()).accumulate(examples, Step(0, (tuple(range(6)),)), 1.0).loss
-    for name, parameter in mstep.model.named_parameters():
-        assert (parameter.grad is not None) == (".lora." in name), name
-    lora.detach()
     assert list(dict(mstep.model.named_parameters())) == names
     mstep.run(examples, seed=0, iteration=1)
     lora._unmerge()
@@ -95,7 +96,7 @@ def test_new_adapters_change_nothing_and_only_they_are_trained(folders, kind, dt
 
 
 def test_30_steps_at_rate_0_have_the_losses_of_the_frozen_model(folders):
-    examples, same = make_examples(40), {"lr": 0.0, "batch_size": 8, "epochs": 6, "pack_tokens": 48}
+    examples, same = make_examples(20), {"lr": 0.0, "batch_size": 4, "epochs": 6, "pack_tokens": 48}
     ours = losses_of(make_mstep(folders["qwen3"], **same), examples)
     frozen = losses_of(MStep(load_model(folders["qwen3"]), MStepSection(**same)), examples)
     assert len(ours) == 30
@@ -106,8 +107,7 @@ def test_30_steps_at_rate_0_have_the_losses_of_the_frozen_model(folders):
 # ---------------------------------------------------------------------------------------------- beside peft
 
 
-@pytest.mark.parametrize("targets", SUBSETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "targets"), CASES)
 def test_peft_loads_the_adapter_and_transformers_the_merged_model(folders, kind, targets, tmp_path):
     mstep = make_mstep(folders[kind], lora_targets=targets)
     mstep.run(make_examples(12), seed=0, iteration=1)
@@ -122,16 +122,15 @@ def test_peft_loads_the_adapter_and_transformers_the_merged_model(folders, kind,
     with torch.no_grad():
         base, theirs = referee(folders[kind])(tokens()).logits, loaded(tokens()).logits
         merged, ours = referee(tmp_path / "model")(tokens()).logits, mstep.model(tokens())
-        mstep.lora.attach()
-        beside = mstep.model(tokens())
+        with mstep.lora.attached():
+            beside = mstep.model(tokens())
     assert (theirs - base).abs().max() > 0.1 * base.abs().max()  # it learned something to compare
     assert_close(merged, theirs)
     assert_close(ours, theirs)
     assert_close(beside, theirs)
 
 
-@pytest.mark.parametrize("targets", SUBSETS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "targets"), CASES)
 def test_loss_and_every_gradient_equal_those_of_peft(folders, kind, targets):
     """Where B is not 0, so that A has a gradient, too."""
     examples, mstep = make_examples(9), make_mstep(folders[kind], lora_targets=targets)
@@ -146,15 +145,15 @@ def test_loss_and_every_gradient_equal_those_of_peft(folders, kind, targets):
     with torch.no_grad():
         for name, parameter in lora.named_parameters().items():
             parameter.copy_(start[name])
-    lora.attach()
-    totals = mstep.accumulate(examples, Step(0, ((0, 1, 2, 3), (4, 5, 6, 7, 8))), divisor=7.0)
+    with lora.attached():
+        totals = mstep.accumulate(examples, Step(0, ((0, 1, 2, 3), (4, 5, 6, 7, 8))), divisor=7.0)
     assert totals.loss == pytest.approx(loss.item(), rel=1e-5)
     assert lora.named_parameters().keys() == expected.keys()
     for name, parameter in lora.named_parameters().items():
         assert_close(parameter.grad, expected[name])
 
 
-@pytest.mark.parametrize(("kind", "targets"), [("llama-tied", "all"), ("qwen2", SUBSETS[1]), ("qwen3", "all")])
+@pytest.mark.parametrize(("kind", "targets"), CASES[1:])
 def test_training_equals_peft_with_torch(folders, kind, targets):
     examples = make_examples(12)
     mstep = make_mstep(folders[kind], lora_targets=targets, lr=1e-3, warmup=0.0, schedule="constant", clip=0.0)
@@ -212,13 +211,12 @@ def test_merging_does_not_accumulate_rounding_over_iterations(folders, init, tmp
     assert moved == 3 * len(TARGETS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_continued_process_goes_on_bit_for_bit(folders, dtype, tmp_path):
+def test_a_resumed_process_continues_bit_for_bit(folders, tmp_path):
     examples, folder = make_examples(8), folders["qwen3"]
-    staying = make_mstep(folder, dtype)
+    staying = make_mstep(folder, torch.bfloat16)
     staying.run(examples, seed=0, iteration=1)
     staying.save(tmp_path)
-    continued = make_mstep(folder, dtype)
+    continued = make_mstep(folder, torch.bfloat16)
     continued.load(tmp_path)
     for _ in range(2):  # as it was restored, and after another iteration
         for name, parameter in staying.model.named_parameters():
@@ -232,9 +230,9 @@ def test_a_continued_process_goes_on_bit_for_bit(folders, dtype, tmp_path):
 def test_tiny_updates_are_not_lost_in_bfloat16(folders):
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
-        mstep = make_mstep(folders["llama-tied"], dtype, lr=1e-6, epochs=5, warmup=0.0, schedule="constant")
+        mstep = make_mstep(folders["llama-tied"], dtype, lr=1e-6, epochs=4, warmup=0.0, schedule="constant")
         start = {name: master.detach().clone() for name, master in mstep.masters.items()}
-        mstep.run(make_examples(16), seed=0, iteration=1)
+        mstep.run(make_examples(8), seed=0, iteration=1)
         moved[dtype] = torch.cat([(m.detach() - start[name]).flatten() for name, m in mstep.masters.items()])
     full, half = moved[torch.float32], moved[torch.bfloat16]
     assert half.norm() == pytest.approx(float(full.norm()), rel=0.02)
@@ -261,6 +259,7 @@ def test_adapters_work_inside_sharded_blocks(folders):
     examples, step = make_examples(6), Step(0, ((0, 1, 2), (3, 4, 5)))
     plain, sharded = (make_mstep(folders["qwen3"]) for _ in range(2))
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    attached = ExitStack()
     try:
         totals = []
         for mstep in (plain, sharded):
@@ -269,7 +268,7 @@ def test_adapters_work_inside_sharded_blocks(folders):
             with torch.no_grad():  # a B of 0 would hide A
                 for parameter in lora.named_parameters().values():
                     parameter.add_(0.01)
-            lora.attach()
+            attached.enter_context(lora.attached())
             if mstep is sharded:
                 mesh = distributed.init_device_mesh("cpu", (1,))
                 for module in (*mstep.model.layers, mstep.model):
@@ -284,6 +283,7 @@ def test_adapters_work_inside_sharded_blocks(folders):
         for name, parameter in sharded.model.named_parameters():
             assert (parameter.grad is not None) == (".lora." in name), name
     finally:
+        attached.close()
         distributed.destroy_process_group()
 
 
@@ -293,14 +293,13 @@ def test_adapters_work_inside_sharded_blocks(folders):
 def test_a_run_trains_adapters_and_gets_better(tmp_path):
     run = tmp_path / "run"
     settings = ["mstep.lora_rank=8", "mstep.lora_targets=q_proj,v_proj,up_proj", "mstep.lr=1e-2", "eval.samples=0"]
-    arguments = ["--limit", "64", "--iterations", "2", *(a for s in settings for a in ("--set", s)), "--out", str(run)]
+    sets = [part for setting in (*settings, "eval.diagnostics=0") for part in ("--set", setting)]
+    arguments = ["--limit", "32", "--iterations", "2", *sets, "--out", str(run)]
     done = CliRunner().invoke(main, ["train", *arguments, "--json"])
     assert done.exit_code == 0, done.output
     assert "lora    rank 8, alpha 16, 0.0" in done.stderr
     accuracy = [read_journal(run)[f"iter-{i:02d}/eval.validation"]["accuracy"] for i in (0, 2)]
     assert accuracy[1] > accuracy[0] + 0.1
-    first, last = (read_journal(run)[f"iter-{i:02d}/mstep"]["loss"] for i in (1, 2))
-    assert last < first
     assert not (run / "iter-01" / "adapter").exists()  # run.keep = "last"
     assert {p.name for p in (run / "iter-02").iterdir()} >= {"adapter", "model"}
     assert not (run / "iter-02" / "masters.safetensors").exists()
@@ -328,18 +327,15 @@ def test_an_adapter_is_no_model(folders, tmp_path):
     assert "adapter is a LoRA adapter, not a model; a run has both merged in the folder model beside it" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({"lora_rank": -1}, "mstep.lora_rank is -1; it must be 0"),
-     ({"lora_rank": 49}, "mstep.lora_rank is 49; the model's width of 48 is the most"),
-     ({"lora_alpha": 0.0}, "mstep.lora_alpha is 0.0; it must be a finite number above 0"),
-     ({"lora_alpha": math.inf}, "mstep.lora_alpha is inf"),
-     ({"lora_targets": "q_proj,gates_proj"}, r"q_proj, k_proj, .* or several with commas \(did you mean gate_proj\?\)"),
-     ({"lora_targets": ""}, 'mstep.lora_targets is ""; it must be one of all, q_proj')],
-)  # fmt: skip
-def test_bad_settings_are_named(folders, settings, message):
-    with pytest.raises(UserError, match=message):
-        make_mstep(folders["qwen2"], **settings)
+@pytest.mark.parametrize("setting", ["rank=-1", "alpha=0.0", "alpha=inf", "targets=gates_proj", "targets=''"])
+def test_bad_settings_are_named(setting):
+    with pytest.raises(UserError, match=rf"mstep\.lora_{setting.partition('=')[0]}"):
+        load_config(overrides=[f"mstep.lora_{setting}"])
+
+
+def test_a_rank_beyond_the_width_is_refused(folders):
+    with pytest.raises(UserError, match=r"mstep.lora_rank is 49; the model's width of 48 is the most"):
+        make_mstep(folders["qwen2"], lora_rank=49)
 
 
 def test_an_adapter_of_another_shape_is_refused(folders, tmp_path):

@@ -17,7 +17,6 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from minem.errors import UserError
-from minem.model.chat_template import RENDER_LIMIT
 from minem.model.tokenizer import Tokenizer
 
 TEXTS = [
@@ -160,12 +159,6 @@ def test_chats_render_as_in_transformers(tmp_path: Path, where: str) -> None:
         assert ours.chat(chat) == ids
 
 
-def test_the_date_that_templates_see_is_pinned(tmp_path: Path) -> None:
-    template = "Today Date: {{ strftime_now('%d %b %Y') }}"
-    folder = write_folder(tmp_path, byte_level_bpe(None), {"chat_template": template})
-    assert Tokenizer.from_folder(folder).render(CHATS[0]) == "Today Date: 26 Jul 2024"
-
-
 def test_eos_is_the_union_of_what_the_files_name(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, byte_level_bpe(None))
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
@@ -268,25 +261,17 @@ def test_a_post_processor_that_names_a_missing_token_is_refused(tmp_path: Path) 
         Tokenizer.from_folder(folder)
 
 
-TEMPLATES = {
-    "syntax": ("{% if %}", "cannot be read"),
-    "refusal": ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    "undefined": ("{{ messages[0].tool.name }}", "fails on this chat"),
-    "reaching out of the sandbox": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "fails on this chat"),
-    "changing its input": ("{{ messages.append(1) }}", "fails on this chat"),
-    "division by zero": ("{{ 1 // 0 }}", "fails on this chat"),
-    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on this chat"),
-    "a flood": ("{% for i in range(99999) %}" + "x" * 100 + "{% endfor %}", f"more than {RENDER_LIMIT}"),
-}
-
-
-@pytest.mark.parametrize("case", TEMPLATES)
-def test_templates_that_fail_are_refused_in_one_sentence(tmp_path: Path, case: str) -> None:
-    template, expected = TEMPLATES[case]
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% if %}", "the chat template of .* cannot be read: "),
+        ("{{ raise_exception('alternate') }}", "the chat template of .* fails on this chat: alternate"),
+    ],
+)
+def test_a_template_that_fails_is_named(tmp_path: Path, template: str, expected: str) -> None:
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, byte_level_bpe(None), {"chat_template": template}))
-    with pytest.raises(UserError, match=expected) as caught:
+    with pytest.raises(UserError, match=expected):
         tokenizer.render(CHATS[0])
-    assert "\n" not in str(caught.value)
 
 
 def test_no_template_and_no_unicode(tmp_path: Path) -> None:
@@ -345,7 +330,9 @@ def test_qwen_chats_equal_transformers(both: tuple[Tokenizer, Any]) -> None:
 
 
 @pytest.mark.real_data
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(text=st.text(max_size=60))
 def test_qwen_ids_equal_transformers_on_any_text(both: tuple[Tokenizer, Any], text: str) -> None:
     ours, theirs = both

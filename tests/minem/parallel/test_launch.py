@@ -20,7 +20,7 @@ from minem.parallel.launch import VARIABLES, joined
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 
-AGAIN = "give the same command again to go on"
+AGAIN = "give the same command again to resume"
 
 
 def start(mode: str, folder: Path) -> subprocess.Popen[str]:

@@ -36,7 +36,7 @@ SETTINGS += ["eval.diagnostics=2"]
 IN_BLOCKS = ["task.limit=32", "mstep.batch_size=8", "run.slots=1", "run.checkpoint_minutes=0.0"]
 FILES = ("samples.jsonl", "accepted.jsonl", "eval.validation.jsonl", "eval.test.jsonl", "model/model.safetensors")
 VARYING = ("seconds", "tokens_per_second", "peak_process_memory", "mfu")
-AGAIN = "give the same command again to go on"
+AGAIN = "give the same command again to resume"
 
 
 def steady(values: dict[str, Any]) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def test_going_back_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: 
 
     small_run(tmp_path)
     with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
-        patch.setattr(minem.runs.directory, "write_whole", full)
+        patch.setattr(minem.runs.directory, "write_atomic", full)
         with pytest.raises(Interrupted, match="is full; free some space"):
             run.undo(run.stages[-1])
     with monkeypatch.context() as patch:
@@ -415,9 +415,9 @@ def test_default_names(flags: dict[str, Any], expected: str) -> None:
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     rows = [{"text": "two\nlines \u2028 \x1b[31m \ud83d \0", "x": 0.1}, {}, {"n": [1, None, True]}]
-    assert write_rows(tmp_path / "rows.jsonl", iter(rows)) == 3
+    write_rows(tmp_path / "rows.jsonl", iter(rows))
     assert list(read_rows(tmp_path / "rows.jsonl")) == rows
-    assert write_rows(tmp_path / "none.jsonl", []) == 0
+    write_rows(tmp_path / "none.jsonl", [])
     assert list(read_rows(tmp_path / "none.jsonl")) == []
     with pytest.raises(ValueError):
         write_rows(tmp_path / "rows.jsonl", [{"x": float("nan")}])
