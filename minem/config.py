@@ -14,9 +14,8 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -164,6 +163,11 @@ FLAGS = {
     "run.device": "--device",
 }
 CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code
+TEXT = "a text that is valid Unicode and not empty, without NUL"
+PATTERNS = {
+    "task.verdict": "written as module:function",
+    "mstep.lora_targets": '"all", or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj with commas',
+}
 SECTIONS: dict[str, type[Section]] = {name: type(field.default) for name, field in Config.model_fields.items()}
 KEYS = {f"{section}.{key}": field for section, kind in SECTIONS.items() for key, field in kind.model_fields.items()}
 
@@ -228,7 +232,7 @@ def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[st
             parsed = {}
         value = parsed["value"] if parsed.keys() == {"value"} else text
         # Texts need no quotes, whatever they look like: --set model.id=7
-        given[key] = (text if _kind(key) is str and not isinstance(value, str) else value, "--set")
+        given[key] = (text if _is_text(key) and not isinstance(value, str) else value, "--set")
     return given
 
 
@@ -261,7 +265,7 @@ def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
             raise UserError(first["msg"].removeprefix("Value error, ")) from None
         value, origin = values[key]
         where = f"{origin}: " if origin else ""
-        raise UserError(f"{where}{key} is {shown(value)}; it must be {_wanted(key, value)}") from None
+        raise UserError(f"{where}{key} is {shown(value)}; it must be {_wanted(first, key)}") from None
     for key in CODE:
         value, origin = values.get(key, (None, ""))
         if isinstance(value, str) and ":" in value and origin not in ("", "--set", FLAGS[key]):
@@ -269,53 +273,16 @@ def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
     return config
 
 
-@cache
-def _parts(key: str) -> list[tuple[Any, dict[str, Any]]]:
-    """(type, its bounds) of each alternative of a key's annotation: str | None -> [(str, {})]."""
-    field = KEYS[key]
-
-    def flatten(hint: Any, bounds: list[Any]) -> Iterator[tuple[Any, list[Any]]]:
-        if get_origin(hint) is Annotated:
-            yield from flatten(hint.__origin__, [*bounds, *hint.__metadata__])
-        elif get_args(hint) and get_origin(hint) is not Literal:
-            for part in get_args(hint):
-                yield from flatten(part, bounds)
-        elif hint is not type(None):
-            yield hint, bounds
-
-    def limits(metadata: list[Any]) -> dict[str, Any]:
-        flat = [inner for one in metadata for inner in (one.metadata if hasattr(one, "metadata") else [one])]
-        return {
-            name: getattr(one, name)
-            for one in flat
-            for name in ("ge", "gt", "le", "lt", "pattern")
-            if hasattr(one, name)
-        }
-
-    return [(kind, limits(bounds)) for kind, bounds in flatten(field.annotation, list(field.metadata))]
+def _is_text(key: str) -> bool:
+    return any(word in repr(KEYS[key].annotation) for word in ("str", "Literal"))
 
 
-def _kind(key: str) -> Any:
-    kind = _parts(key)[0][0]
-    return str if get_origin(kind) is Literal else kind
-
-
-def _wanted(key: str, value: Any) -> str:
-    """What a value of this key must be, in words."""
-    kind, bounds = _parts(key)[0]
-    if get_origin(kind) is Literal:
-        return one_of(value, get_args(kind), "or module:Class" if key == "sampler.name" else "")
-    if kind is bool:
-        return "true or false"
-    if kind is str and key == "task.verdict":
-        return "written as module:function"
-    if kind is str and key == "mstep.lora_targets":
-        return '"all", or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj with commas'
-    if kind is str:
-        return "a text that is valid Unicode and not empty, without NUL"
-    low = f"{bounds['ge']:,} or more" if "ge" in bounds else f"above {bounds['gt']:,}"
-    high = f"at most {bounds['le']:,}" if "le" in bounds else f"below {bounds['lt']:,}"
-    return f"{'a whole' if kind is int else 'a finite'} number, {low} and {high}"
+def _wanted(error: Any, key: str) -> str:
+    """What a value must be, from pydantic's complaint about it."""
+    if error["type"] == "literal_error":
+        names = re.findall(r"'(\w+)'", error["ctx"]["expected"])
+        return one_of(error["input"], names, "or module:Class" if key == "sampler.name" else "")
+    return PATTERNS.get(key, TEXT) if _is_text(key) else error["msg"].removeprefix("Input should be ")
 
 
 # ----------------------------------------------------------------------------------------------------- as text
