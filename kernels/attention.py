@@ -54,7 +54,7 @@ def decode_attention(
         prefix_lengths: int64 [R]; 0 is allowed.
         siblings: int64 [T, n], groups of sequences that share a prefix; unused places may name any sequence.
         sibling_index: int64 [S], the place of each sequence in `siblings.flatten()`.
-        suffix_k, suffix_v: [S or more, K, Ls, C].
+        suffix_k, suffix_v: [S, K, Ls, C]; any number of rows with suffix_rows.
         suffix_lengths: int64 [S], at least 1 (the new token itself is in the suffix).
         prefix_rows: int64 [T], the prefix of each group (groups may share one); None: the t-th.
         suffix_rows: int64 [S], the row of each sequence's suffix; None: the s-th.

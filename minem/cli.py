@@ -378,7 +378,7 @@ def evaluate(
     """
     from minem.console import Progress, percent
     from minem.data.tasks import load_task
-    from minem.data.verdict import pick_verdict
+    from minem.data.verdict import load_verdict
     from minem.em.estep import encode_prompt
     from minem.em.evaluate import answer_file
     from minem.em.evaluate import evaluate as run
@@ -387,7 +387,7 @@ def evaluate(
     from minem.runs.directory import folder_name
     from minem.runs.record import fingerprint, hash_tokenizer
 
-    loaded, check = load_task(task, limit, seed), pick_verdict(verdict)
+    loaded, check = load_task(task, limit, seed), load_verdict(verdict)
     questions = getattr(loaded, split)
     folder = resolve(model)
     generator = _generator(str(folder), device)

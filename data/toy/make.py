@@ -3,27 +3,17 @@
     python -m minem.data.toy.make                     # writes train, validation, test.jsonl and model/ beside this file
     python -m minem.data.toy.make --batches 20 --out DIR
 
-A question is a chain of two to four operations on digits modulo 10; all ten digits are its options, so that the answer
-cannot be guessed by elimination. The model is a small Llama that has read the work of one *author*, who knows most of
-the arithmetic: a quarter of the facts (operation, value, operand) are *majority-wrong*, that is, the author writes
-one fixed false value there with probability 0.65 and the true one otherwise. So greedy decoding fails where a chain
-meets such a fact, and sampling sometimes succeeds: what rejection sampling and a filter can work with. (Uniform noise
-would not do: greedy decoding removes it, and there is nothing left to learn.)
+A question is a chain of two to four operations on digits modulo 10; all ten digits are its options. The model is a
+small Llama that has read the work of one *author*. A quarter of the arithmetic facts (operation, value, operand) are
+*majority-wrong*: the author writes one fixed false value there with probability 0.65, else the true one. So greedy
+decoding fails at such a fact and sampling sometimes succeeds, as rejection sampling and a filter need. (With uniform
+noise greedy decoding would already be right.) The practice also decides how the model uses a hint:
 
-How the model uses a hint is a property of what it has practised, chosen here so that the samplers differ:
-
-    forward, derive   the same author, whose whole rationale is redrawn until it reaches the given answer: exactly the
-                      posterior over rationales, so a hinted rationale is as sound as an accepted plain one
+    forward, derive   the author's rationale is redrawn until it reaches the given answer: exactly the posterior over
+                      rationales, so a hinted rationale is as sound as an accepted plain one
     justify           the author works forward but writes the given answer as the result of the last step, true or not
 
-No question of the three files is among the practice. Only responses are trained on, never prompts. What came of it
-(greedy on the 300 test questions; one draw at temperature 1 on the 512 of train; sound = every step true):
-
-    prompt     right, greedy   right, drawn   sound among the right ones drawn
-    plain           48 %           55 %           96 %
-    forward        100 %          100 %           98 %
-    derive         100 %          100 %           95 %
-    justify        100 %          100 %           69 %
+No question of the three files is among the practice. Only responses are trained on. The results are in data/README.md.
 """
 
 from __future__ import annotations
@@ -40,7 +30,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from minem.data import prompts, verdict
-from minem.data.tasks import SPLITS, TOY, Question, read_questions
+from minem.data.tasks import SPLITS, TOY, Question
 from minem.data.toy.check import OPERATIONS, apply, asked_steps, valid_steps
 from minem.generation.generator import Generator
 from minem.generation.request import SamplingParams
@@ -63,9 +53,6 @@ CHAT_TEMPLATE = (
 )
 
 Fact = tuple[str, int, int]  # symbol, value, operand
-
-
-# --- questions -------------------------------------------------------------------------------------------------------
 
 
 def draw_question(rng: random.Random, identity: str = "practice") -> Question:
@@ -96,20 +83,15 @@ def make_questions(rng: random.Random) -> dict[str, list[Question]]:
 
 def as_row(question: Question) -> dict[str, object]:
     """A question in ARC's fields."""
-    choices = {"text": list(question.options), "label": list(question.labels)}
+    choices = {"text": question.options, "label": question.labels}
     return {"id": question.id, "question": question.text, "choices": choices, "answerKey": question.gold}
-
-
-# --- the author of the practice --------------------------------------------------------------------------------------
 
 
 def draw_false_values(rng: random.Random) -> dict[Fact, int]:
     """The majority-wrong facts, each with the one false value that the author has learnt."""
+    first = {"+": 1, "-": 1, "*": 2}
     facts = [
-        (symbol, value, operand)
-        for symbol in OPERATIONS.values()
-        for value in range(10)
-        for operand in range(2 if symbol == "*" else 1, 10)
+        (symbol, value, operand) for symbol in first for value in range(10) for operand in range(first[symbol], 10)
     ]
     chosen = rng.sample(facts, round(WRONG_FACTS * len(facts)))
     return {fact: (apply(*fact) + rng.randrange(1, 10)) % 10 for fact in chosen}
@@ -133,18 +115,13 @@ def write_response(question: Question, false_values: dict[Fact, int], hint: str 
             return "\n".join([*lines, f"{prompts.ANSWER_LINE} {value}"])
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------------------
-
-
 def fixed_phrases() -> list[str]:
     """The parts of prompts and responses that are always the same: each becomes one token."""
     phrases = ["Modulo 10, start with ", ". What is the result?", f"\n{prompts.ANSWER_LINE} ", " = ", "\n"]
     phrases += [f", {name} " for name in OPERATIONS] + [f" {symbol} " for symbol in OPERATIONS.values()]
     for hint in (None, *prompts.HINTS):
-        three, seven = (
-            prompts.messages(Question("", "", DIGITS, DIGITS, gold), hint)[0]["content"] for gold in ("3", "7")
-        )
-        # The two differ where the hint shows the answer, and nowhere else.
+        asked = (prompts.messages(Question("", "", DIGITS, DIGITS, gold), hint) for gold in ("3", "7"))
+        three, seven = (chat[0]["content"] for chat in asked)  # they differ only at the answer that the hint shows
         cuts = [i for i, (a, b) in enumerate(zip(three, seven, strict=True)) if a != b]
         phrases += [three[i + 1 : j] for i, j in zip([-1, *cuts], [*cuts, len(three)], strict=True)]
     return list(dict.fromkeys(phrases))
@@ -166,24 +143,13 @@ def write_tokenizer(folder: Path) -> None:
         single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, backend.token_to_id(begin))]
     )
     backend.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": begin,
-            "eos_token": SPECIAL[1],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 512,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": SPECIAL[1]}
+    config |= {"clean_up_tokenization_spaces": False, "model_max_length": 512, "chat_template": CHAT_TEMPLATE}
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-# --- model -----------------------------------------------------------------------------------------------------------
 
 
 def write_configs(folder: Path) -> None:
@@ -191,25 +157,12 @@ def write_configs(folder: Path) -> None:
     backend = json.loads((folder / "tokenizer.json").read_text())
     special = {token["content"]: token["id"] for token in backend["added_tokens"]}
     ids = {"bos_token_id": special[SPECIAL[0]], "eos_token_id": special[SPECIAL[1]]}
-    shape = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(backend["model"]["vocab"]) + len(backend["added_tokens"]),
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-    }
+    vocabulary = len(backend["model"]["vocab"]) + len(backend["added_tokens"])
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary}
+    shape |= {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "hidden_act": "silu"}
+    shape |= {"max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False}
+    shape |= {"mlp_bias": False, "tie_word_embeddings": True, "torch_dtype": "float32"}
     write_json(folder / "config.json", {**shape, **ids})
     write_json(folder / "generation_config.json", ids)
 
@@ -262,11 +215,8 @@ def train(model: Model, tokenizer: Tokenizer, held_out: set[str], batches: int, 
             print(f"batch {step}/{batches}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
 def measure(model: Model, tokenizer: Tokenizer, splits: dict[str, list[Question]]) -> dict[str, object]:
-    """What the README says of the base model: shares of right answers, and of valid rationales among the right ones."""
+    """The base model's shares of right answers, and of valid rationales among them, as in data/README.md."""
     generator = Generator(model, tokenizer)
     measured: dict[str, object] = {}
     for hint in (None, *prompts.HINTS):
@@ -300,7 +250,6 @@ def main() -> None:
     for split, questions in splits.items():
         rows = "".join(json.dumps(as_row(question)) + "\n" for question in questions)
         (arguments.out / f"{split}.jsonl").write_text(rows)
-        assert read_questions(arguments.out / f"{split}.jsonl") == questions
     write_tokenizer(folder)
     write_configs(folder)
     tokenizer = Tokenizer.from_folder(folder)

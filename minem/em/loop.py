@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from minem.config import default_budget
 from minem.console import Progress, percent
 from minem.data.tasks import Question, load_task
-from minem.data.verdict import pick_verdict
+from minem.data.verdict import load_verdict
 from minem.device import give_back, limit_threads, pick_device, pick_dtype, set_deterministic
 from minem.em import diagnostics
 from minem.em import warnings as health
@@ -85,7 +85,7 @@ class Experiment:
         set_deterministic(self.device, config.run.deterministic)
         self.dtype = pick_dtype(config.model.dtype, self.device)
         self.sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
-        self.verdict = pick_verdict(config.task.verdict)
+        self.verdict = load_verdict(config.task.verdict)
         self.base_folder = resolve(config.model.id, config.model.revision)
         self.model, self.tokenizer = load(self.base_folder, self.device if weights else "meta", self.dtype)
         if not self.tokenizer.eos_ids:

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from minem.cli import main
 from minem.data.tasks import SPLITS, TOY, Question
-from minem.data.verdict import pick_verdict
+from minem.data.verdict import load_verdict
 from minem.em.estep import judge
 from minem.files import read_rows
 from minem.generation.request import Completion
@@ -214,7 +214,7 @@ def gold_of_even_questions(text: str, question: Any) -> str | None:
 )
 def test_free_form_draws_are_judged_by_their_number(text: str, reason: Any, expected: tuple[Any, str]) -> None:
     asked = Question("q", "What is 9 + 9?", (), (), "18")
-    for verdict in (pick_verdict(None), pick_verdict("minem.data.verdict:number")):
+    for verdict in (load_verdict(None), load_verdict("minem.data.verdict:number")):
         assert judge(Completion([1], text, [0.0], reason), asked, verdict) == expected
 
 
