@@ -85,8 +85,7 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = file.read().to_pylist()
     except Exception as error:  # pyarrow raises many kinds on a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        raise UserError(f"{path} is not a readable parquet file: {reason}") from None
+        raise UserError(f"{path} is not a readable parquet file: {str(error)[:300]}") from error
     return enumerate(rows, start=1)
 
 
@@ -125,8 +124,7 @@ def _question(row: Any, where: str) -> Question:
     elif row.get("answer") is not None and row.get("answerKey") is None:
         options, labels, gold = [], [], _free_form(row["answer"], where)
     else:
-        free = "a free-form question has neither choices nor answerKey, but an 'answer'"
-        raise UserError(f"{where}: the field 'choices' is missing ({free})")
+        raise UserError(f"{where}: the field 'choices' is missing (a free-form question has only an 'answer')")
     subject = row.get("subject") or ""
     if not isinstance(subject, str):
         raise _bad(where, "subject", "be a text", subject)
@@ -157,13 +155,12 @@ def _multiple_choice(row: dict[str, Any], where: str) -> tuple[list[str], list[s
         raise _bad(where, "choices", "be {text, label} or a list of texts", choices)
     if len(options) < 2 or len(options) != len(labels):
         found = f"{len(options)} texts and {len(labels)} labels"
-        raise UserError(f"{where}: the field 'choices' must hold two or more texts and as many labels, not {found}")
+        raise UserError(f"{where}: the field 'choices' must hold two or more texts, each with a label, not {found}")
     if not all(isinstance(option, str) for option in options):
         raise _bad(where, "choices", "hold texts only", options)
     words = all(re.fullmatch(r"\w+", label) for label in labels)
     if not words or len({label.lower() for label in labels}) < len(labels):
-        different = "be different single words (ignoring case)"
-        raise UserError(f"{where}: the labels in 'choices' must {different}, not {_shown(labels)}")
+        raise UserError(f"{where}: the labels in 'choices' must be different words (case aside), not {_shown(labels)}")
     if gold not in labels:
         raise _bad(where, "answerKey", f"be one of the labels {', '.join(labels)}", gold)
     return options, labels, gold
@@ -171,13 +168,10 @@ def _multiple_choice(row: dict[str, Any], where: str) -> tuple[list[str], list[s
 
 def _free_form(answer: Any, where: str) -> str:
     """The answer alone: the text after the last `####`, which ends GSM8K's rationales; without that mark, all of it."""
-    readable = isinstance(answer, str | int | float) and not isinstance(answer, bool)
-    if isinstance(answer, float) and not math.isfinite(answer):
-        readable = False
-    gold = str(answer).rpartition("####")[2].strip() if readable else ""
+    readable = isinstance(answer, str | int) or (isinstance(answer, float) and math.isfinite(answer))
+    gold = str(answer).rpartition("####")[2].strip() if readable and not isinstance(answer, bool) else ""
     if not gold or len(gold.splitlines()) > 1:
-        must = "be a number or a text of one line, or end with a line '#### ANSWER'"
-        raise _bad(where, "answer", must, answer)
+        raise _bad(where, "answer", "be a number or a text of one line, or end with a line '#### ANSWER'", answer)
     return gold
 
 

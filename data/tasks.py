@@ -24,8 +24,6 @@ from minem.data.rows import Question, read_questions
 from minem.errors import UserError
 from minem.hub import download
 
-__all__ = ["SPLITS", "TASKS", "TOY", "Question", "Task", "load_task", "read_questions"]
-
 SPLITS = ("train", "validation", "test")
 # name -> (dataset on the hub, folder of its parquet files)
 HUB = {
@@ -124,12 +122,11 @@ def _hub_files(name: str, splits: Iterable[str], revision: str | None) -> tuple[
     patterns = {split: f"{folder}/{split}-*.parquet" for split in splits}
     snapshot = download(repo, "dataset", list(patterns.values()), revision)
     files = {split: sorted(snapshot.glob(pattern)) for split, pattern in patterns.items()}
-    for split, found in files.items():
-        if not found:
-            raise UserError(
-                f"dataset {repo!r} has no file {patterns[split]} (revision {revision or 'main'}; or not in the cache): "
-                f"connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
-            )
+    for split in (split for split, found in files.items() if not found):
+        raise UserError(
+            f"dataset {repo!r} has no file {patterns[split]} (revision {revision or 'main'}; or not in the cache): "
+            f"connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
+        )
     return files, f"{repo} at {snapshot.name[:12]}"  # the cache names a snapshot's folder after its commit
 
 
@@ -142,24 +139,19 @@ def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], s
     out too, and counted.
     """
     files, source = _hub_files("mmlu", ("auxiliary_train", "dev", "validation", "test"), revision)
-    splits = {split: _read_all(files[split]) for split in ("validation", "test")}
-    taken = {_normal(question.text) for split in ("dev", "validation", "test") for question in _read_all(files[split])}
-    for other in ("arc-challenge", "arc-easy", "openbookqa"):
-        others, _ = _hub_splits(other, None)
-        taken |= {_normal(question.text) for split in SPLITS for question in others[split]}
+    splits = {split: _read_all(files[split]) for split in ("dev", "validation", "test")}
+    others = (_hub_splits(name, None)[0] for name in ("arc-challenge", "arc-easy", "openbookqa"))
+    taken = {_normal(question.text) for task in (splits, *others) for split in task for question in task[split]}
     bad: list[str] = []
-    pool = []
+    pool: list[Question] = []
     for path in files["auxiliary_train"]:
         for question in read_questions(path, on_bad_row=bad.append):
             if (words := _normal(question.text)) not in taken:
                 taken.add(words)
                 pool.append(question)
     splits["train"] = random.Random(seed).sample(pool, min(MMLU_TRAIN, len(pool)))
-    note = (
-        f"{source}; train is a sample (seed {seed}) of {len(splits['train'])} of the {len(pool)} distinct questions of "
-        f"auxiliary_train that no other task has ({len(bad)} unreadable rows left out)"
-    )
-    return splits, note
+    distinct = f"{len(splits['train'])} of the {len(pool)} distinct questions of auxiliary_train that no other task has"
+    return splits, f"{source}; train is a sample (seed {seed}) of {distinct} ({len(bad)} unreadable rows left out)"
 
 
 def _gsm8k(revision: str | None) -> tuple[dict[str, list[Question]], str]:
@@ -167,13 +159,11 @@ def _gsm8k(revision: str | None) -> tuple[dict[str, list[Question]], str]:
     files, source = _hub_files("gsm8k", ("train", "test"), revision)
     pool = _read_all(files["train"])
     held_out = {question.id for question in sorted(pool, key=_id_hash)[: min(GSM8K_VALIDATION, len(pool) // 2)]}
-    splits = {
-        "train": [question for question in pool if question.id not in held_out],
-        "validation": [question for question in pool if question.id in held_out],
-        "test": _read_all(files["test"]),
-    }
-    note = f"{source}; validation is {len(held_out)} of its {len(pool)} training questions, chosen by a hash of the ids"
-    return splits, note
+    splits = {"test": _read_all(files["test"])}
+    splits["validation"] = [question for question in pool if question.id in held_out]
+    splits["train"] = [question for question in pool if question.id not in held_out]
+    chosen = f"{len(held_out)} of its {len(pool)} training questions, chosen by a hash of the ids"
+    return splits, f"{source}; validation is {chosen}"
 
 
 def _read_all(paths: list[Path]) -> list[Question]:
@@ -185,9 +175,7 @@ def _id_hash(question: Question) -> bytes:
 
 
 def _first(questions: list[Question], limit: int | None) -> tuple[Question, ...]:
-    """The `limit` questions whose ids hash lowest, in the file's order."""
-    if limit is None or limit >= len(questions):
-        return tuple(questions)
+    """The `limit` questions with the lowest hashes of their ids, in the file's order."""
     chosen = {question.id for question in sorted(questions, key=_id_hash)[:limit]}
     return tuple(question for question in questions if question.id in chosen)
 

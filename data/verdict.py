@@ -64,7 +64,6 @@ _LEAKS = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
-
 Verdict = Callable[[str, Question], str | None]  # (completion, question) -> the answer it states, None: unparsed
 
 
@@ -81,10 +80,9 @@ def load_verdict(name: str | None) -> Verdict:
             answer = own(text, question)
         except Exception as error:  # the user's code may raise anything
             raise UserError(f"task.verdict {name!r} raised {error!r} on question {question.id!r}") from error
-        if answer is not None and not isinstance(answer, str):
-            problem = f"must return a text or None, not {answer!r} (question {question.id!r})"
-            raise UserError(f"task.verdict {name!r} {problem}")
-        return answer
+        if isinstance(answer, str | None):
+            return answer
+        raise UserError(f"task.verdict {name!r} must return a text or None, not {answer!r} (question {question.id!r})")
 
     return checked
 
@@ -106,7 +104,7 @@ def number(text: str, question: Question) -> str | None:
     one, else digits or a fraction in lowest terms. Raises UserError for a question whose answer is no number.
     """
     if _amount(question.gold) is None:
-        raise UserError(f"question {question.id!r}: its answer {question.gold!r} must be a number for this verdict")
+        raise UserError(f"question {question.id!r}: its answer {question.gold!r} is no number, as this verdict needs")
     rest = _asked_for(text.translate(_PLAIN))
     return None if rest is None else _free_form(rest, question.gold)
 
@@ -121,7 +119,7 @@ def flexible(text: str, question: Question) -> str | None:
     text = text.translate(_PLAIN)
     statements = list(_statements(text, question))
     if statements:
-        return max(statements, key=lambda statement: statement.start)[1]
+        return max(statements, key=lambda statement: statement.start).answer
     if not question.labels and _amount(question.gold) is not None:
         found = [match.group() for match in _FIGURE.finditer(text.rstrip().rpartition("\n")[2])]
         return _free_form(found[-1], question.gold) if found else None
@@ -131,8 +129,8 @@ def flexible(text: str, question: Question) -> str | None:
 def states_early(text: str, question: Question) -> bool:
     """Whether a rationale states its final answer in its first fifth (in characters): a sign of a copied hint.
 
-    Statements are those of `flexible`, "the answer is" with the text of the option instead of its label, and a text
-    that opens with the label ("B. Because ...") unless it goes through the options one by one.
+    Besides `flexible`'s statements: "the answer is" with the text of the option, and a text that opens with the label
+    ("B. Because ...") unless it goes through the options one by one.
     """
     text = text.translate(_PLAIN)
     answer = flexible(text, question)
@@ -152,7 +150,7 @@ def cites_hint(text: str) -> bool:
 
 
 class _Statement(NamedTuple):
-    start: int  # character at which the statement begins
+    start: int  # its first character
     answer: str | None  # None: unreadable
     rest: str  # the line after "answer is"
 
@@ -165,10 +163,7 @@ def _asked_for(text: str) -> str | None:
 
 
 def _read(rest: str, question: Question, alone: bool = False) -> str | None:
-    """The answer that begins `rest`, the text after "The best answer is"; None if in doubt.
-
-    `alone`: nothing but the answer may stand there.
-    """
+    """The answer that begins `rest`, the text after "The best answer is"; None in doubt, or if not `alone` there."""
     rest = rest[:REACH]
     return _stated(rest, question.labels, alone) if question.labels else _free_form(rest, question.gold, alone)
 
@@ -181,8 +176,7 @@ def _statements(text: str, question: Question) -> Iterator[_Statement]:
             yield _Statement(match.start(), _read(rest, question), rest)
     if question.labels:
         for match in _is_correct(question.labels).finditer(text):
-            ambiguous = match.group("before") is not None
-            label = None if ambiguous else _same_case(match.group("label"), question.labels)
+            label = None if match["before"] else _same_case(match["label"], question.labels)
             yield _Statement(match.start(), label, "")
     start = text.rstrip().rfind("\n") + 1
     marks = "#>- \t" if question.labels else "#> \t="  # a minus belongs to the number
@@ -194,10 +188,9 @@ def _statements(text: str, question: Question) -> Iterator[_Statement]:
 def _opens_with(answer: str, text: str, labels: tuple[str, ...]) -> bool:
     """Whether a text begins with this label and no other stands before an option further on."""
     others = "|".join(re.escape(label) for label in labels if label != answer)
-    goes_through = re.search(
-        rf"(?:\n|[.;!?] )[^\w\n]{{0,4}}(?:option )?(?:{others})[*]{{0,2}}[.):]", text, re.IGNORECASE
-    )
-    return _stated(text[:REACH].lstrip("#>- \t\n"), labels) == answer and goes_through is None
+    another = rf"(?:\n|[.;!?] )[^\w\n]{{0,4}}(?:option )?(?:{others})[*]{{0,2}}[.):]"
+    opens = _stated(text[:REACH].lstrip("#>- \t\n"), labels) == answer
+    return opens and re.search(another, text, re.IGNORECASE) is None
 
 
 def _stated(rest: str, labels: tuple[str, ...], alone: bool = False) -> str | None:
@@ -206,15 +199,13 @@ def _stated(rest: str, labels: tuple[str, ...], alone: bool = False) -> str | No
     if match is None:
         return None
     after = rest[match.end() :]
-    closed = ")" in match.group("close") or bool(match.group("open").strip() and match.group("close"))
-    if alone:
-        return _same_case(match.group("label"), labels) if not after.strip(" \t.*_`$\"')]}") else None
     # (B), B) or **B** is always a label; a bare A needs a sign that it is not an article.
-    if not closed and not _DELIMITED.match(after):
-        return None
-    if _another(labels).match(after):
-        return None
-    return _same_case(match.group("label"), labels)
+    closed = ")" in match["close"] or (match["open"].strip() and match["close"])
+    if alone:
+        unclear = after.strip(" \t.*_`$\"')]}") != ""
+    else:
+        unclear = not (closed or _DELIMITED.match(after)) or _another(labels).match(after) is not None
+    return None if unclear else _same_case(match["label"], labels)
 
 
 def _same_case(found: str, labels: tuple[str, ...]) -> str | None:
@@ -266,10 +257,9 @@ _CLAUSE_BEGINS = (
 
 @lru_cache(maxsize=256)
 def _is_correct(labels: tuple[str, ...]) -> re.Pattern[str]:
-    """ "Option B is correct", "(C) is the best answer", and at the start of a clause a bare "B is correct".
+    """ "Option B is correct", "(C) is the best answer", at the start of a clause also "B is correct".
 
-    `before` is set if another label is offered beside it.
-    """
+    `before` matches another label that is offered beside it."""
     names = "|".join(re.escape(label) for label in sorted(labels, key=len, reverse=True))
     return re.compile(
         rf"(?P<before>\b(?:{names})[)\]*]*[ \t]*(?:or|and|,|/)[ \t]*(?:option[ \t]+)?)?"
@@ -279,8 +269,7 @@ def _is_correct(labels: tuple[str, ...]) -> re.Pattern[str]:
     )
 
 
-# ------------------------------------------------------------------------------------------------ free-form answers
-
+# Free-form answers.
 _MONEY = r"\\?[$\u20ac\u00a3\u00a5\u20b9]"
 _WHOLE = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,|[\u00a0\u2009\u202f])[0-9]{3})+|[0-9]{1,40})"  # 1,000 1{,}000 1000
 _FIGURE = re.compile(
@@ -303,24 +292,21 @@ _CONTINUES = re.compile(
     r"|\s*(?:out\s+)?of\b|\s*(?:hundred|thousand|million|billion|trillion|dozen)s?\b",
     re.IGNORECASE,
 )
-_ALSO = re.compile(r"\b(?:or|and)\b", re.IGNORECASE)
+_ANOTHER_FIGURE = re.compile(r"\b(?:or|and)\b.*[0-9]", re.IGNORECASE)
 
 
 def _free_form(rest: str, gold: str, alone: bool = False) -> str | None:
     """`_read` without labels: `gold` itself if `rest` begins with it, else the other answer that stands there.
 
-    If the gold is a number, numbers are compared; else whole lines, ignoring case, spaces and marks.
-    """
+    A number is compared as a number, other answers as whole lines, ignoring case, spaces and marks."""
     right = _amount(gold)
     if right is None:
-        line = rest.split("\n", 1)[0]
-        if _bare(line) == _bare(gold):
+        line = _bare(rest.split("\n", 1)[0])
+        if line == _bare(gold):
             return gold
-        return None if alone else _bare(line) or None
+        return None if alone else line or None
     found = _amount(rest, alone)
-    if found is None:
-        return None
-    return gold if found == right else str(found)
+    return None if found is None else gold if found == right else str(found)
 
 
 def _amount(text: str, alone: bool = False) -> Fraction | None:
@@ -332,10 +318,7 @@ def _amount(text: str, alone: bool = False) -> Fraction | None:
     if alone:
         return None if after.strip(" \t.") else _value(figure)
     clause = _CLAUSE_ENDS.split(after, maxsplit=1)[0]
-    also = _ALSO.search(clause)
-    if _CONTINUES.match(clause) or (also and re.search("[0-9]", clause[also.end() :])):
-        return None
-    return _value(figure)
+    return None if _CONTINUES.match(clause) or _ANOTHER_FIGURE.search(clause) else _value(figure)
 
 
 def _value(figure: re.Match[str]) -> Fraction | None:
@@ -346,6 +329,5 @@ def _value(figure: re.Match[str]) -> Fraction | None:
 
 def _bare(text: str) -> str:
     """A text without the marks around it, in lower case, its spaces as one."""
-    return " ".join(
-        re.sub(r"\\(?:boxed|text|textbf|mathbf)\{", "", text).casefold().strip(" \t*_`$\"'.:()[]{}").split()
-    )
+    text = re.sub(r"\\(?:boxed|text|textbf|mathbf)\{", "", text).casefold()
+    return " ".join(text.strip(" \t*_`$\"'.:()[]{}").split())
