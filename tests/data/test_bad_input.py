@@ -31,6 +31,7 @@ ARC = {
 MMLU = {"question": "What is 2 + 2?", "subject": "sums", "choices": ["3", "4"], "answer": 1}
 FREE = {"id": "q", "question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
 SHORT = ["--set", "sampler.max_new_tokens=8", "--set", "eval.max_new_tokens=8", "--set", "eval.samples=0"]
+SHORT += ["--set", "eval.diagnostics=0"]
 
 
 def minem_cli(*arguments: object) -> Result:
@@ -175,7 +176,6 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     ),
     "divides by zero": ("{{ 1 / 0 }}", "fails on this chat: division by zero"),
     "does not end": ("{% for m in messages %}", "cannot be read: Unexpected end of template"),
-    "prints without end": ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "prints more than "),
     "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "question 'q1': the chat template of "),
 }
 
@@ -235,16 +235,15 @@ def test_a_file_of_numbers_is_evaluated(sums: Path, verdict: str | None) -> None
     assert summary["accuracy"] == 0  # in 8 tokens nobody has answered
 
 
-@pytest.mark.parametrize(("sampler", "prompt"), [("rsm", "plain"), ("pps", "hinted")])
-def test_a_file_of_numbers_is_trained_on(sums: Path, tmp_path: Path, sampler: str, prompt: str) -> None:
-    own = ["--verdict", f"{__name__}:gold_of_even_questions", "--sampler", sampler, "--budget", 1]
+def test_a_file_of_numbers_is_trained_on(sums: Path, tmp_path: Path) -> None:
+    own = ["--verdict", f"{__name__}:gold_of_even_questions", "--sampler", "pps", "--budget", 1]
     keep = ["--set", "sampler.filter=none"]  # draws of 8 tokens have not ended
     flags = ["--task", sums, "--iterations", 1, *SHORT, *own, *keep, "--out", tmp_path / "run", "--json"]
     result = minem_cli("train", *flags)
     assert result.exit_code == 0, result.output
     samples = list(read_rows(tmp_path / "run" / "iter-01" / "samples.jsonl"))
     assert len(samples) == 16
-    assert {row["prompt"] for row in samples} == {prompt}
+    assert {row["prompt"] for row in samples} == {"hinted"}
     for row in samples:
         number = int(row["id"][1:])
         assert row["gold"] == str(number + 9)

@@ -102,8 +102,10 @@ def test_braces_in_a_question_are_left_alone():
     assert "A. {label}\nB. b" in content(odd, "forward")
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_every_real_row_renders_to_the_text_and_ids_of_transformers(tmp_path: Path):
+    """Slow: 10,363 real questions through a real chat template and tokenizer; the quick tests use made-up ones."""
     root = os.environ.get("MINEM_REAL_DATA")
     if not root:
         pytest.skip("MINEM_REAL_DATA is not set: no real rows and no real tokenizer")
