@@ -1,6 +1,6 @@
 """Which implementation of an operation runs: eager PyTorch or the Triton kernel.
 
-    python -m pytest tests/kernels/test_backend.py
+python -m pytest tests/kernels/test_backend.py
 """
 
 from __future__ import annotations

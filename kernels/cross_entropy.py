@@ -234,7 +234,7 @@ def _row_pass_kernel(  # type: ignore[no-untyped-def]
 
 
 def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """grad_weight [V, D] += grad_logits.T @ hidden, the sum over chunks held in fp32 whatever the inputs' dtype."""
+    """grad_weight [V, D] += grad_logits.T @ hidden, summed over chunks in fp32 for any dtype of the inputs."""
     if grad_weight.dtype == hidden.dtype:
         grad_weight.addmm_(grad_logits.t(), hidden)
     elif hidden.is_cuda:

@@ -3,8 +3,8 @@
     python -m minem.data.toy.make                     # writes train, validation, test.jsonl and model/ beside this file
     python -m minem.data.toy.make --batches 20 --out DIR
 
-data/README.md describes the questions, the *author* whose work the model reads, and what the model then can do. No
-question of the three files is among the practice. Only responses are trained on, never prompts.
+data/README.md describes the questions, the *author* of the texts that the model reads, and what the model then can do.
+No question of the three files is among the practice. Only responses are trained on, never prompts.
 """
 
 from __future__ import annotations

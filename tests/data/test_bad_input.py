@@ -58,7 +58,7 @@ def write(path: Path, content: list[Any] | str | bytes) -> None:
 
 
 def folder(root: Path, split: str = "", content: list[Any] | str | bytes = "", suffix: str = ".jsonl") -> Path:
-    """Three good splits, but for `split`."""
+    """Three good splits, except `split`."""
     for name in SPLITS:
         if name == split:
             write(root / f"{name}{suffix}", content)
@@ -138,7 +138,7 @@ BAD: dict[str, tuple[str, list[Any] | str | bytes, str, str]] = {
 
 
 def refused(result: Result, expected: str) -> None:
-    """Exit code 2 and one sentence on stderr that says what is expected; nothing on stdout."""
+    """Exit code 2 and one sentence on stderr with `expected` in it; nothing on stdout."""
     assert result.exit_code == 2, result.output + repr(result.exception)
     assert isinstance(result.exception, SystemExit)
     (sentence,) = result.stderr.splitlines()
@@ -198,7 +198,7 @@ def test_a_template_that_fails_is_named_with_the_question(tmp_path: Path, case: 
 
 
 def gold_of_even_questions(text: str, question: Any) -> str | None:
-    """Right for every second question, whatever was written."""
+    """Right for every second question."""
     return question.gold if int(question.id[1:]) % 2 == 0 else None
 
 

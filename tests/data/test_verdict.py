@@ -209,7 +209,7 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (ABCD, "The best answer cannot be determined.", None, SAME),
     (ABCD, "There is no correct answer among A, B, C and D.", None, SAME),
     (ABCD, "Would you like me to explain why B is tempting?", None, SAME),
-    # Five options, and text that goes on.
+    # Five options, and text that continues.
     (ABCDE, "The best answer is (E) none of these", "E", SAME),
     (ABCDE, "The best answer is e", "E", SAME),
     (ABCDE, "The best answer is D or E.", None, SAME),
@@ -336,7 +336,7 @@ def test_free_form_endings(gold: str, text: str, strict: str | None, flexible: o
         assert verdict.number(text, asked) == strict
 
 
-def test_the_number_verdict_names_a_question_whose_answer_is_none():
+def test_the_number_verdict_names_a_question_without_a_number():
     with pytest.raises(UserError, match="question 'q': its answer 'Paris' is no number"):
         verdict.number("The best answer is 3", free_form("Paris"))
 
@@ -359,21 +359,21 @@ def spellings(value: Fraction) -> list[str]:
 )
 def test_numbers_are_equal_where_their_values_are_and_nowhere_else(one: Fraction, other: Fraction):
     for gold in spellings(one):
-        for said in spellings(one):
-            assert verdict.strict(f"The best answer is {said}.", free_form(gold)) == gold
-        for said in spellings(other):
-            assert (verdict.strict(f"The best answer is {said}", free_form(gold)) == gold) == (one == other)
+        for stated in spellings(one):
+            assert verdict.strict(f"The best answer is {stated}.", free_form(gold)) == gold
+        for stated in spellings(other):
+            assert (verdict.strict(f"The best answer is {stated}", free_form(gold)) == gold) == (one == other)
 
 
 @given(st.text(max_size=80), st.sampled_from(["A B C D", "yes no", "1 2 3 4", ""]), st.sampled_from(["5", "Paris"]))
 def test_any_text_has_a_verdict_among_the_labels(text: str, labels: str, gold: str):
     asked = question(labels) if labels else free_form(gold)
-    for said in (text, f"The best answer is {text}", f"Answer: {text}"):
-        strict, flexible = verdict.strict(said, asked), verdict.flexible(said, asked)
+    for stated in (text, f"The best answer is {text}", f"Answer: {text}"):
+        strict, flexible = verdict.strict(stated, asked), verdict.flexible(stated, asked)
         if labels:
             assert {strict, flexible} <= {None, *asked.labels}
-        assert isinstance(verdict.states_early(said, asked), bool)
-        if not verdict.states_early(said, asked) and flexible is None:
+        assert isinstance(verdict.states_early(stated, asked), bool)
+        if not verdict.states_early(stated, asked) and flexible is None:
             assert strict is None
 
 
