@@ -249,14 +249,16 @@ def train(
 
 def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
     from minem.console import Progress, table
+    from minem.em.loop import Experiment
     from minem.planning import dryrun
 
-    result = dryrun.dry_run(config, Progress(), gpus)
+    experiment = Experiment(config, Progress(), weights=False)
+    result = dryrun.dry_run(config, experiment, experiment.longest, gpus)
 
     def show() -> None:
         for columns, rows in dryrun.tables(result):
             table(columns, rows, file=sys.stdout)
-        click.echo("\n".join(result["advice"]) or "it fits: memory and disk are enough for all of this")
+        click.echo(result["advice"] or "it fits: memory and disk are enough for all of this")
 
     _print(result, as_json, show)
 
@@ -532,9 +534,9 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--json", "as_json", is_flag=True, help="Print what was found as one JSON object on one line.")
 def doctor(device: str, as_json: bool) -> None:
-    """Say what this machine has, what each part will run on, and what to do about the rest.
+    """Print what this machine has and what each part will run on.
 
-    A self-test of some seconds compares generator, loss and sampling with references; exit code 4 where one fails.
+    A self-test of some seconds compares generator, loss and sampling with references; exit code 4 if one fails.
     """
     from minem.console import clean
     from minem.planning import doctor as doctors
