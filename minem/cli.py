@@ -338,7 +338,8 @@ def compare(
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
     stop = Stop()
     with stop.listening():
-        result = comparison.compare(config, plan, Progress(), sys.argv, overwrite, tracker, origins, stop)
+        opening = {"command": sys.argv, "tracker": tracker, "origins": origins}
+        result = comparison.compare(config, plan, Progress(), stop, overwrite, **opening)
     _print(result, as_json, lambda: tables.compare_tables(result))
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
