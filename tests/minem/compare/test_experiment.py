@@ -33,7 +33,7 @@ from minem.runs.directory import RunDirectory, read_journal
 from tests.minem.em.test_loop import contents
 
 SMALL = ["--limit", "8", "--iterations", "1"]
-for setting in ("mstep.batch_size=4", "mstep.epochs=2", "eval.max_new_tokens=32", "eval.diagnostics=0"):
+for setting in ("mstep.batch_size=4", "mstep.epochs=2", "eval.max_new_tokens=24", "eval.diagnostics=0"):
     SMALL += ["--set", setting]
 SAMPLERS = "rsm:2,pps"
 RUNS = [f"toy.{sampler}.toy-llama.s{seed}" for seed in (0, 1) for sampler in ("rsm2", "pps1")]
@@ -251,7 +251,7 @@ def rows(cell: Cell, name: str, iteration: int = 1) -> list[dict[str, Any]]:
     return cell.rows(iteration, name)
 
 
-MATCHED = ["--limit", "12", "--iterations", "2", "--set", "run.questions_per_iteration=6", "--set", "eval.samples=0"]
+MATCHED = ["--limit", "8", "--iterations", "2", "--set", "run.questions_per_iteration=4", "--set", "eval.samples=0"]
 MATCHED += ["--match", "kept", "--set", "run.keep=all"]
 
 
@@ -282,7 +282,7 @@ def test_match_kept_trains_all_on_equally_many_examples(kept):
 def test_match_kept_trains_exactly_its_share(kept):
     """The M-step of iteration 1 by hand, on the share alone, gives the weights of the run."""
     group = cells(kept, 0, 2)
-    questions = {q.id: q for q in load_task("toy", 12).train}
+    questions = {q.id: q for q in load_task("toy", 8).train}
     fewest = min(group, key=lambda cell: len(rows(cell, "accepted")))
     most = max(group, key=lambda cell: len(rows(cell, "accepted")))
     share = matched(group, 1, "kept")[group.index(most)]
@@ -303,7 +303,7 @@ def test_matched_runs_draw_on_the_same_questions_of_an_iteration(kept):
     ids = [{row["id"] for row in rows(cell, "samples", i)} for cell in cells(kept, 0, 2) for i in (1, 2)]
     assert ids[0] == ids[2]
     assert ids[1] == ids[3]
-    assert all(len(one) == 6 for one in ids)
+    assert all(len(one) == 4 for one in ids)
     assert ids[0].isdisjoint(ids[1])
 
 
