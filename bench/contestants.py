@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from generate import ARC, config_of, random_model
+from resources import Shape
 from safetensors.torch import save_file
 
 from minem.config import MStepSection
 from minem.em.mstep import MStep, learning_rate, loss_divisor
 from minem.em.packing import Example, plan
 from minem.em.scoring import score
-from minem.kernels.resources import Shape
 from minem.model.hf_config import ModelConfig
 from minem.model.weights import checkpoint_views, load_model
 

@@ -44,12 +44,12 @@ from contestants import CONTESTANTS, DTYPES, Job, Minem, Padded, change, write_m
 from generate import failed, synchronize
 from memory import resident
 from record import ceilings, facts
+from resources import SHAPES, Shape
 from rich.console import Console
 
 from minem.config import MStepSection
 from minem.device import peak_flops
 from minem.em.packing import Example
-from minem.kernels.resources import SHAPES, Shape
 from minem.model.sizes import flops
 
 ALL_SHAPES = {

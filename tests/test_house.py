@@ -11,11 +11,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import house
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-import house  # noqa: E402
 
 LINKS = ("kernels", "data", "configs")
 # A child that runs `body` and then names the heavy packages that came with it.
