@@ -25,7 +25,7 @@ from minem.config import Config
 from minem.console import Progress
 from minem.data.prompts import encode_prompt
 from minem.data.tasks import load_task
-from minem.data.verdict import pick_verdict as load_verdict
+from minem.data.verdict import load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
 from minem.em import diagnostics
 from minem.em.checkpoints import restore

@@ -199,6 +199,8 @@ def test_merging_does_not_accumulate_rounding_over_iterations(folders, init, tmp
     mstep.lora.save(tmp_path, mstep.masters, "base")
     adapter = load_file(tmp_path / ADAPTER_WEIGHTS)
     assert {t.dtype for t in adapter.values()} == {torch.float32}
+    assert adapter.keys() == mstep.masters.keys()
+    assert all(torch.equal(tensor, mstep.masters[name]) for name, tensor in adapter.items())  # saved bit for bit
     base = checkpoint_views(load_model(folders["llama-tied"], dtype=torch.bfloat16))
     moved = 0
     for name, weight in checkpoint_views(mstep.model).items():
