@@ -255,9 +255,9 @@ def _merged(parts: Iterable[Counts]) -> Counts:
     return total
 
 
-def row_bytes(questions: Sequence[Any], max_new_tokens: int) -> int:
-    """About what a row of the longest kind for each question takes on the disk."""
-    return len(questions) * (ROW_BYTES + TOKEN_BYTES * max_new_tokens)
+def row_bytes(rows: int, max_new_tokens: int) -> int:
+    """About what rows of the longest kind take on the disk."""
+    return rows * (ROW_BYTES + TOKEN_BYTES * max_new_tokens)
 
 
 def _stage(iteration: int, name: str) -> str:
