@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import resource
 import shutil
@@ -15,13 +14,8 @@ import pytest
 
 import minem.runs.directory
 from minem.config import load_config
-from minem.console import Progress
-from minem.errors import UserError
-from minem.parallel.ranks import ALONE
-from minem.parallel.signals import Stop
 from minem.runs.directory import RunDirectory, read_facts, read_journal
 from minem.runs.resume import is_intact
-from minem.runs.stages import Run
 from tests.minem.tiny_runs import command, cut_journal, finished, flags, flip, keep_lines, outcome, train, truncate
 
 MODEL, STATE = "model/model.safetensors", "state/state-00000.safetensors"
@@ -144,18 +138,6 @@ def test_a_journal_that_lacks_a_line_is_refused(run: Path) -> None:
             assert f"{line}: {needed[missing]} is finished, but {missing}, which it needs, is not" in sentence
         (run / "journal.jsonl").write_bytes(journal)
     assert outcome(run) | {"metrics": None} == before
-
-
-def test_a_stage_is_not_done_with_the_weights_of_a_later_one(run: Path) -> None:
-    """Draws of an iteration come from the weights before its M-step, which are gone after it."""
-    config, inputs = load_config(run / "config.toml", flags={"run.out": str(run)}), read_facts(run)["inputs"]
-    done: list[str] = []
-    with Run.open(config, Progress(io.StringIO()), ALONE, Stop(), inputs=inputs) as opened:
-        for iteration, name in ((2, "diagnostics"), (1, "eval.train"), (0, "eval.train")):
-            with pytest.raises(UserError, match=f"iter-02/mstep is finished, but iter-0{iteration}/{name}, which"):
-                opened.do(iteration, name, lambda stage: done.append(stage.name))
-        opened.do(2, "eval.train", lambda stage: done.append(stage.name))
-    assert done == ["iter-02/eval.train"]
 
 
 def test_the_config_of_a_run_repeats_it(finished_run: Path, tmp_path: Path) -> None:
