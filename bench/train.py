@@ -43,8 +43,9 @@ from typing import Any
 import click
 import rich.table
 import torch
-from generate import ARC, config_of, failed, random_model, synchronize
+from generate import ARC, failed, synchronize
 from memory import resident
+from models import config_of, random_model
 from record import ceilings, facts
 from rich.console import Console
 from safetensors.torch import save_file
