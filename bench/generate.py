@@ -35,6 +35,7 @@ import click
 import rich.table
 import torch
 from record import ceilings, facts
+from resources import SHAPES, Shape
 from rich.console import Console
 
 from minem.data.tasks import Question
@@ -43,7 +44,6 @@ from minem.em.samplers import make_sampler
 from minem.generation.generator import Generator
 from minem.generation.kv_cache import cache_bytes
 from minem.generation.request import Completion, Request, SamplingParams
-from minem.kernels.resources import SHAPES, Shape
 from minem.model.decoder import Model
 from minem.model.hf_config import ModelConfig
 

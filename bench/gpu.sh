@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a GPU: what must be right first, then how fast it is. One folder holds everything that was printed.
+# Everything that needs a GPU: the tests, then the benchmarks. One folder holds all output.
 #
 #     bench/gpu.sh [FOLDER]                      # from the source tree, nothing installed; runs/gpu by default
 #     SHAPES=qwen2.5-3b LIMIT=300 bench/gpu.sh   # one shape, at most 300 seconds for each benchmark

@@ -1,13 +1,13 @@
-"""Each kernel beside PyTorch's own ways and the field's best, with the floor that bytes and operations set.
+"""Each kernel beside PyTorch and other libraries, with the floor that bytes and operations set.
 
     python bench/kernels.py                      # on a GPU: real shapes, some minutes; on a CPU: small shapes, seconds
     python bench/kernels.py --only sample --json # one operation; one JSON object on one line after the table
 
-Contestants are plain PyTorch, torch.compile of it, torch's own chunked loss, and where they can be imported
-Liger-Kernel, cut-cross-entropy and FlashInfer; what cannot be imported or fails is named with the reason. Before it is
-timed, every operation is checked on fresh random inputs. Times are medians of many calls, the L2 cache flushed between
-them on a GPU. The floor is bytes over this device's own copying rate plus operations over its own matrix rate, both
-measured in the same run. Without a GPU the eager references run, and the shapes that a GPU would get are listed.
+Contestants are plain PyTorch, torch.compile of it, torch's chunked loss, and, if installed, Liger-Kernel,
+cut-cross-entropy and FlashInfer; a contestant that fails is listed with the reason. Before it is timed, every operation
+is checked on fresh random inputs. Times are medians of many calls; on a GPU the L2 cache is flushed between them. The
+floor is bytes over the device's copying rate plus operations over its matrix rate, both measured in the same run.
+Without a GPU the eager references run, and the GPU's shapes are listed.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ import rich.table
 import torch
 import torch.nn.functional as F
 from record import ceilings, facts, medians
+from resources import SHAPES, Shape
 from rich.console import Console
 from torch import Tensor
 
 from minem.kernels import decode_attention, linear_cross_entropy, rms_norm, rotary, sample, swiglu
-from minem.kernels.resources import SHAPES, Shape
 
 TINY = Shape("tiny", 256, 8, 2, 32, 704, 16_384)  # for the CPU
 
-PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "flashinfer-python")  # whose versions are recorded
+PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "flashinfer-python")  # their versions are recorded
 
 
 @dataclass
 class Case:
-    """One operation at one shape: what must move and be computed, who does it, and what proves that ours is right."""
+    """One operation at one shape: bytes to move, operations to compute, contestants, and a check of our result."""
 
     operation: str
     shape: str
@@ -55,7 +55,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and at what size this run measures."""
+    """The device and the sizes of this run."""
 
     device: str
     dtype: torch.dtype
@@ -75,13 +75,10 @@ def normal(*size: int, like: Setting, grad: bool = False) -> Tensor:
 
 
 def assert_close(ours: Tensor, theirs: Tensor, tolerance: float) -> None:
-    """Within `tolerance` of the largest number there is in theirs."""
+    """Within `tolerance` of the largest number in theirs."""
     error = (ours.double() - theirs.double()).abs().max().item() / max(theirs.double().abs().max().item(), 1e-30)
     if not error <= tolerance:
         raise AssertionError(f"relative error {error:.2g} is more than {tolerance:.2g}")
-
-
-# ---------------------------------------------------------------------------------------------- the six operations
 
 
 def loss_cases(on: Setting) -> Iterator[Case]:
@@ -155,7 +152,7 @@ def sample_cases(on: Setting) -> Iterator[Case]:
             def check(arguments: tuple[Tensor, ...] = arguments) -> None:
                 ours = sample(*arguments)
                 reference = sample(arguments[0].float(), *arguments[1:], backend="eager")
-                # sums round otherwise: one draw in thousands may fall on the neighbour
+                # sums are rounded differently: one draw in thousands may be the next token
                 same = ours[0] == reference[0]
                 if same.float().mean() < 0.98:
                     raise AssertionError(f"only {same.sum()} of {len(same)} tokens are the reference's")
@@ -208,7 +205,7 @@ def attention_cases(on: Setting) -> Iterator[Case]:
 
 
 def row_cases(on: Setting) -> Iterator[Case]:
-    """The three small ones: norm with residual, SwiGLU, rotary."""
+    """Norm with residual, SwiGLU, rotary."""
     size = torch.empty(0, dtype=on.dtype).element_size()
     for shape in on.shapes:
         x, residual = (normal(on.tokens, shape.width, like=on, grad=True) for _ in range(2))
@@ -266,7 +263,7 @@ def row_case(
     leaves: tuple[Tensor, ...],
     on: Setting,
 ) -> Case:
-    """A case of an elementwise or row-wise operation; forward, and backward where there are leaves."""
+    """A case of an elementwise or row-wise operation: forward, with leaves also backward."""
     grads = [torch.randn_like(out) for out in theirs()]
 
     def run(function: Callable[[], tuple[Tensor, ...]]) -> list[Tensor]:
@@ -292,9 +289,6 @@ CASES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
-
-
 def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
     case.check()
     row: dict[str, Any] = {"operation": case.operation, "shape": case.shape}
@@ -303,7 +297,7 @@ def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
     for name, contestant in case.contestants.items():
         try:
             contestant()
-        except Exception as error:  # a contestant that cannot run here must not end the others' run
+        except Exception as error:  # a contestant that fails must not stop the others
             if name == "minem":
                 raise
             row["failed"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -311,7 +305,7 @@ def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
     return row
 
 
-def say_what_a_gpu_would_get(console: Console) -> None:
+def list_gpu_cases(console: Console) -> None:
     console.print("No CUDA device: the eager references run on small shapes. On a GPU this would measure, in bfloat16:")
     for shape in GPU.shapes:
         console.print(
@@ -341,15 +335,15 @@ def table(rows: list[dict[str, Any]]) -> rich.table.Table:
 @click.option("--only", type=click.Choice(list(CASES)), multiple=True, help="Measure only these; all by default.")
 @click.option("--json", "as_json", is_flag=True, help="After the table, one JSON object on one line.")
 def main(only: tuple[str, ...], as_json: bool) -> None:
-    """Time each kernel beside PyTorch's own ways and the field's best."""
+    """Time each kernel beside PyTorch and other libraries."""
     torch.manual_seed(time.time_ns() % 2**31)  # fresh inputs every time; the checks must hold on any
     on = GPU if torch.cuda.is_available() else CPU
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     if not console.is_terminal:
         console = Console(highlight=False, width=160, stderr=as_json)  # a file has room for the table
-    torch.set_num_threads(1)  # of the CPU: small shapes gain little from more, and other work disturbs more
+    torch.set_num_threads(1)  # small shapes gain little from more threads
     if on is CPU:
-        say_what_a_gpu_would_get(console)
+        list_gpu_cases(console)
     bandwidth, rate = ceilings(on.device, on.dtype)
     about = {"dtype": str(on.dtype).removeprefix("torch."), **facts(*PEERS, device=on.device)}
     for name, fact in about.items():

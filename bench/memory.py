@@ -1,11 +1,11 @@
 """Peak memory of `linear_cross_entropy`, forward and backward, on the CPU: it must not grow with the rows.
 
     python bench/memory.py            # about a minute on two cores; --json for one line
-    python bench/memory.py --table    # instead: what models of 0.5B to 8B need on GPUs, by the arithmetic of a dry run
+    python bench/memory.py --table    # instead: models of 0.5B to 8B on GPUs, by the arithmetic of a dry run
 
-Each size runs in a process of its own. The peak is what the kernel says the process held at most (VmHWM) above what it
-held with its inputs, less the gradients that are asked for. The [N, V] logits alone would be 5 GB at N=8192; the bounds
-are 1 GB, and 10 % more than at N=2048. Exits with 1 if either is missed.
+Each size runs in its own process. The peak is Linux's VmHWM above what the process held with its inputs, less the
+gradients. The [N, V] logits alone would be 5 GB at N=8192; the bounds are 1 GB, and 10 % more than at N=2048. Exits
+with 1 if either is exceeded.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MODELS = {
     "Qwen3-8B": ("qwen3", 36, 4096, 32, 8, 128, 12_288, 151_936, False),
 }
 GPUS = ((1, 24), (1, 80), (1, 141), (8, 80))  # how many, GB of each; several train with FSDP
-CONTEXT = 1e9  # bytes that are allowed for CUDA itself and its libraries
+CONTEXT = 1e9  # bytes for CUDA itself and its libraries
 PROMPT, NEW, SLOTS, RANK = 256, 1024, 256, 16
 
 WIDTH, VOCABULARY, CHUNK_ROWS = 256, 151_936, 512
@@ -88,7 +88,7 @@ def model_config(name: str) -> ModelConfig:
 
 
 def cell(config: ModelConfig, gpus: int, gigabytes: int, pack: int, adapters: int) -> str:
-    """How a run does its work on GPUs of this size, and the peak of both steps; or what is missing."""
+    """Slots, recomputed blocks and the peak of both steps on GPUs of this size; "no" if it does not fit."""
     free = int(gigabytes * 1e9 - CONTEXT)
     dtype, supervised = torch.bfloat16, pack * NEW // (PROMPT + NEW)
     for slots in (SLOTS >> n for n in range(5)):  # below 16, an E-step of thousands of draws takes too long
@@ -136,7 +136,7 @@ train with FSDP, and the bytes are those of each.
 @click.option("--table", "as_table", is_flag=True, help="Plan models of 0.5B to 8B on GPUs; nothing is measured.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on one line.")
 def main(as_table: bool, as_json: bool) -> None:
-    """Measure the peak at 2,048 and at 8,192 rows and hold it against the bounds."""
+    """Measure the peak at 2,048 and at 8,192 rows and compare it with the bounds."""
     if as_table:
         click.echo("\n".join(table()))
         return

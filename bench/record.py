@@ -1,8 +1,8 @@
-"""What every recorded number needs beside it: device, versions, date and commit, and what the device can do at best.
+"""The facts recorded beside every number (device, versions, date, commit), timing, and the device's own ceilings.
 
 Imported by the other scripts here.
 
-python -c "import sys; sys.path.insert(0, 'bench'); from record import facts; print(facts())"
+    python -c "import sys; sys.path.insert(0, 'bench'); from record import facts; print(facts())"
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import minem
 
 
 def facts(*packages: str, device: str = "cpu") -> dict[str, str]:
-    """Device, versions (of minem, torch, Python and the given packages, as far as they are there), date and commit."""
+    """Device, versions (of minem, torch, Python and the given packages, if installed), date and commit."""
     versions = [f"minem {minem.__version__}", f"torch {torch.__version__}", f"Python {platform.python_version()}"]
     for package in packages:
         try:
@@ -44,7 +44,7 @@ def facts(*packages: str, device: str = "cpu") -> dict[str, str]:
 
 
 def processor() -> str:
-    """The CPU's name as Linux tells it."""
+    """The CPU's name on Linux."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]

@@ -3,9 +3,8 @@
     messages(question)                        # what is trained on and evaluated
     messages(question, hint="forward")        # what `star` and `pps` draw from: names of HINTS
 
-Every prompt ends by asking for a last line `The best answer is X`, which is what minem.data.verdict reads. The model's
-own chat template turns the messages into text. The wording of the paper that minem follows is not public; these are
-ours.
+Every prompt asks for a last line `The best answer is X`, which minem.data.verdict reads. The model's own chat template
+turns the messages into text. The paper's wording is not public; these are ours.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from minem.model.tokenizer import Tokenizer
 
 ANSWER_LINE = "The best answer is"
 
-# {label} is the right one, or the answer itself. A hint stands right before the request for the last line.
+# {label} is the right one, or the answer itself. A hint stands just before the request for the last line.
 HINTS = {
-    # Asks for the reasoning that the question calls for, not for a defence of the answer.
+    # Asks for the reasoning that the question needs, not for a defence of the answer.
     "forward": (
         "The correct answer is {label}. Reason from the question to this answer, one true step after the other, "
         "as if you had found it yourself."
@@ -28,17 +27,14 @@ HINTS = {
         "First derive the answer from the question alone. Only then compare it with the correct answer, which is "
         "{label}; if they differ, find the step that went wrong and derive it again."
     ),
-    # Asks for a defence of the answer: cheap to follow, and an invitation to bend a step.
+    # Asks for a defence of the answer: easy to follow, and an invitation to bend a step.
     "justify": "The correct answer is {label}. Explain why it is correct.",
 }
 DEFAULT_HINT = "forward"
 
 
 def messages(question: Question, hint: str | None = None) -> list[dict[str, str]]:
-    """One user message: the question, its options if any, the hint if one is named, the request for the last line.
-
-    Raises UserError for a hint that HINTS does not have.
-    """
+    """One user message: question, options, hint, request for the last line. UserError for an unknown hint."""
     if hint is not None and hint not in HINTS:
         raise UserError(f"there is no hint {hint!r}: the wordings are {', '.join(HINTS)}")
     options = "\n".join(f"{label}. {option}" for label, option in zip(question.labels, question.options, strict=True))
@@ -48,7 +44,7 @@ def messages(question: Question, hint: str | None = None) -> list[dict[str, str]
 
 
 def request(question: Question) -> str:
-    """The closing sentence, with this question's own labels. A free-form one says the same for every answer."""
+    """The closing sentence, with this question's own labels; of free-form questions the same for every answer."""
     if question.labels:
         what = ", ".join(question.labels[:-1]) + f" or {question.labels[-1]}"
     else:

@@ -4,9 +4,8 @@
     task = load_task("my/questions")         # a folder with train, validation and test as .jsonl or .parquet
     task = load_task("my/questions.jsonl")   # one file, split 80/20 by a hash of the id
 
-What a row may look like is in minem/data/rows.py. Hub tasks take their splits as the hub has them, but for two: MMLU
-has no training split of its own (see `_mmlu`) and GSM8K no validation split (see `_gsm8k`).
-The test split is there to be measured on and nothing else: nothing may be chosen by it.
+minem/data/rows.py reads the rows. Splits are the hub's, except that MMLU has no training split of its own (see `_mmlu`)
+and GSM8K no validation split (see `_gsm8k`). The test split only measures: nothing may be chosen by it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from minem.data.rows import Question, read_questions
 from minem.errors import UserError
 from minem.hub import download
 
-__all__ = ["SPLITS", "TASKS", "TOY", "Question", "Task", "load_task", "read_questions"]
-
 SPLITS = ("train", "validation", "test")
 # name -> (dataset on the hub, folder of its parquet files)
 HUB = {
@@ -44,7 +41,7 @@ GSM8K_VALIDATION = 500  # of GSM8K's 7,473 training questions: about as many as 
 
 @dataclass(frozen=True)
 class Task:
-    """The three splits of a task. `rows_sha256` fingerprints exactly these questions; `note` is said at start-up."""
+    """The three splits of a task. `rows_sha256` fingerprints exactly these questions; `note` is printed at start-up."""
 
     name: str
     train: tuple[Question, ...]
@@ -57,15 +54,14 @@ class Task:
 def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Task:
     """Load a task by name (`TASKS`) or from a local folder or file.
 
-    `limit` caps every split alike, to the questions whose ids hash lowest: the same ones for every seed, and spread
-    over the subjects where a file is sorted by them. `seed` chooses MMLU's training sample and nothing else.
-    Raises UserError, in one sentence, for a name that is not known, a bad row (file, row number, field), an empty
-    split, or a hub repository that cannot be had.
+    `limit` caps every split, to the questions with the lowest hashes of their ids: the same for every seed, and spread
+    over a file that is sorted by subject. `seed` chooses MMLU's training sample and nothing else.
+    Raises UserError for an unknown name, a bad row (file, row number, field), an empty split, or an unreachable hub
+    repository.
     """
     if limit is not None and limit < 1:
         raise UserError(f"task.limit must be at least 1, not {limit}")
     name, _, revision = name_or_path.partition("@")
-    path = Path(name_or_path)
     if name == "toy" and not revision:
         splits, note = _folder(TOY)
     elif name == "mmlu":
@@ -75,14 +71,13 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Tas
     elif name in HUB:
         splits, note = _hub_splits(name, revision or None)
     elif os.path.isdir(name_or_path):
-        splits, note = _folder(path)
+        splits, note = _folder(Path(name_or_path))
     elif os.path.isfile(name_or_path):
-        splits, note = _one_file(path)
+        splits, note = _one_file(Path(name_or_path))
     else:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        near = "".join(f" (did you mean {task!r}?)" for task in difflib.get_close_matches(name, TASKS, n=1))
         raise UserError(
-            f"no task or path {name_or_path!r}{meant}: known tasks are {', '.join(TASKS)}; a path may be a folder with "
+            f"no task or path {name_or_path!r}{near}: known tasks are {', '.join(TASKS)}; a path may be a folder with "
             "train, validation and test as .jsonl or .parquet, or one such file"
         )
     for split, questions in splits.items():
@@ -95,11 +90,10 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Tas
 def _folder(folder: Path) -> tuple[dict[str, list[Question]], str]:
     splits = {}
     for split in SPLITS:
-        found = [
-            folder / f"{split}{suffix}" for suffix in (".jsonl", ".parquet") if (folder / f"{split}{suffix}").is_file()
-        ]
+        names = [f"{split}.jsonl", f"{split}.parquet"]
+        found = [folder / name for name in names if (folder / name).is_file()]
         if len(found) != 1:
-            what = f"both {split}.jsonl and {split}.parquet" if found else f"neither {split}.jsonl nor {split}.parquet"
+            what = "both " + " and ".join(names) if found else "neither " + " nor ".join(names)
             raise UserError(f"{folder} holds {what}: it needs one of the two")
         splits[split] = read_questions(found[0])
     trained = {question.id for question in splits["train"]}
@@ -112,11 +106,7 @@ def _one_file(path: Path) -> tuple[dict[str, list[Question]], str]:
     questions = sorted(read_questions(path), key=_id_hash)
     held_out = max(2, round(len(questions) / 5))
     tests = (held_out + 1) // 2
-    splits = {
-        "test": questions[:tests],
-        "validation": questions[tests:held_out],
-        "train": questions[held_out:],
-    }
+    splits = {"test": questions[:tests], "validation": questions[tests:held_out], "train": questions[held_out:]}
     counts = ", ".join(f"{len(splits[split])} {split}" for split in SPLITS)
     return splits, f"{path.name} is one file: split 80/20 by a hash of the ids, the held-out part in halves ({counts})"
 
@@ -132,58 +122,48 @@ def _hub_files(name: str, splits: Iterable[str], revision: str | None) -> tuple[
     patterns = {split: f"{folder}/{split}-*.parquet" for split in splits}
     snapshot = download(repo, "dataset", list(patterns.values()), revision)
     files = {split: sorted(snapshot.glob(pattern)) for split, pattern in patterns.items()}
-    for split, found in files.items():
-        if not found:
-            raise UserError(
-                f"dataset {repo!r} has no file {patterns[split]} (revision {revision or 'main'}; or not in the cache): "
-                f"connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
-            )
+    for split in (split for split, found in files.items() if not found):
+        raise UserError(
+            f"dataset {repo!r} has no file {patterns[split]} (revision {revision or 'main'}; or not in the cache): "
+            f"connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
+        )
     return files, f"{repo} at {snapshot.name[:12]}"  # the cache names a snapshot's folder after its commit
 
 
 def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], str]:
     """MMLU's validation and test as they are; training questions are a seeded sample of auxiliary_train.
 
-    auxiliary_train was put together from other benchmarks (ARC, OpenBookQA, RACE, MCTest), with repetitions. Repeated
+    auxiliary_train was collected from other benchmarks (ARC, OpenBookQA, RACE, MCTest), with repetitions. Repeated
     questions, those of MMLU's own splits and those of the multiple-choice tasks here are left out, compared word by
-    word, so that a model trained on "mmlu" has seen nobody's test. (GSM8K is free-form and younger.) Its unreadable
-    rows are left out too, and counted: nobody could put them right.
+    word, so that a model trained on "mmlu" has seen no test. (GSM8K is free-form and younger.) Unreadable rows are left
+    out too, and counted.
     """
     files, source = _hub_files("mmlu", ("auxiliary_train", "dev", "validation", "test"), revision)
-    splits = {split: _read_all(files[split]) for split in ("validation", "test")}
-    taken = {_normal(question.text) for split in ("dev", "validation", "test") for question in _read_all(files[split])}
-    for other in ("arc-challenge", "arc-easy", "openbookqa"):
-        taken |= {
-            _normal(question.text) for questions in _hub_splits(other, None)[0].values() for question in questions
-        }
+    splits = {split: _read_all(files[split]) for split in ("dev", "validation", "test")}
+    others = (_hub_splits(name, None)[0] for name in ("arc-challenge", "arc-easy", "openbookqa"))
+    taken = {_normal(question.text) for task in (splits, *others) for split in task for question in task[split]}
     bad: list[str] = []
-    pool = []
+    pool: list[Question] = []
     for path in files["auxiliary_train"]:
         for question in read_questions(path, on_bad_row=bad.append):
-            normal = _normal(question.text)
-            if normal not in taken:
-                taken.add(normal)
+            if (words := _normal(question.text)) not in taken:
+                taken.add(words)
                 pool.append(question)
     splits["train"] = random.Random(seed).sample(pool, min(MMLU_TRAIN, len(pool)))
-    note = (
-        f"{source}; train is a sample (seed {seed}) of {len(splits['train'])} of the {len(pool)} distinct questions of "
-        f"auxiliary_train that no other task has ({len(bad)} unreadable rows left out)"
-    )
-    return splits, note
+    distinct = f"{len(splits['train'])} of the {len(pool)} distinct questions of auxiliary_train that no other task has"
+    return splits, f"{source}; train is a sample (seed {seed}) of {distinct} ({len(bad)} unreadable rows left out)"
 
 
 def _gsm8k(revision: str | None) -> tuple[dict[str, list[Question]], str]:
-    """GSM8K's test as it is; validation is held out of train, the same questions whatever the seed."""
+    """GSM8K's test as it is; validation is held out of train, the same questions for every seed."""
     files, source = _hub_files("gsm8k", ("train", "test"), revision)
     pool = _read_all(files["train"])
     held_out = {question.id for question in sorted(pool, key=_id_hash)[: min(GSM8K_VALIDATION, len(pool) // 2)]}
-    splits = {
-        "train": [question for question in pool if question.id not in held_out],
-        "validation": [question for question in pool if question.id in held_out],
-        "test": _read_all(files["test"]),
-    }
-    note = f"{source}; validation is {len(held_out)} of its {len(pool)} training questions, chosen by a hash of the ids"
-    return splits, note
+    splits = {"test": _read_all(files["test"])}
+    splits["validation"] = [question for question in pool if question.id in held_out]
+    splits["train"] = [question for question in pool if question.id not in held_out]
+    chosen = f"{len(held_out)} of its {len(pool)} training questions, chosen by a hash of the ids"
+    return splits, f"{source}; validation is {chosen}"
 
 
 def _read_all(paths: list[Path]) -> list[Question]:
@@ -195,9 +175,7 @@ def _id_hash(question: Question) -> bytes:
 
 
 def _first(questions: list[Question], limit: int | None) -> tuple[Question, ...]:
-    """The `limit` questions whose ids hash lowest, in the file's order."""
-    if limit is None or limit >= len(questions):
-        return tuple(questions)
+    """The `limit` questions with the lowest hashes of their ids, in the file's order."""
     chosen = {question.id for question in sorted(questions, key=_id_hash)[:limit]}
     return tuple(question for question in questions if question.id in chosen)
 

@@ -3,18 +3,15 @@
     python -m pytest tests/kernels/test_attention.py
 
 Sequences drawn from one prompt are *siblings*: they share the prompt's keys and values (the prefix, stored once) and
-have only their own tokens (the suffix) to themselves. Both segments are attended separately and merged by their
-log-sum-exp, so the prefix is read once for several siblings, and nothing is ever copied together. Sequences may lie
-anywhere in the cache: `prefix_rows` and `suffix_rows` say where, so that a fixed launch (a CUDA graph) serves
-whichever slots are in use.
+own only their new tokens (the suffix). The two segments are attended separately and merged by their log-sum-exp, so the
+prefix is read once for several siblings and nothing is copied. `prefix_rows` and `suffix_rows` give each sequence's
+place in the cache, so that one fixed launch (a CUDA graph) serves any slots.
 
-What must move: each prefix once, each suffix once, in and out 2 S H C values; everything else stays on chip. A decode
-step does 2 H/K operations for each key or value channel it reads (14 for Qwen2.5-0.5B), far below what a GPU can do in
-the time of the reading, so bandwidth is the floor: at S=256 and 512 bf16 positions, 2 heads of 128 channels are 134 MB,
-31 us at 4.3 TB/s. Triton: one program for each (tile of queries, key/value head, split of 256 positions) of either
-segment, both in one launch, reads its keys and values once for all the queries of the tile; a second kernel merges a
-sequence's splits. What passes between the two is C fp32 numbers for each split and query, against 2 C bf16 numbers for
-each of 256 positions.
+Bytes moved: each prefix once, each suffix once, 2 S H C values in and out. A decode step does 2 H/K operations for each
+key or value channel it reads (14 for Qwen2.5-0.5B), so bandwidth is the floor: at S=256 and 512 bf16 positions, 2 heads
+of 128 channels are 134 MB, 31 us at 4.3 TB/s. Triton: one program for each (tile of queries, key/value head, split of
+256 positions) of either segment, all in one launch, reads its keys and values once for the queries of its tile; a
+second kernel merges a sequence's splits. Between the two pass C fp32 numbers for each split and query.
 
 Shape suffixes: S sequences, H query heads, K key/value heads, G = H / K queries a group, C channels, L positions,
 R prefixes, T groups of at most n siblings.
@@ -53,15 +50,14 @@ def decode_attention(
 
     Args:
         q: [S, H, C], one query per sequence.
-        prefix_k, prefix_v: [R, K, Lp, C]; only the first prefix_lengths[r] positions are read into the result, the
-            rest must be finite.
+        prefix_k, prefix_v: [R, K, Lp, C]; positions from prefix_lengths[r] on do not count and must be finite.
         prefix_lengths: int64 [R]; 0 is allowed.
         siblings: int64 [T, n], groups of sequences that share a prefix; unused places may name any sequence.
-        sibling_index: int64 [S], where each sequence stands in `siblings.flatten()`.
-        suffix_k, suffix_v: [S or more, K, Ls, C].
+        sibling_index: int64 [S], the place of each sequence in `siblings.flatten()`.
+        suffix_k, suffix_v: [S, K, Ls, C]; any number of rows with suffix_rows.
         suffix_lengths: int64 [S], at least 1 (the new token itself is in the suffix).
-        prefix_rows: int64 [T], the prefix of each group, several groups may have the same; None: the t-th.
-        suffix_rows: int64 [S], where each sequence's suffix is; None: the s-th.
+        prefix_rows: int64 [T], the prefix of each group (groups may share one); None: the t-th.
+        suffix_rows: int64 [S], the row of each sequence's suffix; None: the s-th.
         backend: "eager", "triton" or None (by device).
     Returns:
         [S, H, C] in the dtype of q; scores and sums in float32 or wider. No gradients: this is for decoding.
@@ -72,16 +68,9 @@ def decode_attention(
             f"({prefix_k.shape[1]} and {suffix_k.shape[1]})"
         )
     if pick(backend, q) == "triton":
-        return _decode_attention_triton(
-            q,
-            (prefix_k, prefix_v, suffix_k, suffix_v),
-            prefix_lengths.contiguous(),
-            suffix_lengths.contiguous(),
-            siblings.contiguous(),
-            sibling_index.contiguous(),
-            prefix_rows,
-            suffix_rows,
-        )
+        cache = (prefix_k, prefix_v, suffix_k, suffix_v)
+        lengths, members, rows = (prefix_lengths, suffix_lengths), (siblings, sibling_index), (prefix_rows, suffix_rows)
+        return _decode_attention_triton(q, cache, lengths, members, rows)
     if prefix_rows is not None:
         prefix_k, prefix_v, prefix_lengths = (x[prefix_rows] for x in (prefix_k, prefix_v, prefix_lengths))
     if suffix_rows is not None:
@@ -133,127 +122,63 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, 
 def _decode_attention_triton(
     q: Tensor,
     cache: tuple[Tensor, Tensor, Tensor, Tensor],
-    prefix_lengths: Tensor,
-    suffix_lengths: Tensor,
-    siblings: Tensor,
-    sibling_index: Tensor,
-    prefix_rows: Tensor | None,
-    suffix_rows: Tensor | None,
+    lengths: tuple[Tensor, Tensor],
+    members: tuple[Tensor, Tensor],
+    rows: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
     """Both segments cut into splits of SPLIT positions, one program each, then one merge over a sequence's splits.
 
-    The split size is fixed, so that a sequence's sums are the same whatever else is in the batch.
+    The split size is fixed, so that a sequence's sums are the same in any batch. members: siblings, sibling_index.
     """
     prefix_k, prefix_v, suffix_k, suffix_v = cache
     if any(x.stride(3) != 1 for x in cache) or prefix_k.stride() != prefix_v.stride():
         raise ValueError("the channels of the cache must lie side by side, keys and values with the same strides")
     if suffix_k.stride() != suffix_v.stride():
         raise ValueError("the suffix's keys and values must have the same strides")
+    prefix_lengths, suffix_lengths = (x.contiguous() for x in lengths)
+    siblings, sibling_index = (x.contiguous() for x in members)
+    tables = [siblings if x is None else x.contiguous() for x in rows]  # not read where None
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sequences, heads, channels = q.shape
     kv_heads = prefix_k.shape[1]
     groups, n = siblings.shape
     group = heads // kv_heads
-    tiles = -(-n * group // ROWS)
+    tiles, own_tiles = -(-n * group // ROWS), -(-group // ROWS)
     prefix_splits, suffix_splits = (max(1, -(-x.shape[2] // SPLIT)) for x in (prefix_k, suffix_k))
     splits = prefix_splits + suffix_splits
     values = torch.empty(sequences, heads, splits, channels, dtype=torch.float32, device=q.device)
     highest, sums = (torch.empty(sequences, heads, splits, dtype=torch.float32, device=q.device) for _ in range(2))
-    narrow = q.element_size() == 2
-    own_tiles = -(-group // ROWS)
-    tables = {"PREFIX_ROWS": prefix_rows is not None, "SUFFIX_ROWS": suffix_rows is not None}
-    rows = [siblings if x is None else x.contiguous() for x in (prefix_rows, suffix_rows)]  # not read where None
-    shape = {"CHANNELS": channels, "CHANNEL_BLOCK": max(16, 1 << (channels - 1).bit_length())}
+    shape = {"CHANNELS": channels, "CHANNEL_BLOCK": max(16, 1 << (channels - 1).bit_length()), "SPLIT": SPLIT}
+    options = {
+        "PREFIX_ROWS": rows[0] is not None,
+        "SUFFIX_ROWS": rows[1] is not None,
+        "GROUP": group,
+        "ROWS": ROWS,
+        "BLOCK": 64 if q.element_size() == 2 else 16,  # with 32 some fp32 shapes spill on sm_90 under triton 3.7
+        "num_warps": 4,
+        "num_stages": 3,  # with 2 some shapes spill on sm_80 under triton 3.6
+    }
     _segments_kernel[(groups * tiles + sequences * own_tiles, kv_heads, max(prefix_splits, suffix_splits))](
-        q,
-        *cache,
-        prefix_lengths,
-        suffix_lengths,
-        *rows,
-        siblings,
-        sibling_index,
-        values,
-        highest,
-        sums,
-        *prefix_k.stride()[:3],
-        *suffix_k.stride()[:3],
-        heads,
-        groups,
-        n,
-        tiles,
-        own_tiles,
-        prefix_splits,
-        splits,
-        channels**-0.5,
-        **tables,
-        GROUP=group,
-        **shape,
-        ROWS=ROWS,
-        BLOCK=64 if narrow else 16,  # with 32 some fp32 shapes spill on sm_90 under triton 3.7
-        SPLIT=SPLIT,
-        num_warps=4,
-        num_stages=3,  # with 2 some shapes spill on sm_80 under triton 3.6
-    )
+        q, *cache, prefix_lengths, suffix_lengths, *tables, siblings, sibling_index, values, highest, sums,
+        *prefix_k.stride()[:3], *suffix_k.stride()[:3], heads, groups, n, tiles, own_tiles, prefix_splits, splits,
+        channels**-0.5, **shape, **options,
+    )  # fmt: skip
     _merge_kernel[(sequences, heads)](
-        out,
-        values,
-        highest,
-        sums,
-        prefix_lengths,
-        suffix_lengths,
-        rows[0],
-        sibling_index,
-        n,
-        heads,
-        prefix_splits,
-        splits,
-        PREFIX_ROWS=prefix_rows is not None,
-        **shape,
-        SPLIT=SPLIT,
-        num_warps=1,
-    )
+        out, values, highest, sums, prefix_lengths, suffix_lengths, tables[0], sibling_index, n, heads, prefix_splits,
+        splits, PREFIX_ROWS=rows[0] is not None, **shape, num_warps=1,
+    )  # fmt: skip
     return out
 
 
 @jit
 def _segments_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    prefix_k_ptr,
-    prefix_v_ptr,
-    suffix_k_ptr,
-    suffix_v_ptr,
-    prefix_lengths_ptr,
-    suffix_lengths_ptr,
-    prefix_rows_ptr,
-    suffix_rows_ptr,
-    siblings_ptr,
-    sibling_index_ptr,
-    values_ptr,
-    highest_ptr,
-    sums_ptr,
-    prefix_row_stride,
-    prefix_head_stride,
-    prefix_stride,
-    suffix_row_stride,
-    suffix_head_stride,
-    suffix_stride,
-    heads,
-    groups,
-    n,
-    tiles,
-    own_tiles,
-    prefix_splits,
-    splits,
-    scale,
-    PREFIX_ROWS: tl.constexpr,
-    SUFFIX_ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNEL_BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    q_ptr, prefix_k_ptr, prefix_v_ptr, suffix_k_ptr, suffix_v_ptr, prefix_lengths_ptr, suffix_lengths_ptr,
+    prefix_rows_ptr, suffix_rows_ptr, siblings_ptr, sibling_index_ptr, values_ptr, highest_ptr, sums_ptr,
+    prefix_row_stride, prefix_head_stride, prefix_stride, suffix_row_stride, suffix_head_stride, suffix_stride,
+    heads, groups, n, tiles, own_tiles, prefix_splits, splits, scale,
+    PREFIX_ROWS: tl.constexpr, SUFFIX_ROWS: tl.constexpr, GROUP: tl.constexpr, CHANNELS: tl.constexpr,
+    CHANNEL_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """Unnormalised attention of one tile of queries over one split of one segment: values, highest score, sum of exp.
 
     Row m of a tile is query m % GROUP of the sibling in place m // GROUP.
@@ -325,23 +250,10 @@ def _segments_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _merge_kernel(  # type: ignore[no-untyped-def]
-    out_ptr,
-    values_ptr,
-    highest_ptr,
-    sums_ptr,
-    prefix_lengths_ptr,
-    suffix_lengths_ptr,
-    prefix_rows_ptr,
-    sibling_index_ptr,
-    n,
-    heads,
-    prefix_splits,
-    splits,
-    PREFIX_ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    CHANNEL_BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    out_ptr, values_ptr, highest_ptr, sums_ptr, prefix_lengths_ptr, suffix_lengths_ptr, prefix_rows_ptr,
+    sibling_index_ptr, n, heads, prefix_splits, splits,
+    PREFIX_ROWS: tl.constexpr, CHANNELS: tl.constexpr, CHANNEL_BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     head = sequence * heads + tl.program_id(1)
     channel = tl.arange(0, CHANNEL_BLOCK)

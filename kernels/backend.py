@@ -1,4 +1,7 @@
-"""Which of the two implementations of an operation runs: the eager PyTorch one or the Triton kernel."""
+"""Which implementation of an operation runs: eager PyTorch or the Triton kernel.
+
+python -m pytest tests/kernels/test_backend.py
+"""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     loss = -sum_n weight_n * log softmax(hidden_n @ W.T)[target_n]
 
 The per-token weights (EM's responsibilities) are inputs, known in the forward pass. So the gradient of the logits,
-weight_n * (softmax - onehot), is known as soon as a chunk of logits is, and forward and backward together need three
-matrix products of 2 N V D operations: the logits, the gradient of `hidden`, and the gradient of `W`. An implementation
-that hands out per-token losses first must build the logits again in its backward pass: a fourth.
+weight_n * (softmax - onehot), is known with each chunk of logits, and forward and backward together need three matrix
+products of 2 N V D operations: the logits, the gradient of `hidden`, and the gradient of `W`. An implementation that
+returns per-token losses first must compute the logits again in its backward pass: a fourth product.
 
     one chunk of rows:  logits [C, V] = hidden @ W.T                                  product 1
                         one row pass: log-probability of the target, entropy,
@@ -13,10 +13,10 @@ that hands out per-token losses first must build the logits again in its backwar
                         grad_hidden [C, D] = grad_logits @ W                          product 2
                         grad_W [V, D] (fp32) += grad_logits.T @ hidden                product 3
 
-The three products belong to cuBLAS. The row pass is a Triton kernel: a row is one program, which reads the row twice
-(statistics, then gradient) and writes it once. For bf16 that is 2 N V bytes from memory for the first reading and 2 N V
-for the writing; the second reading mostly finds the row in the L2 cache (132 rows of 151,936 bf16 numbers are 40 MB,
-the L2 is 50). At N=8192, V=151,936 that is 5 GB, about 1.2 ms at 4.3 TB/s, beside 19.4 ms for the products.
+cuBLAS does the three products. The row pass is a Triton kernel: one program reads its row twice (statistics, then
+gradient) and writes it once. For bf16 the first reading and the writing move 2 N V bytes each; the second reading
+mostly finds the row in the L2 cache (132 rows of 151,936 bf16 numbers are 40 MB, the L2 is 50). At N=8192, V=151,936
+that is 5 GB, about 1.2 ms at 4.3 TB/s, beside 19.4 ms for the products.
 
     python -m pytest tests/kernels/test_cross_entropy.py
 """
@@ -32,8 +32,8 @@ from torch.autograd.function import once_differentiable
 
 from minem.kernels.backend import jit, pick, tl
 
-# How large one chunk of logits may be, in bytes, unless the caller says `chunk_rows`. Every chunk reads and writes the
-# whole gradient of W once more, so chunks are as large as memory comfortably allows.
+# Bytes of one chunk of logits, unless `chunk_rows` is given. Every chunk reads and writes the whole gradient of W once
+# more, so chunks are as large as memory comfortably allows.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 
 
@@ -49,18 +49,15 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted negative log-likelihood of `targets` under softmax(hidden @ weight.T).
 
-    hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants: they get
-    no gradient), all ones where None. Rows whose target is `ignore_index` or whose weight is 0 give 0
-    everywhere, if their hidden states are finite (0 * NaN is NaN).
-    chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows). backend: "eager", "triton", None (by
-    device).
-
-    Differentiable once: second derivatives are not there, and `create_graph` gives gradients without a history.
+    hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants without a
+    gradient; None: all 1). Rows with the target `ignore_index` or the weight 0 give 0 everywhere, if their hidden
+    states are finite (0 * NaN is NaN). chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows).
+    backend: "eager", "triton" or None (by device).
 
     Returns (loss [], token_logprobs [N], token_entropy [N]) in float32 (float64 for float64 inputs), in nats.
     loss = -sum(token_weights * token_logprobs), undivided; the other two are detached. Gradients flow to hidden and
-    weight only and only once; the weight's is accumulated in fp32 over chunks and handed on in `weight.grad_dtype`.
-    Without gradients to compute (no_grad, or nothing requires them) only the first product is done.
+    weight, and only once (no second derivatives); the weight's is accumulated in fp32 over chunks and returned in
+    `weight.grad_dtype`. Without gradients (no_grad, or nothing requires them) only the first product is computed.
 
     Raises ValueError for shapes or dtypes that do not fit. A target outside [0, V) is a RuntimeError in eager mode; the
     Triton kernel, which cannot raise, makes its log-probability and the loss NaN.
@@ -87,9 +84,8 @@ def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, chunk_rows: int | None
 ) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden [N, D] and weight [V, D] must share D; got {list(hidden.shape)} and {list(weight.shape)}"
-        )
+        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+        raise ValueError(f"hidden [N, D] and weight [V, D] must share D; got {shapes}")
     if weight.shape[0] == 0:
         raise ValueError("weight [V, D] must have at least one row")
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
@@ -181,32 +177,17 @@ def _row_pass_triton(
     """As `_row_pass_eager`, the gradient in place of the logits [C, V], which must be contiguous."""
     rows, vocabulary = logits.shape
     block = min(8192, max(256, 1 << (vocabulary - 1).bit_length()))
-    _row_pass_kernel[(rows,)](
-        logits,
-        targets,
-        weights,
-        logprobs,
-        entropy,
-        vocabulary,
-        NEEDS_GRAD=needs_grad,
-        BLOCK=block,
-        # 16 numbers a thread keep loads wide; one program of 16 warps per SM keeps its row in the L2 cache
-        num_warps=max(4, block // 512),
-    )
+    warps = max(4, block // 512)  # 16 numbers a thread: wide loads; 16 warps an SM: the row stays in the L2 cache
+    arguments = (logits, targets, weights, logprobs, entropy, vocabulary)
+    _row_pass_kernel[(rows,)](*arguments, NEEDS_GRAD=needs_grad, BLOCK=block, num_warps=warps)
     return logits
 
 
 @jit
 def _row_pass_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr,
-    targets_ptr,
-    weights_ptr,
-    logprobs_ptr,
-    entropy_ptr,
-    vocabulary,
-    NEEDS_GRAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logits_ptr, targets_ptr, weights_ptr, logprobs_ptr, entropy_ptr, vocabulary,
+    NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # int64: row * vocabulary passes 2^31 at 14,000 rows of Qwen's vocabulary
     row_ptr = logits_ptr + row * vocabulary
     columns = tl.arange(0, BLOCK)
@@ -253,7 +234,7 @@ def _row_pass_kernel(  # type: ignore[no-untyped-def]
 
 
 def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """grad_weight [V, D] += grad_logits.T @ hidden, the sum over chunks held in fp32 whatever the inputs' dtype."""
+    """grad_weight [V, D] += grad_logits.T @ hidden, summed over chunks in fp32 for any dtype of the inputs."""
     if grad_weight.dtype == hidden.dtype:
         grad_weight.addmm_(grad_logits.t(), hidden)
     elif hidden.is_cuda:

@@ -1,10 +1,9 @@
 """RMSNorm, with the residual addition before it: sum = x + residual, normed = sum / rms(sum) * weight.
 
-What must move: x and residual in, sum and normed out, 8 D bytes a row in bf16; the arithmetic is nothing beside it.
-Left to itself PyTorch writes the sum and reads it again: 10 D bytes and two launches. Triton: a program holds whole
-rows on chip. The backward pass reads the two gradients and the sum and writes one gradient, 8 D bytes. The weight's
-gradient is summed over rows by a fixed number of programs, each into a row of its own, and these are added in order: no
-atomics, so bit-equal from run to run.
+Bytes moved: x and residual in, sum and normed out, 8 D a row in bf16. PyTorch writes the sum and reads it again: 10 D
+bytes and two launches. Triton: a program holds whole rows on chip. The backward pass reads the two gradients and the
+sum and writes one gradient, 8 D bytes. The weight's gradient is summed over rows by a fixed number of programs, each
+into its own row, and these are added in order: no atomics, so bit-equal from run to run.
 
     python -m pytest tests/kernels/test_norm.py
 """
@@ -58,9 +57,8 @@ class _RMSNorm(torch.autograd.Function):
         )
         ctx.save_for_backward(total, weight, inverse)
         ctx.has_residual = residual is not None
-        if residual is None:  # an output of its own, for autograd: the same memory as x
-            return normed.view(x.shape), x.view_as(x)
-        return normed.view(x.shape), total.view(x.shape)
+        # without a residual: a new output for autograd in the memory of x
+        return normed.view(x.shape), x.view_as(x) if residual is None else total.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -84,29 +82,15 @@ def _tiles(rows: Tensor) -> tuple[tuple[int], dict[str, int]]:
     n, width = rows.shape
     block = max(16, 1 << (width - 1).bit_length())
     height = max(1, 2048 // block)
-    return (-(-n // height),), {
-        "WIDTH": width,
-        "BLOCK": block,
-        "ROWS": height,
-        "num_warps": min(16, max(4, block // 256)),
-    }
+    options = {"WIDTH": width, "BLOCK": block, "ROWS": height, "num_warps": min(16, max(4, block // 256))}
+    return (-(-n // height),), options
 
 
 @jit
 def _norm_forward_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    normed_ptr,
-    total_ptr,
-    inverse_ptr,
-    rows,
-    eps,
-    HAS_RESIDUAL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, inverse_ptr, rows, eps,
+    HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     at = row[:, None] * WIDTH + column[None, :]
@@ -126,19 +110,9 @@ def _norm_forward_kernel(  # type: ignore[no-untyped-def]
 
 @jit
 def _norm_backward_kernel(  # type: ignore[no-untyped-def]
-    grad_normed_ptr,
-    grad_total_ptr,
-    total_ptr,
-    weight_ptr,
-    inverse_ptr,
-    grad_ptr,
-    partial_ptr,
-    rows,
-    tiles,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad_normed_ptr, grad_total_ptr, total_ptr, weight_ptr, inverse_ptr, grad_ptr, partial_ptr, rows, tiles,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)

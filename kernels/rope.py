@@ -1,8 +1,8 @@
 """Rotary embedding of queries and keys, with their norms before it (Qwen3) and the cache write after it, in one pass.
 
-What must move: the merged projection in, q and k out, k and v into the cache: 2 (2 H + 5 K) C bytes a token in bf16,
+Bytes moved: the merged projection in, q and k out, k and v into the cache: 2 (2 H + 5 K) C bytes a token in bf16,
 2 (2 H + 3 K) C without a cache. PyTorch alone makes a pass for each of norm, halves, products, join and the two
-writes. A decode step at B=1 is bound by its launches, of which this saves about ten a layer.
+writes. A decode step at B=1 is bound by its launches; this saves about ten a layer.
 
     python -m pytest tests/kernels/test_rope.py
 """
@@ -95,57 +95,23 @@ def _rotary_triton(
     q, k = qkv.new_empty(n, heads, channels), qkv.new_empty(n, kv_heads, channels)
     half = channels // 2
     k_cache, v_cache, rows, positions = cache or (k, k, k, k)  # not touched without a cache
+    norms = (q if x is None else x.contiguous() for x in (q_norm, k_norm))  # not read where None
     _rotary_kernel[(n, -(-merged // 8))](
-        qkv,
-        cos.contiguous(),
-        sin.contiguous(),
-        q if q_norm is None else q_norm.contiguous(),
-        q if k_norm is None else k_norm.contiguous(),
-        q,
-        k,
-        k_cache,
-        v_cache,
-        rows.contiguous(),
-        positions.contiguous(),
-        *(cache.k.stride()[:3] if cache is not None else (0, 0, 0)),
-        heads,
-        kv_heads,
-        eps,
-        HAS_NORM=q_norm is not None,
-        HAS_CACHE=cache is not None,
-        HALF=half,
-        HALF_BLOCK=max(16, 1 << (half - 1).bit_length()),
-        HEAD_BLOCK=8,
-        num_warps=4,
-    )
+        qkv, cos.contiguous(), sin.contiguous(), *norms, q, k, k_cache, v_cache, rows.contiguous(),
+        positions.contiguous(), *(cache.k.stride()[:3] if cache is not None else (0, 0, 0)), heads, kv_heads, eps,
+        HAS_NORM=q_norm is not None, HAS_CACHE=cache is not None,
+        HALF=half, HALF_BLOCK=max(16, 1 << (half - 1).bit_length()), HEAD_BLOCK=8, num_warps=4,
+    )  # fmt: skip
     return q, k, qkv[:, heads + kv_heads :]
 
 
 @jit
 def _rotary_kernel(  # type: ignore[no-untyped-def]
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    q_ptr,
-    k_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    rows_ptr,
-    positions_ptr,
-    cache_row,
-    cache_head,
-    cache_position,
-    heads,
-    kv_heads,
-    eps,
-    HAS_NORM: tl.constexpr,
-    HAS_CACHE: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_BLOCK: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, k_cache_ptr, v_cache_ptr, rows_ptr,
+    positions_ptr, cache_row, cache_head, cache_position, heads, kv_heads, eps,
+    HAS_NORM: tl.constexpr, HAS_CACHE: tl.constexpr, HALF: tl.constexpr, HALF_BLOCK: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEAD_BLOCK + tl.arange(0, HEAD_BLOCK)
     channel = tl.arange(0, HALF_BLOCK)

@@ -1,25 +1,21 @@
 """Draw one token per row of logits, and say how likely it was.
 
-One draw costs one uniform number: the token is where the cumulative probability first passes u (inverse CDF). Noise
-per logit (the Gumbel trick) would cost more instructions than reading the logits. The row is cut into tiles: sum each
-tile, find the tile in which u falls, then the token inside it, so only one tile is summed element by element.
+One draw costs one uniform number u: the token is where the cumulative probability first passes u (inverse CDF). Noise
+per logit (the Gumbel trick) would cost more instructions than reading the logits. u comes from Philox4x32-10, a
+counter-based generator: key = the row's seed, counter = its position. So a draw depends on (seed, position) and its own
+logits, never on its batch; for the same reason every reduction runs along one row in a fixed order.
 
-u comes from Philox4x32-10, a counter-based generator: key = the row's seed, counter = its position. So a draw depends
-on (seed, position) and its own logits, never on the batch it happens to be in. Every reduction below runs along one
-row in a fixed order for the same reason.
-
-The kept set, defined so that no order among equal logits matters. With x = logits / temperature (stop tokens that are
-not yet allowed at -inf), all filters together, as transformers applies them:
+The kept set does not depend on the order of equal logits. With x = logits / temperature (stop tokens that are not yet
+allowed at -inf), all filters together, as transformers applies them:
     top-k   keeps x_i if fewer than k logits are larger: ties with the k-th are all kept
     top-p   keeps x_i if the more probable tokens of the top-k set have less than p of its mass: the token that
             crosses p is kept, ties with it too
     min-p   keeps x_i if its probability is at least min_p times the largest one
 
-The eager reference sorts, which is easy to read. The Triton kernel, one program a row, does not: thresholds are found
-by searching the ordered bit patterns of the logits nine parts at a time, each round one reading of the row. What moves:
-a plain draw reads the row once from memory (2 V bytes in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s) and about half
-of it again, from the L2 cache, to find the token; truncation reads it six (bf16) to twelve (fp32) times more, from that
-cache. At B=1 the one SM at work is the bound.
+The eager reference sorts. The Triton kernel, one program a row, finds thresholds by searching the ordered bit patterns
+of the logits nine parts at a time, each round one reading of the row. Bytes moved: a plain draw reads the row once from
+memory (2 V in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s) and about half of it again, from the L2 cache, to find the
+token; truncation reads it six (bf16) to twelve (fp32) times more, from that cache. At B=1 the one busy SM is the bound.
 
     python -m pytest tests/kernels/test_sampling.py
 """
@@ -34,6 +30,7 @@ from torch import Tensor
 from minem.kernels.backend import jit, pick, tl
 
 TILE = 64  # of the eager reference
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seeds, positions
 
 
 def sample(
@@ -51,28 +48,24 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Draw a token for each row of logits [B, V].
 
-    Per row, all [B]: temperature float (0: greedy, the lowest index among equals), top_k int64 (0: off), top_p float
+    All [B]: temperature float (0: greedy, the lowest index among equals), top_k int64 (0: off), top_p float
     (1: off), min_p float (0: off), seeds int64, positions int64 (tokens drawn so far). stop_ids [K] int64, within
     [0, V), cannot be drawn while positions < min_tokens [B] int64; pass both or neither.
 
     Returns (tokens [B] int64, logprobs [B], proposal_logprobs [B]), the latter two in float32 (float64 for float64
     logits), in nats: the raw logits' log-softmax at the token (temperature 1, nothing masked), and the log-probability
-    with which it was drawn, after temperature, truncation and stop mask (0 for greedy). A row in which nothing can be
-    drawn, all its logits being -inf or masked, gives token 0 with a log-probability of -inf; one with NaN or +inf gives
-    a raw log-probability of NaN. A row's result does not depend on the other rows.
-
-    Raises ValueError for shapes that do not fit.
+    with which it was drawn, after temperature, truncation and stop mask (0 for greedy). A row with all logits -inf or
+    masked gives token 0 with a log-probability of -inf; one with NaN or +inf a raw log-probability of NaN. A row's
+    result does not depend on the other rows. Raises ValueError for shapes that do not fit.
     """
-    logits = logits.detach()
-    _check(logits, temperature, top_k, top_p, min_p, seeds, positions, stop_ids, min_tokens)
-    implementation = _sample_triton if pick(backend, logits) == "triton" else _sample_eager
-    return implementation(logits, temperature, top_k, top_p, min_p, seeds, positions, stop_ids, min_tokens)
+    arguments = (logits.detach(), (temperature, top_k, top_p, min_p, seeds, positions), stop_ids, min_tokens)
+    _check(*arguments)
+    return (_sample_triton if pick(backend, logits) == "triton" else _sample_eager)(*arguments)
 
 
-def _check(logits: Tensor, *rows_and_stops: Tensor | None) -> None:
+def _check(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None) -> None:
     if logits.ndim != 2 or logits.shape[1] == 0 or not logits.is_floating_point():
         raise ValueError(f"logits must be floating [B, V] with V > 0; got {logits.dtype} {list(logits.shape)}")
-    *rows, stop_ids, min_tokens = rows_and_stops
     if (stop_ids is None) != (min_tokens is None):
         raise ValueError("stop_ids and min_tokens belong together: pass both or neither")
     if stop_ids is not None and (stop_ids.ndim != 1 or stop_ids.dtype != torch.int64):
@@ -84,11 +77,9 @@ def _check(logits: Tensor, *rows_and_stops: Tensor | None) -> None:
 
 
 def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
-    """One uniform number in (0, 1) per row, float64 [B] on the CPU: Philox4x32-10 with key `seeds` [B] int64 and
-    counter `positions` [B] int64 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011); the first
-    of its four words x gives (x + 1/2) / 2^32.
-
-    In numpy, whose calls cost a fifth of PyTorch's on the few numbers that these are.
+    """One uniform number in (0, 1) per row, float64 [B] on the CPU: (x + 1/2) / 2^32, x the first word of Philox4x32-10
+    with key `seeds` [B] int64 and counter `positions` [B] int64 (Salmon et al., "Parallel random numbers: as easy as
+    1, 2, 3", 2011). In numpy, whose calls cost a fifth of PyTorch's on few numbers.
     """
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
     multipliers = np.array([[0xD2511F53], [0xCD9E8D57]], dtype=np.uint64)
@@ -108,16 +99,9 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def _sample_eager(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    stop_ids: Tensor | None,
-    min_tokens: Tensor | None,
+    logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
+    temperature, top_k, top_p, min_p, seeds, positions = rows
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = _peak(logits)
     exps, running = _masses(logits, peak)
@@ -220,42 +204,30 @@ def _threshold(logits: Tensor, peak: Tensor, divisor: Tensor, top_k: Tensor, top
 
 
 def _sample_triton(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    stop_ids: Tensor | None,
-    min_tokens: Tensor | None,
+    logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    rows, vocabulary = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    proposal = torch.empty_like(logprobs)
+    count, vocabulary = logits.shape
+    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(count, dtype=torch.float32, device=logits.device)
+    results = (tokens, logprobs, torch.empty_like(logprobs))
+    if stop_ids is None or min_tokens is None:
+        stops, stop_count = (tokens, tokens), 0  # not read
+    else:
+        stops, stop_count = (stop_ids.contiguous(), min_tokens.contiguous()), len(stop_ids)
     block = min(8192, max(512, 1 << (vocabulary - 1).bit_length()))
     warps = max(4, block // 512)
-    _sample_kernel[(rows,)](
-        logits,
-        logits.stride(0),
-        *(x.contiguous() for x in (temperature, top_k, top_p, min_p, seeds, positions)),
-        seeds if stop_ids is None else stop_ids.contiguous(),  # not read where stop_count is 0
-        seeds if min_tokens is None else min_tokens.contiguous(),
-        tokens,
-        logprobs,
-        proposal,
-        vocabulary,
-        0 if stop_ids is None else stop_ids.shape[0],
+    options = {
         # bits of a logit's fp32 pattern that are 0 in every number of its own dtype need no searching
-        KEY_SHIFT={torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
-        BLOCK=block,
-        SEARCH_BLOCK=128 * warps,  # 8 pivots for 4 logits a thread: more spill registers
-        num_warps=warps,
-    )
-    return tokens, logprobs, proposal
+        "KEY_SHIFT": {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
+        "BLOCK": block,
+        "SEARCH_BLOCK": 128 * warps,  # 8 pivots for 4 logits a thread: more spill registers
+        "num_warps": warps,
+    }
+    arguments = (*(x.contiguous() for x in rows), *stops, *results, vocabulary, stop_count)
+    _sample_kernel[(count,)](logits, logits.stride(0), *arguments, **options)
+    return results
 
 
 @jit
@@ -304,20 +276,9 @@ def _kept_masses(z, q_peak, divisor, threshold, log_min_p, KEY_SHIFT: tl.constex
 
 @jit
 def _search(  # type: ignore[no-untyped-def]
-    row_ptr,
-    vocabulary,
-    stop_ids_ptr,
-    stops,
-    q_peak,
-    divisor,
-    low,
-    high,
-    floor,
-    needed,
-    COUNT: tl.constexpr,
-    KEY_SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    row_ptr, vocabulary, stop_ids_ptr, stops, q_peak, divisor, low, high, floor, needed,
+    COUNT: tl.constexpr, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The largest key t in [low, high) such that the logits with key >= t (and >= floor) number, or weigh, at least
     `needed`. Known: those from low do, those from high do not. Each round tries eight pivots in one reading."""
     columns = tl.arange(0, BLOCK)
@@ -342,25 +303,10 @@ def _search(  # type: ignore[no-untyped-def]
 
 @jit
 def _sample_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr,
-    row_stride,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seeds_ptr,
-    positions_ptr,
-    stop_ids_ptr,
-    min_tokens_ptr,
-    tokens_ptr,
-    logprobs_ptr,
-    proposal_ptr,
-    vocabulary,
-    stop_count,
-    KEY_SHIFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SEARCH_BLOCK: tl.constexpr,
-):
+    logits_ptr, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, positions_ptr, stop_ids_ptr,
+    min_tokens_ptr, tokens_ptr, logprobs_ptr, proposal_ptr, vocabulary, stop_count,
+    KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
@@ -385,33 +331,21 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
     # 2. The threshold: no logit below it is kept.
     greedy = temperature == 0.0
     divisor = tl.where(greedy, 1.0, temperature)
-    # The smallest fp32 number that is not below log(min_p), so that comparing fp32 logits with it is exact at the
-    # boundary too: rounded to fp32, and one step up (towards 0: it is negative) where that fell below.
+    # The smallest fp32 number not below log(min_p), so that comparing fp32 logits with it is exact at the boundary:
+    # rounded to fp32, then one step up (towards 0: it is negative) if that fell below.
     exact = tl.minimum(tl.log(tl.maximum(min_p, 1e-37).to(tl.float64)), 0.0)
     rounded = exact.to(tl.float32)
     next_up = (rounded.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-    log_min_p = tl.where(rounded.to(tl.float64) < exact, next_up, rounded)
-    log_min_p = tl.where(min_p > 0.0, log_min_p, -float("inf"))
+    log_min_p = tl.where(min_p > 0.0, tl.where(rounded.to(tl.float64) < exact, next_up, rounded), -float("inf"))
     # int64, for the distance between two keys may pass 2^31
     lowest = _order_keys(tl.full((1,), -float("inf"), tl.float32), KEY_SHIFT).to(tl.int64)
     threshold = tl.max(lowest, 0)
     above = tl.max(_order_keys(tl.full((1,), 0.0, tl.float32) + q_peak, KEY_SHIFT).to(tl.int64), 0) + 1
     if (top_k > 0) & (top_k < vocabulary) & (temperature != 0.0):
         threshold = _search(
-            row_ptr,
-            vocabulary,
-            stop_ids_ptr,
-            stops,
-            q_peak,
-            divisor,
-            threshold,
-            above,
-            threshold,
-            top_k.to(tl.float32),
-            True,
-            KEY_SHIFT,
-            SEARCH_BLOCK,
-        )
+            row_ptr, vocabulary, stop_ids_ptr, stops, q_peak, divisor, threshold,
+            above, threshold, top_k.to(tl.float32), True, KEY_SHIFT, SEARCH_BLOCK,
+        )  # fmt: skip
     if (top_p < 1.0) & (temperature != 0.0):
         mass = 0.0
         for start in range(0, vocabulary, BLOCK):
@@ -420,20 +354,9 @@ def _sample_kernel(  # type: ignore[no-untyped-def]
         # What is 30 nats below the peak cannot matter: 600,000 such tokens have less than 2^-24 of the mass.
         bottom = _order_keys(tl.full((1,), -30.0, tl.float32) * divisor + q_peak, KEY_SHIFT).to(tl.int64)
         threshold = _search(
-            row_ptr,
-            vocabulary,
-            stop_ids_ptr,
-            stops,
-            q_peak,
-            divisor,
-            tl.maximum(threshold, tl.max(bottom, 0)),
-            above,
-            threshold,
-            top_p * mass,
-            False,
-            KEY_SHIFT,
-            SEARCH_BLOCK,
-        )
+            row_ptr, vocabulary, stop_ids_ptr, stops, q_peak, divisor, tl.maximum(threshold, tl.max(bottom, 0)),
+            above, threshold, top_p * mass, False, KEY_SHIFT, SEARCH_BLOCK,
+        )  # fmt: skip
 
     # 3. The mass of what is kept; that of a plain row is known already.
     plain = (temperature == 1.0) & (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0) & (stops == 0)

@@ -81,29 +81,33 @@ _track_option = click.option(
 )
 
 
-def _config(config_file: Path | None, overrides: tuple[str, ...], flags: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+def _config(flags: dict[str, Any]) -> tuple[Any, dict[str, str]]:
     """The config, and where its values were written."""
     from minem.config import FLAGS, load_config, origins
 
     given = {key: flags.get(flag.removeprefix("--")) for key, flag in FLAGS.items()}
-    return load_config(config_file, overrides, given), origins(config_file, overrides, given)
+    written = flags["config_file"], flags["overrides"], given
+    return load_config(*written), origins(*written)
 
 
 @contextmanager
-def _session(config: Any, gpus: int, **more: Any) -> Iterator[Any]:
+def _session(flags: dict[str, Any], config: Any, origins: dict[str, str]) -> Iterator[Any]:
     """What a run needs beside its config; for --gpus, this process only starts the others."""
     from minem.console import Progress
     from minem.parallel.launch import check_gpus, joined, launch
     from minem.parallel.signals import Stop
+    from minem.runs.tracking import load_tracker
     from minem.train import Session
 
+    gpus = flags.get("gpus", 1)
     if gpus > 1 and "LOCAL_RANK" not in os.environ:
         check_gpus(gpus, config.run.device)
         raise click.exceptions.Exit(launch(gpus, ["-m", "minem", *sys.argv[1:]]))
     stop = Stop()
     with stop.listening(), joined(config.run.device) as ranks:
         progress = Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
-        yield Session(progress, ranks, stop, sys.argv, **more)
+        tracker = load_tracker(flags.get("track") if ranks.first else None)
+        yield Session(progress, ranks, stop, sys.argv, flags["overwrite"], tracker, origins)
 
 
 @main.command()
@@ -117,33 +121,21 @@ def _session(config: Any, gpus: int, **more: Any) -> Iterator[Any]:
 )
 @_track_option
 @click.option("--dry-run", is_flag=True, help="Only print what the run would need: memory, samples, steps, disk.")
-def train(
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-    overwrite: bool,
-    as_json: bool,
-    samples: Path | None,
-    track: str | None,
-    gpus: int,
-    dry_run: bool,
-    **flags: Any,
-) -> None:
+def train(samples: Path | None, dry_run: bool, as_json: bool, **flags: Any) -> None:
     """Run the EM loop, or resume it after its last finished stage.
 
     The result is a run directory with the samples, the model and the accuracy of every iteration.
     """
-    config, origins = _config(config_file, overrides, flags)
+    config, origins = _config(flags)
     if dry_run:
         if samples is not None:
             raise UserError("--dry-run plans a whole run; give either it or --samples")
-        _dry_run(config, gpus, as_json)
+        _dry_run(config, flags["gpus"], as_json)
         return
-    with _session(config, gpus, overwrite=overwrite, origins=origins) as session:
+    with _session(flags, config, origins) as session:
         from minem import train as whole
         from minem.report import tables
-        from minem.runs.tracking import load_tracker
 
-        session.tracker = load_tracker(track if session.ranks.first else None)
         if samples is not None:
             result, show = whole.train_on_samples(config, samples, session), tables.mstep_line
         else:
@@ -165,7 +157,7 @@ def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
     def show() -> None:
         for columns, rows in dryrun.tables(result):
             table(columns, rows, file=sys.stdout)
-        click.echo("\n".join(result["advice"]) or "it fits: memory and disk are enough for all of this")
+        click.echo(result["advice"] or "it fits: memory and disk are enough for all of this")
 
     _print(result, as_json, show)
 
@@ -174,21 +166,13 @@ def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
 @_config_options
 @_sampler_options
 @click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
-def sample(
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-    overwrite: bool,
-    as_json: bool,
-    iteration: int,
-    gpus: int,
-    **flags: Any,
-) -> None:
+def sample(iteration: int, as_json: bool, **flags: Any) -> None:
     """Run the E-step of one iteration alone: write samples.jsonl and accepted.jsonl.
 
     `minem train` with the same flags continues from there.
     """
-    config, origins = _config(config_file, overrides, flags)
-    with _session(config, gpus, overwrite=overwrite, origins=origins) as session:
+    config, origins = _config(flags)
+    with _session(flags, config, origins) as session:
         from minem import train as whole
         from minem.report import tables
 
@@ -220,17 +204,7 @@ def show_config(config_file: Path | None, overrides: tuple[str, ...]) -> None:
     "cost: on what they find with equally many generated tokens.",
 )
 @_track_option
-def compare(
-    config_file: Path | None,
-    overrides: tuple[str, ...],
-    overwrite: bool,
-    as_json: bool,
-    samplers: str,
-    seeds: str,
-    match: Any,
-    track: str | None,
-    **flags: Any,
-) -> None:
+def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) -> None:
     """Compare samplers over several seeds, each a run of its own, and print what they reach and cost.
 
     --task may name several tasks, with commas. The same command continues a comparison that was stopped.
@@ -240,16 +214,15 @@ def compare(
     cost takes the questions, in that order, whose attempts fit into the tokens of the thriftiest sampler, and the
     rationales accepted among them: what each sampler finds for the same number of generated tokens.
     """
-    for key, flag in {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}.items():
-        if any(override.partition("=")[0].strip() == key for override in overrides):
-            raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
-    config, origins = _config(config_file, overrides, flags)
+    config, origins = _config(flags)
     from minem.compare import experiment as comparison
     from minem.report import tables
-    from minem.runs.tracking import load_tracker
 
+    for key, flag in comparison.OWN_KEYS.items():
+        if origins.get(key) == "--set":
+            raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
     plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
-    with _session(config, 1, overwrite=overwrite, origins=origins, tracker=load_tracker(track)) as session:
+    with _session(flags, config, origins) as session:
         result = comparison.compare(config, plan, session)
     _print(result, as_json, lambda: tables.compare_tables(result))
     if result["stopped"]:

@@ -230,7 +230,7 @@ def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[st
         except (ValueError, RecursionError):
             parsed = {}
         value = parsed["value"] if parsed.keys() == {"value"} else text
-        # Texts need no quotes, whatever they look like: --set model.id=7
+        # Texts need no quotes, even if they look like numbers: --set model.id=7
         given[key] = (text if _is_text(key) and not isinstance(value, str) else value, "--set")
     return given
 

@@ -2,8 +2,7 @@
 
     valid_steps("3 + 4 = 7\n7 * 2 = 4\nThe best answer is 4", question)    # True for 3, add 4, multiply by 2
 
-A right answer can be reached by a false step (two errors that cancel, or a last step bent towards an answer that was
-shown), and the filter cannot tell. On the toy a program can.
+A right answer can be reached by a false step, which the filter cannot see; on the toy a program can.
 """
 
 from __future__ import annotations

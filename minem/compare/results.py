@@ -1,12 +1,10 @@
-"""What a comparison of samplers says: a pure function of its run directories, as numbers, tables and pictures.
+"""What a comparison of samplers found: a pure function of its run directories, as numbers and tables.
 
-    minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2      # ends with these tables; see minem/compare/experiment.py
+    minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2      # ends with these tables
 
 The outcome, declared before any run: accuracy of the last model on the test split, greedy. Samplers are compared
 within a seed, where base model, questions and random streams are the same, and the differences of all seeds make a
-t-interval. McNemar's test says whether two checkpoints differ; pooled over seeds it would find samplers different far
-too often when they are the same, so it is told per seed. Holm's correction is over all pairs of samplers and all tasks
-of the command.
+t-interval. McNemar's test is per seed: pooled over seeds it would find equal samplers different far too often.
 """
 
 from __future__ import annotations
@@ -14,20 +12,23 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any, Literal
 
 from minem.files import read_rows
 from minem.generation.request import stream_seed
-from minem.runs.directory import read_facts, read_journal
+from minem.runs.directory import read_journal
 from minem.statistics import holm, mcnemar, paired_t, standard_deviation
 from minem.text import clean
 
 Match = Literal["none", "kept", "cost"]
 STEPS = re.compile(r"/(estep|mstep)(\.\d+)?$")  # stages whose time counts; a long E-step is done in numbered blocks
+SUMMED = ("attempts", "kept", "tokens", "cancelled_tokens", "prefill_tokens")
+NOT_AVERAGED = ("run", "task", "sampler", "seed", "curve")
 ENOUGH_SEEDS = 5  # with fewer a table describes its runs and supports no claim about samplers
 
 
@@ -39,6 +40,10 @@ class Cell:
     sampler: str  # name and budget, as in "rsm:8"
     seed: int
     folder: Path
+    iterations: int
+
+    def rows(self, iteration: int, name: str) -> list[dict[str, Any]]:
+        return list(read_rows(self.folder / f"iter-{iteration:02d}" / f"{name}.jsonl"))
 
 
 @dataclass(frozen=True)
@@ -55,111 +60,69 @@ def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
 
     Questions come in a random order, the same for the whole group, fixed by seed, iteration and id.
     "kept": every run takes its first n accepted rows in that order, n being the fewest that a run of the group has.
-    "cost": every run takes the questions, in that order, whose attempts fit into the tokens of the thriftiest run of
-        the group, and the accepted rows among them. As questions are drawn independently of each other, that is what
-        an E-step over these questions alone would have found; it is equal up to the attempts at one question. Tokens
-        drawn ahead of time and cancelled belong to the schedule, not to the sampler, and are not counted here.
+    "cost": every run takes the first questions whose attempts fit into the tokens of the thriftiest run, and the
+        accepted rows among them: what an E-step over these questions alone would have found. Tokens drawn ahead of
+        time and cancelled belong to the schedule, not to the sampler, and are not counted.
     """
-    costs, accepted = [], []
-    for cell in group:
-        folder = cell.folder / f"iter-{iteration:02d}"
-        cost: Counter[str] = Counter()
-        for row in read_rows(folder / "samples.jsonl"):
+    costs: list[Counter[str]] = [Counter() for _ in group]
+    for cell, cost in zip(group, costs, strict=True):
+        for row in cell.rows(iteration, "samples"):
             cost[row["id"]] += len(row["token_ids"])
-        costs.append(cost)
-        accepted.append([(row["id"], row["attempt"]) for row in read_rows(folder / "accepted.jsonl")])
     place = {question: stream_seed(group[0].seed, "match", iteration, question) for cost in costs for question in cost}
+    accepted = [[(row["id"], row["attempt"]) for row in cell.rows(iteration, "accepted")] for cell in group]
     fewest, allowance = min(map(len, accepted)), min(cost.total() for cost in costs)
     shares = []
     for cost, rows in zip(costs, accepted, strict=True):
         rows.sort(key=lambda row: (place[row[0]], row[1]))
-        questions = list(cost)
-        if match == "kept":
-            rows = rows[:fewest]
-        else:
-            questions.sort(key=place.__getitem__)
-            spent = accumulate(cost[question] for question in questions)
-            questions = questions[: sum(tokens <= allowance for tokens in spent)]
-            counted = set(questions)
-            rows = [row for row in rows if row[0] in counted]
-        shares.append(Share(frozenset(questions), frozenset(rows), sum(cost[question] for question in questions)))
+        chosen = sorted(cost, key=place.__getitem__)
+        if match == "cost":
+            chosen = chosen[: sum(tokens <= allowance for tokens in accumulate(cost[question] for question in chosen))]
+        questions = frozenset(chosen)
+        rows = rows[:fewest] if match == "kept" else [row for row in rows if row[0] in questions]
+        shares.append(Share(questions, frozenset(rows), sum(cost[question] for question in questions)))
     return shares
 
 
 def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
     """The numbers of one finished run: accuracies, the parts of its gain, its costs and its curve."""
-    lines = {line["stage"]: line for line in read_rows(cell.folder / "journal.jsonl")}
-    iterations = range(1, read_facts(cell.folder)["config"]["run"]["iterations"] + 1)
-    result = {stage: line["result"] for stage, line in lines.items()}
-    esteps = [result[f"iter-{i:02d}/estep"] for i in iterations]
-    msteps = [result[f"iter-{i:02d}/mstep"] for i in iterations]
-    kept = sum(e["kept"] for e in esteps)
-    attempts = sum(e["attempts"] for e in esteps)
+    journal = {line["stage"]: line for line in read_rows(cell.folder / "journal.jsonl")}
+
+    def results(name: str, first: int = 1) -> list[dict[str, Any]]:
+        return [journal[f"iter-{i:02d}/{name}"]["result"] for i in range(first, cell.iterations + 1)]
+
+    esteps, msteps, validation = results("estep"), results("mstep"), results("eval.validation", 0)
+    base, last = (journal[f"iter-{i:02d}/eval.test"]["result"] for i in (0, cell.iterations))
+    spent = [estep["tokens"] for estep in esteps]
     if match == "cost":
-        spent = [matched(group, i, match)[group.index(cell)].tokens for i in iterations]
-    else:
-        spent = [e["tokens"] for e in esteps]
-    base, last = result["iter-00/eval.test"], result[f"iter-{iterations[-1]:02d}/eval.test"]
+        spent = [matched(group, i, match)[group.index(cell)].tokens for i in range(1, cell.iterations + 1)]
+    sums = {key: sum(estep[key] for estep in esteps) for key in SUMMED}
     return {
-        "run": cell.folder.name,
-        "task": cell.task,
-        "sampler": cell.sampler,
-        "seed": cell.seed,
-        "n": last["n"],
-        "base": base["accuracy"],
-        "accuracy": last["accuracy"],
-        "sampled": last["sampled"],
-        **_gain(cell.folder, iterations[-1]),
-        "accepted_share": sum(e["statuses"].get("accepted", 0) for e in esteps) / attempts,
-        "attempts": attempts,
-        "kept": kept,
-        "trained": sum(m["examples"] for m in msteps),
-        "steps": sum(m["steps"] for m in msteps),
-        "kept_length": sum((e["kept_length"] or 0) * e["kept"] for e in esteps) / kept,
-        "tokens": sum(e["tokens"] for e in esteps),
-        "cancelled_tokens": sum(e["cancelled_tokens"] for e in esteps),
-        "prefill_tokens": _total([e.get("prefill_tokens") for e in esteps]),
+        **{"run": cell.folder.name, "task": cell.task, "sampler": cell.sampler, "seed": cell.seed},
+        **{"n": last["n"], "base": base["accuracy"], "accuracy": last["accuracy"], "sampled": last["sampled"]},
+        **_gain(cell),
+        **sums,
+        "accepted_share": sum(estep["statuses"].get("accepted", 0) for estep in esteps) / sums["attempts"],
+        "trained": sum(mstep["examples"] for mstep in msteps),
+        "steps": sum(mstep["steps"] for mstep in msteps),
+        "kept_length": sum((estep["kept_length"] or 0) * estep["kept"] for estep in esteps) / sums["kept"],
         "counted_tokens": sum(spent),
-        "seconds": sum(line["seconds"] for stage, line in lines.items() if STEPS.search(stage)),
-        "curve": [
-            [sum(spent[:i]), result[f"iter-{i:02d}/eval.validation"]["accuracy"]] for i in range(len(iterations) + 1)
-        ],
+        "seconds": sum(line["seconds"] for stage, line in journal.items() if STEPS.search(stage)),
+        "curve": [[sum(spent[:i]), found["accuracy"]] for i, found in enumerate(validation)],
     }
 
 
-def _gain(folder: Path, last: int) -> dict[str, float]:
+def _gain(cell: Cell) -> dict[str, float]:
     """Of what kind the change from the base to the last model is; gain = format + reasoning - lost, as shares."""
-    before, after = _statuses(folder, 0), _statuses(folder, last)
-    changes = [(before[i], after[i]) for i in before]
-    won = [old for old, new in changes if new == "accepted" != old]
-    lost = sum(old == "accepted" != new for old, new in changes)
+    before, after = _statuses(cell, 0), _statuses(cell, cell.iterations)
+    won = [before[i] for i in before if after[i] == "accepted" != before[i]]
+    lost = sum(before[i] == "accepted" != after[i] for i in before)
     reasoning = won.count("wrong")
-    n = len(changes)
-    return {
-        "gain": (len(won) - lost) / n,
-        "format": (len(won) - reasoning) / n,
-        "reasoning": reasoning / n,
-        "lost": lost / n,
-    }
+    parts = {"gain": len(won) - lost, "format": len(won) - reasoning, "reasoning": reasoning, "lost": lost}
+    return {part: count / len(before) for part, count in parts.items()}
 
 
-def _statuses(folder: Path, iteration: int) -> dict[str, str]:
-    rows = read_rows(folder / f"iter-{iteration:02d}" / "eval.test.jsonl")
-    return {row["id"]: row["status"] for row in rows}
-
-
-def _total(values: Sequence[int | None]) -> int | None:
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None
-
-
-def finished(cell: Cell) -> bool:
-    """Whether the run has all that `read_run` reads."""
-    journal = read_journal(cell.folder)
-    if not journal:
-        return False
-    last = read_facts(cell.folder)["config"]["run"]["iterations"]
-    return f"iter-{last:02d}/eval.test" in journal
+def _statuses(cell: Cell, iteration: int) -> dict[str, str]:
+    return {row["id"]: row["status"] for row in cell.rows(iteration, "eval.test")}
 
 
 def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -170,33 +133,28 @@ def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]])
     pairs: list[dict[str, Any]] = []
     for task in dict.fromkeys(cell.task for cell in cells):
         of = {(c.sampler, c.seed): c for c in cells if c.task == task and c in runs}
-        seeds = list(dict.fromkeys(c.seed for c in cells))
         for first, second in combinations(dict.fromkeys(c.sampler for c in cells), 2):
-            both = [seed for seed in seeds if (first, seed) in of and (second, seed) in of]
-            tests = {seed: _mcnemar(of[first, seed], of[second, seed]) for seed in both}
-            # From counts: where equally many questions differ, the differences are equal to the last bit.
-            differences = [
-                (test["only_first"] - test["only_second"]) / runs[of[first, seed]]["n"] for seed, test in tests.items()
-            ]
-            pairs.append(
-                {
-                    "task": task,
-                    "first": first,
-                    "second": second,
-                    "differences": dict(zip(map(str, both), differences, strict=True)),
-                    "interval": asdict(paired_t(differences)) if both else None,
-                    "mcnemar": {str(seed): test for seed, test in tests.items()},
-                }
-            )
-    raw = [pair["interval"]["p_value"] if pair["interval"] else None for pair in pairs]
+            both = [s for s in dict.fromkeys(c.seed for c in cells) if (first, s) in of and (second, s) in of]
+            tests = {str(seed): _mcnemar(of[first, seed], of[second, seed]) for seed in both}
+            # From counts: equal counts give differences that are equal to the last bit.
+            differences = {
+                s: (t["only_first"] - t["only_second"]) / runs[of[first, int(s)]]["n"] for s, t in tests.items()
+            }
+            interval = asdict(paired_t(list(differences.values()))) if both else None
+            found = {"task": task, "first": first, "second": second, "differences": differences}
+            pairs.append({**found, "interval": interval, "mcnemar": tests})
+    raw = [_of_interval(pair, "p_value") for pair in pairs]
     for pair, p, adjusted in zip(pairs, raw, holm([1.0 if p is None else p for p in raw]), strict=True):
         pair["holm_p"] = None if p is None else adjusted
     return pairs
 
 
-def _mcnemar(first: Cell, second: Cell) -> dict[str, Any]:
-    last = (read_facts(cell.folder)["config"]["run"]["iterations"] for cell in (first, second))
-    one, two = (_statuses(cell.folder, i) for cell, i in zip((first, second), last, strict=True))
+def _of_interval(pair: Mapping[str, Any], key: str) -> float | None:
+    return None if pair["interval"] is None else pair["interval"][key]
+
+
+def _mcnemar(*cells: Cell) -> dict[str, Any]:
+    one, two = (_statuses(cell, cell.iterations) for cell in cells)
     only_first = sum(one[i] == "accepted" != two[i] for i in one)
     only_second = sum(two[i] == "accepted" != one[i] for i in one)
     return {"only_first": only_first, "only_second": only_second, "p": mcnemar(only_first, only_second)}
@@ -205,47 +163,121 @@ def _mcnemar(first: Cell, second: Cell) -> dict[str, Any]:
 def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
     """All numbers of the comparison and its tables, from the runs that are finished: what comparison.json holds."""
     groups = {cell: [c for c in cells if (c.task, c.seed) == (cell.task, cell.seed)] for cell in cells}
-    complete = [cell for cell in cells if finished(cell)]
-    if match != "none":  # whose shares can be told only where the whole group is there
-        complete = [cell for cell in complete if all(map(finished, groups[cell]))]
+    finished = {cell for cell in cells if f"iter-{cell.iterations:02d}/eval.test" in read_journal(cell.folder)}
+    # The shares of a matched group need all of its runs.
+    complete = [c for c in cells if c in finished and (match == "none" or finished.issuperset(groups[c]))]
     runs = {cell: read_run(cell, groups[cell], match) for cell in complete}
-    pairs = compare_pairs(cells, runs)
-    samplers = [
-        _summary(task, sampler, [run for run in runs.values() if (run["task"], run["sampler"]) == (task, sampler)])
-        for task in dict.fromkeys(cell.task for cell in cells)
-        for sampler in dict.fromkeys(cell.sampler for cell in cells)
-    ]
+    cases: dict[tuple[str, str], list[dict[str, Any]]] = {(cell.task, cell.sampler): [] for cell in cells}
+    for run in runs.values():
+        cases[run["task"], run["sampler"]].append(run)
     comparison = {
         "match": match,
         "unfinished": [cell.folder.name for cell in cells if cell not in runs],
-        "samplers": [summary for summary in samplers if summary["seeds"]],
-        "pairs": pairs,
+        "samplers": [_summary(same) for same in cases.values() if same],
+        "pairs": compare_pairs(cells, runs),
         "runs": list(runs.values()),
     }
     return {**comparison, "tables": tables(comparison)}
 
 
-def _summary(task: str, sampler: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each number over the seeds, and the standard deviation of the accuracy; None where a run lacks it."""
-    means = {key: _mean([run[key] for run in runs]) for key in runs[0] if key not in NOT_AVERAGED} if runs else {}
-    spread = standard_deviation([run["accuracy"] for run in runs])
-    return {"task": task, "sampler": sampler, "seeds": [run["seed"] for run in runs], **means, "spread": spread}
+def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of one sampler on one task: means over the seeds, and the standard deviation of the accuracy; None if unknown."""
+    means = {key: _mean([run[key] for run in runs]) for key in runs[0] if key not in NOT_AVERAGED}
+    about = {"task": runs[0]["task"], "sampler": runs[0]["sampler"], "seeds": [run["seed"] for run in runs]}
+    return {**about, **means, "spread": standard_deviation([run["accuracy"] for run in runs])}
 
 
-NOT_AVERAGED = ("run", "task", "sampler", "seed", "curve")
+def _mean(values: Sequence[Any]) -> float | None:
+    return None if None in values else math.fsum(values) / len(values)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if len(known) == len(values) else None
+def _points(share: float | None, sign: str = "") -> str:
+    return "-" if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f}"  # no -0.0
 
 
-# ------------------------------------------------------------------------------------------------------ tables
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}" if value >= 1e-15 else "<1e-15"
+
+
+def _span(pair: Mapping[str, Any]) -> str:
+    low, high = (_of_interval(pair, bound) for bound in ("low", "high"))
+    return "-" if low is None else f"{_signed(low)} to {_signed(high)}"
+
+
+def _only(test: Mapping[str, Any] | None) -> str:
+    return "-" if test is None else f"{test['only_first']} : {test['only_second']} (p {_p(test['p'])})"
+
+
+_signed = partial(_points, sign="+")
+_pair = "{0[first]} - {0[second]}".format
+Columns = dict[str, Callable[[Mapping[str, Any]], str]]
+ACCURACY: Columns = {
+    "sampler": "{0[sampler]}".format,
+    "seeds": lambda s: str(len(s["seeds"])),
+    "base": lambda s: _points(s["base"]),
+    "last, greedy": lambda s: _points(s["accuracy"]) + ("" if s["spread"] is None else f" ± {_points(s['spread'])}"),
+    "last, temperature 1": lambda s: _points(s["sampled"]),
+    "gain": lambda s: _signed(s["gain"]),
+    "format": lambda s: _signed(s["format"]),
+    "reasoning": lambda s: _signed(s["reasoning"]),
+    "lost": lambda s: _signed(-s["lost"]),
+}
+COST: Columns = {
+    "sampler": "{0[sampler]}".format,
+    "attempts": "{0[attempts]:,.0f}".format,
+    "accepted": lambda s: f"{_points(s['accepted_share'])} %",
+    "kept": "{0[kept]:,.0f}".format,
+    "trained on": "{0[trained]:,.0f}".format,
+    "steps": "{0[steps]:,.0f}".format,
+    "length": "{0[kept_length]:.1f}".format,
+    "tokens": "{0[tokens]:,.0f}".format,
+    "that count": "{0[counted_tokens]:,.0f}".format,  # of --match cost alone
+    "cancelled": "{0[cancelled_tokens]:,.0f}".format,
+    "prefill": "{0[prefill_tokens]:,.0f}".format,
+    "time": "{0[seconds]:.0f} s".format,
+}
+PAIRS: Columns = {
+    "pair": _pair,
+    "per seed": lambda pair: " ".join(map(_signed, pair["differences"].values())) or "-",
+    "mean": lambda pair: _signed(_of_interval(pair, "mean")),
+    "95 % interval": _span,
+    "p": lambda pair: _p(_of_interval(pair, "p_value")),
+    "p, Holm": lambda pair: _p(pair["holm_p"]),
+}
+NOTES = {
+    "accuracy": "Greedy, mean over seeds ± their standard deviation. The gain over the base model is made of format "
+    "(unparsed or truncated before, right now), reasoning (wrong before, right now) and lost (right before, not now).",
+    "costs": "Tokens are all that the E-steps generated, those of rejected and of cancelled attempts too; prefill are "
+    "those of prompts that were read. Length is tokens per kept rationale. Time is that of E- and M-steps.",
+    "none": " Not matched: samplers train on as many examples as they find, and take as many steps as those need.",
+    "kept": " Matched by kept examples: in each iteration all samplers of a seed train on equally many of them.",
+    "cost": " Matched by cost: in each iteration all samplers of a seed train on what the tokens of the thriftiest "
+    "find; those are the tokens that count.",
+    "descriptive": "DESCRIPTIVE ONLY: claims about samplers need {needed} seeds or more, here are {fewest}. ",
+    "pairs": "Differences of test accuracy between two samplers with the same seed, in points, with Student's 95 % "
+    "interval of their mean. Holm's correction is over the {count} comparisons of this command. They speak of "
+    "repeating the training of this base model on these questions, not of other models or questions.",
+    "mcnemar": "Questions that only the first : only the second of two checkpoints gets right. A small p shows that "
+    "these two checkpoints differ, not that the samplers do; it must not be pooled over seeds.",
+}
 
 
 def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tables for people, each {title, note, columns, rows of texts}; one task alone moves into the titles."""
-    made = [f(comparison) for f in (_accuracy_table, _cost_table, _pair_table, _mcnemar_table)]
+    match, samplers, pairs, missing = (comparison[key] for key in ("match", "samplers", "pairs", "unfinished"))
+    left_out = f" NOT IN ANY TABLE, for they did not finish: {', '.join(missing)}." if missing else ""
+    cost = {name: show for name, show in COST.items() if match == "cost" or name != "that count"}
+    fewest = min((_of_interval(pair, "n") or 0 for pair in pairs), default=0)
+    claims = NOTES["descriptive"].format(needed=ENOUGH_SEEDS, fewest=fewest) if fewest < ENOUGH_SEEDS else ""
+    tests: Columns = {"pair": _pair}
+    for seed in dict.fromkeys(seed for pair in pairs for seed in pair["mcnemar"]):
+        tests[f"seed {seed}"] = lambda pair, seed=seed: _only(pair["mcnemar"].get(seed))  # type: ignore[misc]
+    made = [
+        _table("accuracy on the test split, in %", NOTES["accuracy"] + left_out, samplers, ACCURACY),
+        _table("what it cost, all iterations together, mean per run", NOTES["costs"] + NOTES[match], samplers, cost),
+        _table("paired differences", claims + NOTES["pairs"].format(count=len(pairs)), pairs, PAIRS),
+        _table("McNemar's test, seed by seed", NOTES["mcnemar"], pairs, tests),
+    ]
     made = [table for table in made if table["rows"]]  # one sampler alone has no pairs
     tasks = {row[0] for table in made for row in table["rows"]}
     if len(tasks) == 1:
@@ -255,130 +287,10 @@ def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     return made
 
 
-def _points(share: float | None, signed: bool = False) -> str:
-    if share is None:
-        return "-"
-    points = round(100 * share, 1) + 0.0  # no -0.0
-    return f"{points:+.1f}" if signed else f"{points:.1f}"
-
-
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if value >= 1e-15 else "<1e-15"
-
-
-def _accuracy_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    rows = []
-    for s in comparison["samplers"]:
-        spread = "" if s["spread"] is None else f" ± {_points(s['spread'])}"
-        row = [s["task"], s["sampler"], str(len(s["seeds"])), _points(s["base"]), _points(s["accuracy"]) + spread]
-        row += [_points(s["sampled"]), _points(s["gain"], signed=True), _points(s["format"], signed=True)]
-        rows.append([*row, _points(s["reasoning"], signed=True), _points(-s["lost"], signed=True)])
-    missing = ", ".join(comparison["unfinished"])
-    return {
-        "title": "accuracy on the test split, in %",
-        "note": (
-            "Greedy, mean over seeds ± their standard deviation. The gain over the base model is made of format "
-            "(unparsed or truncated before, right now), reasoning (wrong before, right now) and lost (right before, "
-            "not now)." + (f" NOT IN ANY TABLE, for they did not finish: {missing}." if missing else "")
-        ),
-        "columns": [
-            "task",
-            "sampler",
-            "seeds",
-            "base",
-            "last, greedy",
-            "last, temperature 1",
-            "gain",
-            "format",
-            "reasoning",
-            "lost",
-        ],
-        "rows": rows,
-    }
-
-
-def _cost_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    counted = comparison["match"] == "cost"
-    rows = []
-    for s in comparison["samplers"]:
-        prefill = "-" if s["prefill_tokens"] is None else f"{s['prefill_tokens']:,.0f}"
-        row = [s["task"], s["sampler"], f"{s['attempts']:,.0f}", f"{_points(s['accepted_share'])} %"]
-        row += [f"{s['kept']:,.0f}", f"{s['trained']:,.0f}", f"{s['steps']:,.0f}", f"{s['kept_length']:.1f}"]
-        row += [f"{s['tokens']:,.0f}", *([f"{s['counted_tokens']:,.0f}"] if counted else [])]
-        rows.append([*row, f"{s['cancelled_tokens']:,.0f}", prefill, f"{s['seconds']:.0f} s"])
-    note = {
-        "none": " Not matched: samplers train on as many examples as they find, and take as many steps as those need.",
-        "kept": " Matched by kept examples: in each iteration all samplers of a seed train on equally many of them.",
-        "cost": " Matched by cost: in each iteration all samplers of a seed train on what the tokens of the thriftiest "
-        "find; those are the tokens that count.",
-    }[comparison["match"]]
-    return {
-        "title": "what it cost, all iterations together, mean per run",
-        "note": (
-            "Tokens are all that the E-steps generated, those of rejected and of cancelled attempts too; prefill are "
-            "those of prompts that were read. Length is tokens per kept rationale. Time is that of E- and M-steps."
-            f"{note}"
-        ),
-        "columns": [
-            "task",
-            "sampler",
-            "attempts",
-            "accepted",
-            "kept",
-            "trained on",
-            "steps",
-            "length",
-            "tokens",
-            *(["that count"] if counted else []),
-            "cancelled",
-            "prefill",
-            "time",
-        ],
-        "rows": rows,
-    }
-
-
-def _pair_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    rows, fewest = [], ENOUGH_SEEDS
-    for pair in comparison["pairs"]:
-        interval = pair["interval"] or {"n": 0, "mean": None, "low": None, "p_value": None}
-        fewest = min(fewest, interval["n"])
-        each = " ".join(_points(d, signed=True) for d in pair["differences"].values())
-        span = "-"
-        if interval["low"] is not None:
-            span = f"{_points(interval['low'], signed=True)} to {_points(interval['high'], signed=True)}"
-        row = [pair["task"], f"{pair['first']} - {pair['second']}", each or "-", _points(interval["mean"], signed=True)]
-        rows.append([*row, span, _p(interval["p_value"]), _p(pair["holm_p"])])
-    note = (
-        "Differences of test accuracy between two samplers with the same seed, in points, with Student's 95 % "
-        f"interval of their mean. Holm's correction is over the {len(rows)} comparisons of this command. They speak of "
-        "repeating the training of this base model on these questions, not of other models or questions."
-    )
-    if fewest < ENOUGH_SEEDS:
-        note = f"DESCRIPTIVE ONLY: claims about samplers need {ENOUGH_SEEDS} seeds or more, here are {fewest}. {note}"
-    columns = ["task", "pair", "per seed", "mean", "95 % interval", "p", "p, Holm"]
-    return {"title": "paired differences", "note": note, "columns": columns, "rows": rows}
-
-
-def _mcnemar_table(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    seeds = list(dict.fromkeys(seed for pair in comparison["pairs"] for seed in pair["mcnemar"]))
-
-    def cell(test: Mapping[str, Any] | None) -> str:
-        return "-" if test is None else f"{test['only_first']} : {test['only_second']} (p {_p(test['p'])})"
-
-    rows = [
-        [pair["task"], f"{pair['first']} - {pair['second']}", *(cell(pair["mcnemar"].get(seed)) for seed in seeds)]
-        for pair in comparison["pairs"]
-    ]
-    return {
-        "title": "McNemar's test, seed by seed",
-        "note": (
-            "Questions that only the first : only the second of two checkpoints gets right. A small p says that "
-            "these two checkpoints differ, not that the samplers do; it must not be pooled over seeds."
-        ),
-        "columns": ["task", "pair", *(f"seed {seed}" for seed in seeds)],
-        "rows": rows,
-    }
+def _table(title: str, note: str, found: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, Any]:
+    """One row for each sampler or pair that was found."""
+    rows = [[one["task"], *(show(one) for show in columns.values())] for one in found]
+    return {"title": title, "note": note, "columns": ["task", *columns], "rows": rows}
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:

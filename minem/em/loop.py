@@ -68,7 +68,7 @@ class Experiment:
             found = self.estep.summary(self.task, samples, kept, counts)
             stage.report(**found, warnings=warnings.of_draws(found))
 
-        writes = 3 * row_bytes(questions, self.estep.section.max_new_tokens)
+        writes = 3 * row_bytes(len(questions), self.estep.section.max_new_tokens)
         self.run.do(iteration, "estep", sample, len(questions), writes)
         self.run.discard(iteration, "samples.*.jsonl")
 
@@ -107,15 +107,15 @@ class Experiment:
         if self.diagnosis.questions:
             self.run.do(iteration, "diagnostics", look, self.diagnosis.total)
 
-    def evaluate(self, iteration: int, split: str, questions: Sequence[Question]) -> None:
+    def evaluate(self, iteration: int, split: str, questions: Sequence[Question], known: Sequence[dict] = ()) -> None:
         """Greedy accuracy of the model after `iteration` (0: the base model), and its accuracy at temperature 1."""
 
         def measure(stage: Stage) -> None:
-            answers = stage.sharded(questions, self.evaluation.answers)
+            answers = stage.sharded(questions, partial(self.evaluation.answers, known=known))
             found = self.evaluation.summary(questions, answers)
             stage.show(**evaluate.facts(found))
             stage.write(f"eval.{split}.jsonl", greedy_rows(questions, answers))
             stage.report(**found)
 
-        total, writes = self.evaluation.total(questions), row_bytes(questions, self.evaluation.max_new_tokens)
+        total, writes = self.evaluation.total(questions), row_bytes(len(questions), self.evaluation.max_new_tokens)
         self.run.do(iteration, f"eval.{split}", measure, total, writes)

@@ -1,11 +1,10 @@
-"""What a model weighs, in parameters, floating-point operations and bytes, from its config alone.
+"""The memory that an E-step and an M-step need at their peak, by part, from a model's config alone.
 
     minem train --dry-run                # these numbers for a run, before it is made
     python bench/memory.py --table       # and for models of 0.5B to 8B on GPUs of 24, 80 and 141 GB
 
-Nothing here allocates memory, loads weights or needs a GPU. Counts are exact; the bytes of activations are those of the
-tensors that autograd keeps for the backward pass. `e_step` and `m_step` are what a device holds at the most, by part:
-the parts of each sum to its peak.
+Nothing here allocates memory, loads weights or needs a GPU. Activations are the tensors that autograd keeps for the
+backward pass. The parts of `e_step` and `m_step` sum to the peak.
 """
 
 from __future__ import annotations
@@ -18,22 +17,17 @@ import torch
 from minem.generation.engine import PREFILL_TOKENS
 from minem.generation.kv_cache import MIN_ROWS, cache_bytes, fitting_slots
 from minem.model.hf_config import ModelConfig
-from minem.model.sizes import SAFE_SHARE, _chunk_bytes, _merged, activation_bytes, loss_bytes, parameters
+from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes, parameters
 
-# On the CPU the gaps are part of the plan: what glibc's heap holds between tensors that stay and tensors that come and
-# go, as a share of what training allocates. Chosen on the runs of 59 M parameters that the tests check, too: gaps of 14
-# to 22 %, less what the plan overstates elsewhere. Mapping every tensor by itself (MALLOC_MMAP_THRESHOLD_) left none.
-# Among several processes FSDP makes and frees whole blocks all the time: gaps of 51 and 74 % there.
-HEAP_GAPS = 0.1
-HEAP_GAPS_AMONG_SEVERAL = 0.5
-
-
-# ------------------------------------------------------------------------------------------------ the two steps of EM
+# Of all other parts, on the CPU, whose heap has gaps between tensors that stay and tensors that come and go. Runs of
+# 59 M parameters (the slow test) took 1 to 13 % more in one process; among several, where FSDP makes and frees whole
+# blocks all the time, 28 and 38 %. A GPU's gaps are in SAFE_SHARE.
+MARGIN, MARGIN_AMONG_SEVERAL = 0.05, 0.3
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a run asks of memory at the most: all that its bytes depend on beside the model's shape and dtype."""
+    """What the bytes of a run depend on beside the model's shape and dtype. All numbers are those of one process."""
 
     slots: int  # sequences that are generated at once
     prompt: int  # tokens of the longest prompt
@@ -45,26 +39,23 @@ class Work:
     adapters: int = 0  # parameters of LoRA; 0: all of the model's are trained
     two_models: bool = False  # hinted draws come from a copy of the base model, which has a cache of its own
     moments_kept: bool = False  # AdamW's, from one M-step to the next
-    ranks: int = 1  # processes that train together, each on a device of its own; all numbers above are one process's
-    split: bool = False  # among several: "fsdp", each has its part of what is trained; else "ddp", each has all of it
+    ranks: int = 1  # processes that train together, each on a device of its own
+    split: bool = False  # among several: "fsdp", each holds its shard of what is trained; else "ddp", each holds all
 
 
 def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
-    """Bytes that the device holds at most while drawing and evaluating, by part.
-
-    device: "cuda" or "cpu", where the pages of the cache that nobody has written to take no memory yet.
-    """
+    """Bytes that the device holds at most while drawing and evaluating, by part. device: "cuda" or "cpu"."""
     scoring = work.tokens * _passing_bytes(config, dtype.itemsize, device)
-    scoring += _chunk_bytes(config, work.supervised, dtype, device)
+    scoring += loss_bytes(config, work.supervised, dtype, device, trained=False)
     parts = _resident(config, dtype, work) | {"generator": max(_drawing_bytes(config, dtype, device, work), scoring)}
     return parts | ({"AdamW moments": 8 * _trained_here(config, work)} if work.moments_kept else {})
 
 
 def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
-    """Bytes that the device holds at most while training, by part; the cache is among them, as long as there is room.
+    """Bytes that the device holds at most while training, by part, the cache included.
 
-    With a single micro-batch in each step, the gradients grow while the activations go: then the part of the gradients
-    is only what they exceed the others by. The loss's workspace is gone when the backward pass reaches the blocks.
+    With a single micro-batch in each step, gradients grow while activations are freed: then the part of the gradients
+    is only what they exceed the others by. The loss's workspace is free when the backward pass reaches the blocks.
     """
     trained = _trained_here(config, work)
     activations = activation_bytes(config, work.tokens, work.supervised, work.checkpointed, dtype, device)
@@ -73,11 +64,9 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
     # The backward pass of one MLP: the gradients of its output, its product, and gate and up.
     channels = 2 * config.hidden_size + (5 if device == "cpu" else 3) * config.intermediate_size
     loss = max(loss, head + work.tokens * channels * dtype.itemsize)
-    gradients = 4 * trained
-    if work.micro_batches == 1:
-        gradients = max(0, gradients - activations - loss)
-    parts = {
-        "gradients": gradients,
+    overlap = activations + loss if work.micro_batches == 1 else 0
+    parts = _resident(config, dtype, work) | {
+        "gradients" + (" beyond activations" if overlap else ""): max(0, 4 * trained - overlap),
         "AdamW moments": 8 * trained,
         "activations": activations,
         "loss or backward": loss,
@@ -85,10 +74,8 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
     if work.ranks > 1:
         parts["gathered weights and gradients"] = _gathered_bytes(config, dtype, work)
     if device == "cpu":
-        parts["gaps in the heap"] = int(
-            (HEAP_GAPS if work.ranks == 1 else HEAP_GAPS_AMONG_SEVERAL) * sum(parts.values())
-        )
-    return _resident(config, dtype, work) | parts
+        parts["margin"] = int((MARGIN if work.ranks == 1 else MARGIN_AMONG_SEVERAL) * sum(parts.values()))
+    return parts
 
 
 def fitted(
@@ -96,8 +83,8 @@ def fitted(
 ) -> Work:
     """The work as a run will do it with `free` bytes: as many slots and, under "auto", as few recomputed blocks as fit.
 
-    The cache is given back for an M-step that does not fit beside it, before anything is recomputed. What does not fit
-    whatever is done comes back with one slot, or with all blocks recomputed.
+    The cache is released for an M-step that does not fit beside it, before anything is recomputed. What never fits is
+    returned with one slot, or with all blocks recomputed.
     """
     beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
     slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))
@@ -110,7 +97,7 @@ def fitted(
 
 
 def trains(config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int) -> bool:
-    """Whether the M-step fits into `free` bytes once the cache has been given back."""
+    """Whether the M-step fits into `free` bytes once the cache is released."""
     parts = m_step(config, dtype, device, work)
     return sum(parts.values()) - parts["KV cache"] <= SAFE_SHARE * free
 
@@ -121,9 +108,9 @@ def _trained_here(config: ModelConfig, work: Work) -> int:
 
 
 def _gathered_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
-    """What FSDP makes whole for a moment: weights to compute with, and gradients to be summed, in float32.
+    """What FSDP gathers for a moment: weights to compute with, and gradients to be summed, in float32.
 
-    Embeddings and head stay whole while a micro-batch lasts; of the blocks, one is at work and the next is on its way.
+    Embeddings and head stay gathered during a micro-batch; of the blocks, one is at work and the next is on its way.
     """
     counted = parameters(config)
     block = counted.body // config.num_hidden_layers
@@ -133,7 +120,7 @@ def _gathered_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
 
 
 def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, int]:
-    """What is there all the time."""
+    """What both steps hold throughout."""
     weights = parameters(config).total * dtype.itemsize
     parts = {"weights": weights}
     if work.two_models:
@@ -149,7 +136,7 @@ def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, 
 
 
 def _drawing_bytes(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> int:
-    """The larger of what filling the cache with prompts and decoding a token for every slot take on their way."""
+    """The larger of the workspaces of prefilling the prompts and of decoding a token for every slot."""
     tokens = min(work.slots * work.prompt, max(PREFILL_TOKENS, work.prompt))
     rows, passing = max(work.slots, MIN_ROWS), _passing_bytes(config, dtype.itemsize, device)
     # Eager sampling holds float32 logits, their exponentials, and these once more under a temperature.
@@ -160,8 +147,7 @@ def _drawing_bytes(config: ModelConfig, dtype: torch.dtype, device: str, work: W
 
 def _passing_bytes(config: ModelConfig, size: int, device: str) -> int:
     """Bytes of each token while it passes through a block and nothing is kept: the larger of attention and MLP."""
-    channels = config.head_dim
-    turned = (config.num_attention_heads + config.num_key_value_heads) * channels
-    attention = _merged(config) + turned + 2 * config.num_attention_heads * channels
+    # Queries, keys and values, before the rotation and after it, and the result of attention, twice.
+    attention = (4 * config.num_attention_heads + 3 * config.num_key_value_heads) * config.head_dim
     mlp = (4 if device == "cpu" else 3) * config.intermediate_size
     return (3 * config.hidden_size + max(attention, mlp)) * size

@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 
 from minem.cli import main
 from minem.data.tasks import SPLITS, TOY, Question
-from minem.data.verdict import pick_verdict
+from minem.data.verdict import load_verdict
 from minem.em.estep import judge
 from minem.files import read_rows
 from minem.generation.request import Completion
@@ -31,6 +31,7 @@ ARC = {
 MMLU = {"question": "What is 2 + 2?", "subject": "sums", "choices": ["3", "4"], "answer": 1}
 FREE = {"id": "q", "question": "What is 9 + 9?", "answer": "9 + 9 = 18\n#### 18"}
 SHORT = ["--set", "sampler.max_new_tokens=8", "--set", "eval.max_new_tokens=8", "--set", "eval.samples=0"]
+SHORT += ["--set", "eval.diagnostics=0"]
 
 
 def minem_cli(*arguments: object) -> Result:
@@ -57,7 +58,7 @@ def write(path: Path, content: list[Any] | str | bytes) -> None:
 
 
 def folder(root: Path, split: str = "", content: list[Any] | str | bytes = "", suffix: str = ".jsonl") -> Path:
-    """Three good splits, but for `split`."""
+    """Three good splits, except `split`."""
     for name in SPLITS:
         if name == split:
             write(root / f"{name}{suffix}", content)
@@ -137,7 +138,7 @@ BAD: dict[str, tuple[str, list[Any] | str | bytes, str, str]] = {
 
 
 def refused(result: Result, expected: str) -> None:
-    """Exit code 2 and one sentence on stderr that says what is expected; nothing on stdout."""
+    """Exit code 2 and one sentence on stderr with `expected` in it; nothing on stdout."""
     assert result.exit_code == 2, result.output + repr(result.exception)
     assert isinstance(result.exception, SystemExit)
     (sentence,) = result.stderr.splitlines()
@@ -175,7 +176,6 @@ TEMPLATES: dict[str, tuple[str, str]] = {
     ),
     "divides by zero": ("{{ 1 / 0 }}", "fails on this chat: division by zero"),
     "does not end": ("{% for m in messages %}", "cannot be read: Unexpected end of template"),
-    "prints without end": ("{% for i in range(99999) %}{{ 'x' * 999 }}{% endfor %}", "prints more than "),
     "reaches out": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "question 'q1': the chat template of "),
 }
 
@@ -198,7 +198,7 @@ def test_a_template_that_fails_is_named_with_the_question(tmp_path: Path, case: 
 
 
 def gold_of_even_questions(text: str, question: Any) -> str | None:
-    """Right for every second question, whatever was written."""
+    """Right for every second question."""
     return question.gold if int(question.id[1:]) % 2 == 0 else None
 
 
@@ -214,7 +214,7 @@ def gold_of_even_questions(text: str, question: Any) -> str | None:
 )
 def test_free_form_draws_are_judged_by_their_number(text: str, reason: Any, expected: tuple[Any, str]) -> None:
     asked = Question("q", "What is 9 + 9?", (), (), "18")
-    for verdict in (pick_verdict(None), pick_verdict("minem.data.verdict:number")):
+    for verdict in (load_verdict(None), load_verdict("minem.data.verdict:number")):
         assert judge(Completion([1], text, [0.0], reason), asked, verdict) == expected
 
 
@@ -235,16 +235,15 @@ def test_a_file_of_numbers_is_evaluated(sums: Path, verdict: str | None) -> None
     assert summary["accuracy"] == 0  # in 8 tokens nobody has answered
 
 
-@pytest.mark.parametrize(("sampler", "prompt"), [("rsm", "plain"), ("pps", "hinted")])
-def test_a_file_of_numbers_is_trained_on(sums: Path, tmp_path: Path, sampler: str, prompt: str) -> None:
-    own = ["--verdict", f"{__name__}:gold_of_even_questions", "--sampler", sampler, "--budget", 1]
+def test_a_file_of_numbers_is_trained_on(sums: Path, tmp_path: Path) -> None:
+    own = ["--verdict", f"{__name__}:gold_of_even_questions", "--sampler", "pps", "--budget", 1]
     keep = ["--set", "sampler.filter=none"]  # draws of 8 tokens have not ended
     flags = ["--task", sums, "--iterations", 1, *SHORT, *own, *keep, "--out", tmp_path / "run", "--json"]
     result = minem_cli("train", *flags)
     assert result.exit_code == 0, result.output
     samples = list(read_rows(tmp_path / "run" / "iter-01" / "samples.jsonl"))
     assert len(samples) == 16
-    assert {row["prompt"] for row in samples} == {prompt}
+    assert {row["prompt"] for row in samples} == {"hinted"}
     for row in samples:
         number = int(row["id"][1:])
         assert row["gold"] == str(number + 9)

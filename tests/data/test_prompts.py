@@ -16,7 +16,7 @@ from tests.minem.folders import make_tokenizer
 
 QUESTION = Question("q", "What do plants need?", ("light", "soup", "shoes"), ("A", "B", "C"), "B")
 FREE_FORM = Question("q", "How many eggs are 2 times 9?", (), (), "18")
-# The date as Llama 3.2's template has it: told, else today's, else a fixed one.
+# The date in Llama 3.2's template: given, else today's, else a fixed one.
 DATED = """{% if not date_string is defined %}{% if strftime_now is defined %}
 {%- set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26 Jul 2024" %}{% endif %}{% endif -%}
 <s>system: Today Date: {{ date_string }}</s>{% for message in messages %}
@@ -102,8 +102,10 @@ def test_braces_in_a_question_are_left_alone():
     assert "A. {label}\nB. b" in content(odd, "forward")
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_every_real_row_renders_to_the_text_and_ids_of_transformers(tmp_path: Path):
+    """Slow: 10,363 real questions through a real chat template and tokenizer; the quick tests use made-up ones."""
     root = os.environ.get("MINEM_REAL_DATA")
     if not root:
         pytest.skip("MINEM_REAL_DATA is not set: no real rows and no real tokenizer")

@@ -244,7 +244,7 @@ def test_questions_shared_by_train_and_test_are_said(tmp_path: Path):
     assert "2 questions" in load_task(str(folder)).note
 
 
-def test_one_file_is_split_by_ids_whatever_its_order(tmp_path: Path):
+def test_one_file_is_split_by_ids_in_any_order_of_rows(tmp_path: Path):
     rows = arc_rows(200)
     task = load_task(str(write_jsonl(tmp_path / "one.jsonl", rows)))
     splits = {split: {q.id for q in getattr(task, split)} for split in tasks.SPLITS}

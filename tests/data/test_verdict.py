@@ -209,7 +209,7 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (ABCD, "The best answer cannot be determined.", None, SAME),
     (ABCD, "There is no correct answer among A, B, C and D.", None, SAME),
     (ABCD, "Would you like me to explain why B is tempting?", None, SAME),
-    # Five options, and text that goes on.
+    # Five options, and text that continues.
     (ABCDE, "The best answer is (E) none of these", "E", SAME),
     (ABCDE, "The best answer is e", "E", SAME),
     (ABCDE, "The best answer is D or E.", None, SAME),
@@ -336,7 +336,7 @@ def test_free_form_endings(gold: str, text: str, strict: str | None, flexible: o
         assert verdict.number(text, asked) == strict
 
 
-def test_the_number_verdict_names_a_question_whose_answer_is_none():
+def test_the_number_verdict_names_a_question_without_a_number():
     with pytest.raises(UserError, match="question 'q': its answer 'Paris' is no number"):
         verdict.number("The best answer is 3", free_form("Paris"))
 
@@ -359,21 +359,21 @@ def spellings(value: Fraction) -> list[str]:
 )
 def test_numbers_are_equal_where_their_values_are_and_nowhere_else(one: Fraction, other: Fraction):
     for gold in spellings(one):
-        for said in spellings(one):
-            assert verdict.strict(f"The best answer is {said}.", free_form(gold)) == gold
-        for said in spellings(other):
-            assert (verdict.strict(f"The best answer is {said}", free_form(gold)) == gold) == (one == other)
+        for stated in spellings(one):
+            assert verdict.strict(f"The best answer is {stated}.", free_form(gold)) == gold
+        for stated in spellings(other):
+            assert (verdict.strict(f"The best answer is {stated}", free_form(gold)) == gold) == (one == other)
 
 
 @given(st.text(max_size=80), st.sampled_from(["A B C D", "yes no", "1 2 3 4", ""]), st.sampled_from(["5", "Paris"]))
 def test_any_text_has_a_verdict_among_the_labels(text: str, labels: str, gold: str):
     asked = question(labels) if labels else free_form(gold)
-    for said in (text, f"The best answer is {text}", f"Answer: {text}"):
-        strict, flexible = verdict.strict(said, asked), verdict.flexible(said, asked)
+    for stated in (text, f"The best answer is {text}", f"Answer: {text}"):
+        strict, flexible = verdict.strict(stated, asked), verdict.flexible(stated, asked)
         if labels:
             assert {strict, flexible} <= {None, *asked.labels}
-        assert isinstance(verdict.states_early(said, asked), bool)
-        if not verdict.states_early(said, asked) and flexible is None:
+        assert isinstance(verdict.states_early(stated, asked), bool)
+        if not verdict.states_early(stated, asked) and flexible is None:
             assert strict is None
 
 
@@ -384,12 +384,12 @@ def test_the_gold_label_has_no_say():
 
 
 def test_long_noise_is_read_in_linear_time():
-    # 200,000 characters that could send a backtracking pattern into a quadratic walk, which would take minutes.
-    for noise in ("* " * 100_000, "\n" * 200_000, "the best answer is " * 10_000, "(" * 200_000, "answer: " * 25_000):
+    # 100,000 characters that could send a backtracking pattern into a quadratic walk, which would take minutes.
+    for noise in ("* " * 50_000, "\n" * 100_000, "the best answer is " * 5_000, "(" * 100_000, "answer: " * 12_500):
         assert verdict.strict(noise + "\nThe best answer is B", question(ABCD)) == "B"
         assert verdict.flexible(noise + "\nThe best answer is B", question(ABCD)) == "B"
         assert not verdict.states_early(noise + "\nThe best answer is B", question(ABCD))
-    for noise in ("1" * 200_000, "1," * 100_000, "1 or " * 40_000, "1 " * 100_000, "\\boxed{" * 30_000, "$" * 200_000):
+    for noise in ("1" * 100_000, "1," * 50_000, "1 or " * 20_000, "1 " * 50_000, "\\boxed{" * 15_000, "$" * 100_000):
         for text in (f"{noise}\nThe best answer is 5", f"The best answer is {noise}\n\nThe best answer is 5"):
             assert verdict.strict(text, free_form("5")) == verdict.flexible(text, free_form("5")) == "5"
         assert verdict.strict(f"The best answer is {noise}", free_form("5")) != "5"
@@ -551,8 +551,10 @@ def test_answers_that_come_before_their_reasons_are_seen(asked: Question, text: 
     assert verdict.states_early(text, asked) is early
 
 
+@pytest.mark.slow
 @pytest.mark.real_data
 def test_labels_beside_real_options_are_never_taken_for_others():
+    """Slow: over 160,000 endings with the options of real questions, which no table of endings covers."""
     root = os.environ.get("MINEM_REAL_DATA")
     if not root:
         pytest.skip("MINEM_REAL_DATA is not set: no real options")

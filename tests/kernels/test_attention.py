@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minem.kernels import decode_attention
+from tests.kernels.cases import both
 
 BACKENDS = ["eager", "triton"]
 
@@ -24,9 +25,9 @@ class Sizes(NamedTuple):
 
 
 SIZES = [
+    Sizes(5, 4, 2, 16, 3, 40, 20),
+    Sizes(3, 6, 2, 24, 2, 300, 270),  # channels no power of two; more than one split of 256
     Sizes(1, 1, 1, 8, 1, 1, 1),
-    Sizes(7, 4, 2, 16, 3, 40, 20),
-    Sizes(9, 6, 2, 24, 2, 300, 270),  # channels no power of two; more than one split of 256
     Sizes(12, 14, 2, 64, 2, 70, 33),  # Qwen2.5-0.5B's heads: seven queries a group, more than one tile of siblings
 ]
 
@@ -85,16 +86,14 @@ def by_definition(arguments: list[Tensor], row: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("backend", "sizes"), both(SIZES))
 def test_equals_the_definition(sizes: Sizes, backend: str, device: str) -> None:
     arguments, row = problem(sizes, torch.float32, device)
     out = decode_attention(*arguments, backend=backend)
     torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-5, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("sizes", SIZES[1:], ids=str)
+@pytest.mark.parametrize(("backend", "sizes"), both([SIZES[0], SIZES[1], SIZES[3]], quick=1))
 def test_sequences_may_lie_anywhere(sizes: Sizes, backend: str, device: str) -> None:
     """Prefixes and suffixes scattered over a larger cache, groups of at most two, some without members."""
     arguments, row = problem(sizes, torch.float32, device)
@@ -136,7 +135,7 @@ def test_sequences_may_lie_anywhere(sizes: Sizes, backend: str, device: str) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, device: str) -> None:
     """PyTorch's own: scaled_dot_product_attention in the same dtype on the joined cache of each sequence."""
-    arguments, row = problem(SIZES[1], dtype, device)
+    arguments, row = problem(SIZES[0], dtype, device)
     exact = by_definition(arguments, row)
     q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
     theirs = []
@@ -154,7 +153,7 @@ def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, devi
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_extreme_scores(backend: str, device: str) -> None:
-    arguments, row = problem(SIZES[1], torch.float32, device)
+    arguments, row = problem(SIZES[0], torch.float32, device)
     arguments[0] *= 1e4
     out = decode_attention(*arguments, backend=backend)
     torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-3, atol=1e-3)
@@ -162,7 +161,7 @@ def test_extreme_scores(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_past_the_lengths_is_not_seen(backend: str, device: str) -> None:
-    arguments, _ = problem(SIZES[1], torch.float32, device)
+    arguments, _ = problem(SIZES[0], torch.float32, device)
     before = decode_attention(*arguments, backend=backend)
     _, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
     for k, v, lengths in ((prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)):
@@ -174,10 +173,10 @@ def test_what_lies_past_the_lengths_is_not_seen(backend: str, device: str) -> No
 
 def test_triton_sums_do_not_depend_on_the_batch(device: str) -> None:
     """Bit for bit: a sequence alone with its prefix, in shorter caches, gives what it gives among others."""
-    arguments, row = problem(SIZES[2], torch.float32, device)
+    arguments, row = problem(SIZES[1], torch.float32, device)
     whole = decode_attention(*arguments, backend="triton")
     q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
-    for s in (0, 5):
+    for s in (0, 2):
         r, zero = int(row[s]), torch.zeros(1, dtype=torch.int64, device=device)
         prefix, suffix = max(1, int(prefix_lengths[r])), int(suffix_lengths[s])
         alone = decode_attention(

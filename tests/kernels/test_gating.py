@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minem.kernels import swiglu
+from tests.kernels.cases import both
 
 BACKENDS = ["eager", "triton"]
 
@@ -31,11 +32,9 @@ def with_gradient(function: object, gate_up: Tensor, grad: Tensor) -> tuple[Tens
     return out.detach(), torch.autograd.grad(out, leaf, grad)[0]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 2), (3, 5, 66), (17, 254), (2, 4098)])
-@pytest.mark.parametrize("scale", [1.0, 50.0])
-def test_equals_the_definition(shape: tuple[int, ...], scale: float, backend: str, device: str) -> None:
-    gate_up, grad = problem(shape, torch.float32, device, scale)
+@pytest.mark.parametrize(("backend", "shape"), both([(3, 5, 66), (2, 4098), (1, 2), (17, 254)]))
+def test_equals_the_definition(shape: tuple[int, ...], backend: str, device: str) -> None:
+    gate_up, grad = problem(shape, torch.float32, device, scale=10.0)
     got = with_gradient(lambda x: swiglu(x, backend=backend), gate_up, grad)
     want = with_gradient(by_definition, gate_up.double(), grad.double())
     for mine, other in zip(got, want, strict=True):
@@ -45,7 +44,7 @@ def test_equals_the_definition(shape: tuple[int, ...], scale: float, backend: st
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, device: str) -> None:
-    gate_up, grad = problem((64, 100), dtype, device)
+    gate_up, grad = problem((16, 100), dtype, device)
     exact = with_gradient(by_definition, gate_up.double(), grad.double())
     ours = with_gradient(lambda x: swiglu(x, backend=backend), gate_up, grad)
     theirs = with_gradient(lambda x: torch.nn.functional.silu(x[..., :50]) * x[..., 50:], gate_up, grad)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from minem.kernels import rms_norm
+from tests.kernels.cases import both
 
 BACKENDS = ["eager", "triton"]
 EPS = 1e-5
@@ -39,9 +40,8 @@ def run(
     return [t.detach() for t in (*outputs, *grads)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "shape"), both([(70, 100), (2, 5000), (1, 7), (3, 5, 64)]))
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("shape", [(1, 7), (3, 5, 64), (70, 100), (2, 5000)])
 def test_equals_the_definition(shape: tuple[int, ...], with_residual: bool, backend: str, device: str) -> None:
     inputs = problem(shape, torch.float32, device)
     got, want = run(inputs, with_residual, backend), run(inputs, with_residual, None, torch.float64)

@@ -57,7 +57,7 @@ def referee(folder: Path):
 
 
 def peft_model(folder: Path, targets: str, adapter: dict[str, torch.Tensor]):
-    """peft's own LoRA on transformers' model, with the numbers of `adapter`, whose names and shapes must be peft's."""
+    """peft's own LoRA on transformers' model, with the numbers of `adapter`; its names and shapes must be peft's."""
     names = list(TARGETS) if targets == "all" else targets.split(",")
     config = peft.LoraConfig(r=4, lora_alpha=12.0, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = peft.get_peft_model(referee(folder), config)
@@ -199,6 +199,8 @@ def test_merging_does_not_accumulate_rounding_over_iterations(folders, init, tmp
     mstep.lora.save(tmp_path, mstep.masters, "base")
     adapter = load_file(tmp_path / ADAPTER_WEIGHTS)
     assert {t.dtype for t in adapter.values()} == {torch.float32}
+    assert adapter.keys() == mstep.masters.keys()
+    assert all(torch.equal(tensor, mstep.masters[name]) for name, tensor in adapter.items())  # saved bit for bit
     base = checkpoint_views(load_model(folders["llama-tied"], dtype=torch.bfloat16))
     moved = 0
     for name, weight in checkpoint_views(mstep.model).items():

@@ -153,7 +153,9 @@ def test_the_death_of_one_process_ends_all_and_the_run_goes_on(tmp_path, undistu
     died = time.monotonic()
     _, err = finish(running, code=3)
     assert time.monotonic() - died < 60
-    assert f"process {rank + 1} of 2 was ended by SIGKILL; give the same command again to resume" in err.splitlines()[-1]
+    assert (
+        f"process {rank + 1} of 2 was ended by SIGKILL; give the same command again to resume" in err.splitlines()[-1]
+    )
     assert "Traceback" not in err
     assert not Path(f"/proc/{survivor}").exists()
 

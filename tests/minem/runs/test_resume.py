@@ -18,14 +18,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import minem.em.loop
 import minem.files
 import minem.runs.directory
 from minem.cli import main
 from minem.config import load_config
 from minem.errors import Interrupted
 from minem.files import json_line, read_rows
-from minem.model.lora import LoRA
 from minem.runs.directory import RunDirectory, read_facts, read_journal
 
 SMALL = [
@@ -454,40 +452,3 @@ def test_a_stage_without_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.M
         with pytest.raises(Interrupted, match=sentence), run.stage("iter-01/mstep", writes=5_000_000):
             pytest.fail("begun")
         assert run.stages == ("iter-00/small",)
-
-
-# -------------------------------------------------------------------------------------------- what was just exported
-
-
-def test_a_model_that_was_not_written_as_it_is_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = minem.em.loop.save
-
-    def writes_badly(model: Any, tokenizer: Any, folder: Path) -> None:
-        write(model, tokenizer, folder)
-        flip(folder / "model.safetensors")
-
-    monkeypatch.setattr(minem.em.loop, "save", writes_badly)
-    result = train(tmp_path / "run")
-    assert result.exit_code == 4
-    assert "what was just written is not the model in memory; these differ: model.layers." in " ".join(
-        result.stderr.split()
-    )
-    assert not (tmp_path / "run/iter-01/model").exists()
-    monkeypatch.undo()
-    assert train(tmp_path / "run").exit_code == 0  # the disk was to blame, or a bug: nothing of the run is lost
-
-
-def test_an_adapter_that_was_not_written_as_it_is_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write = LoRA.save
-
-    def writes_badly(self: LoRA, folder: Path, *rest: Any) -> None:
-        write(self, folder, *rest)
-        flip(folder / "adapter_model.safetensors")
-
-    monkeypatch.setattr(LoRA, "save", writes_badly)
-    result = minem_cli("train", *SMALL, "--set", "mstep.lora_rank=2", "--out", tmp_path / "run")
-    assert result.exit_code == 4
-    assert "what was just written is not the adapter in memory" in " ".join(result.stderr.split())
-    assert not (tmp_path / "run/iter-01/adapter").exists()

@@ -1,29 +1,10 @@
 """Makes the toy from nothing: its questions and its model, in about five minutes on two idle CPU cores (20 if busy).
 
-    python -m minem.data.toy.make                     # writes train, validation, test.jsonl and model/ beside this file
-    python -m minem.data.toy.make --batches 20 --out DIR
+    python bench/make_toy.py                          # writes train, validation, test.jsonl and model/ to data/toy
+    python bench/make_toy.py --batches 20 --out DIR
 
-A question is a chain of two to four operations on digits modulo 10; all ten digits are its options, so that the answer
-cannot be guessed by elimination. The model is a small Llama that has read the work of one *author*, who knows most of
-the arithmetic: a quarter of the facts (operation, value, operand) are *majority-wrong*, that is, the author writes
-one fixed false value there with probability 0.65 and the true one otherwise. So greedy decoding fails where a chain
-meets such a fact, and sampling sometimes succeeds: what rejection sampling and a filter can work with. (Uniform noise
-would not do: greedy decoding removes it, and there is nothing left to learn.)
-
-How the model uses a hint is a property of what it has practised, chosen here so that the samplers differ:
-
-    forward, derive   the same author, whose whole rationale is redrawn until it reaches the given answer: exactly the
-                      posterior over rationales, so a hinted rationale is as sound as an accepted plain one
-    justify           the author works forward but writes the given answer as the result of the last step, true or not
-
-No question of the three files is among the practice. Only responses are trained on, never prompts. What came of it
-(greedy on the 300 test questions; one draw at temperature 1 on the 512 of train; sound = every step true):
-
-    prompt     right, greedy   right, drawn   sound among the right ones drawn
-    plain           48 %           55 %           96 %
-    forward        100 %          100 %           98 %
-    derive         100 %          100 %           95 %
-    justify        100 %          100 %           69 %
+data/README.md describes the questions, the *author* of the texts that the model reads, and what the model then can do.
+No question of the three files is among the practice. Only responses are trained on, never prompts.
 """
 
 from __future__ import annotations
@@ -39,11 +20,9 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from minem.data import prompts, verdict
-from minem.data.tasks import SPLITS, TOY, Question, read_questions
-from minem.data.toy.check import OPERATIONS, apply, asked_steps, valid_steps
-from minem.generation.generator import Generator
-from minem.generation.request import SamplingParams
+from minem.data import prompts
+from minem.data.tasks import TOY, Question
+from minem.data.toy.check import OPERATIONS, apply, asked_steps
 from minem.model import weights
 from minem.model.decoder import Model
 from minem.model.hf_config import ModelConfig
@@ -65,7 +44,8 @@ CHAT_TEMPLATE = (
 Fact = tuple[str, int, int]  # symbol, value, operand
 
 
-# --- questions -------------------------------------------------------------------------------------------------------
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def draw_question(rng: random.Random, identity: str = "practice") -> Question:
@@ -84,8 +64,9 @@ def draw_question(rng: random.Random, identity: str = "practice") -> Question:
 def make_questions(rng: random.Random) -> dict[str, list[Question]]:
     """The three splits, without a question twice."""
     seen: set[str] = set()
-    splits: dict[str, list[Question]] = {split: [] for split in SPLITS}
+    splits: dict[str, list[Question]] = {}
     for split, size in SIZES.items():
+        splits[split] = []
         while len(splits[split]) < size:
             question = draw_question(rng, f"toy-{split}-{len(splits[split]) + 1:03}")
             if question.text not in seen:
@@ -96,21 +77,14 @@ def make_questions(rng: random.Random) -> dict[str, list[Question]]:
 
 def as_row(question: Question) -> dict[str, object]:
     """A question in ARC's fields."""
-    choices = {"text": list(question.options), "label": list(question.labels)}
+    choices = {"text": question.options, "label": question.labels}
     return {"id": question.id, "question": question.text, "choices": choices, "answerKey": question.gold}
-
-
-# --- the author of the practice --------------------------------------------------------------------------------------
 
 
 def draw_false_values(rng: random.Random) -> dict[Fact, int]:
     """The majority-wrong facts, each with the one false value that the author has learnt."""
-    facts = [
-        (symbol, value, operand)
-        for symbol in OPERATIONS.values()
-        for value in range(10)
-        for operand in range(2 if symbol == "*" else 1, 10)
-    ]
+    operands = {"+": range(1, 10), "-": range(1, 10), "*": range(2, 10)}
+    facts = [(symbol, value, operand) for symbol in operands for value in range(10) for operand in operands[symbol]]
     chosen = rng.sample(facts, round(WRONG_FACTS * len(facts)))
     return {fact: (apply(*fact) + rng.randrange(1, 10)) % 10 for fact in chosen}
 
@@ -133,18 +107,13 @@ def write_response(question: Question, false_values: dict[Fact, int], hint: str 
             return "\n".join([*lines, f"{prompts.ANSWER_LINE} {value}"])
 
 
-# --- tokenizer -------------------------------------------------------------------------------------------------------
-
-
 def fixed_phrases() -> list[str]:
     """The parts of prompts and responses that are always the same: each becomes one token."""
     phrases = ["Modulo 10, start with ", ". What is the result?", f"\n{prompts.ANSWER_LINE} ", " = ", "\n"]
     phrases += [f", {name} " for name in OPERATIONS] + [f" {symbol} " for symbol in OPERATIONS.values()]
     for hint in (None, *prompts.HINTS):
-        three, seven = (
-            prompts.messages(Question("", "", DIGITS, DIGITS, gold), hint)[0]["content"] for gold in ("3", "7")
-        )
-        # The two differ where the hint shows the answer, and nowhere else.
+        asked = (prompts.messages(Question("", "", DIGITS, DIGITS, gold), hint) for gold in ("3", "7"))
+        three, seven = (chat[0]["content"] for chat in asked)  # they differ only at the answer that the hint shows
         cuts = [i for i, (a, b) in enumerate(zip(three, seven, strict=True)) if a != b]
         phrases += [three[i + 1 : j] for i, j in zip([-1, *cuts], [*cuts, len(three)], strict=True)]
     return list(dict.fromkeys(phrases))
@@ -162,28 +131,12 @@ def write_tokenizer(folder: Path) -> None:
     backend.add_special_tokens(SPECIAL)
     backend.add_tokens([AddedToken(phrase, normalized=False) for phrase in fixed_phrases()])
     begin = SPECIAL[0]
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A $B", special_tokens=[(begin, backend.token_to_id(begin))]
-    )
+    special = [(begin, backend.token_to_id(begin))]
+    backend.post_processor = processors.TemplateProcessing(f"{begin} $A", f"{begin} $A $B", special_tokens=special)
     backend.save(str(folder / "tokenizer.json"))
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": begin,
-            "eos_token": SPECIAL[1],
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": 512,
-            "chat_template": CHAT_TEMPLATE,
-        },
-    )
-
-
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-# --- model -----------------------------------------------------------------------------------------------------------
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": begin, "eos_token": SPECIAL[1]}
+    config = {**names, "clean_up_tokenization_spaces": False, "model_max_length": 512, "chat_template": CHAT_TEMPLATE}
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def write_configs(folder: Path) -> None:
@@ -191,34 +144,14 @@ def write_configs(folder: Path) -> None:
     backend = json.loads((folder / "tokenizer.json").read_text())
     special = {token["content"]: token["id"] for token in backend["added_tokens"]}
     ids = {"bos_token_id": special[SPECIAL[0]], "eos_token_id": special[SPECIAL[1]]}
-    shape = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(backend["model"]["vocab"]) + len(backend["added_tokens"]),
-        "hidden_size": 128,
-        "intermediate_size": 320,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 512,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "torch_dtype": "float32",
-    }
+    vocabulary = len(backend["model"]["vocab"]) + len(backend["added_tokens"])
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary}
+    shape |= {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32, "hidden_act": "silu"}
+    shape |= {"max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "attention_bias": False}
+    shape |= {"mlp_bias": False, "tie_word_embeddings": True, "torch_dtype": "float32"}
     write_json(folder / "config.json", {**shape, **ids})
     write_json(folder / "generation_config.json", ids)
-
-
-def initialise(model: Model, generator: torch.Generator) -> None:
-    """Every matrix from a normal distribution of standard deviation 1/sqrt(fan-in); norms stay 1."""
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5, generator=generator)
 
 
 def draw_batch(
@@ -262,31 +195,6 @@ def train(model: Model, tokenizer: Tokenizer, held_out: set[str], batches: int, 
             print(f"batch {step}/{batches}  loss {loss.item():.4f}  {time.monotonic() - began:.0f} s", flush=True)
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
-def measure(model: Model, tokenizer: Tokenizer, splits: dict[str, list[Question]]) -> dict[str, object]:
-    """What the README says of the base model: shares of right answers, and of valid rationales among the right ones."""
-    generator = Generator(model, tokenizer)
-    measured: dict[str, object] = {}
-    for hint in (None, *prompts.HINTS):
-        for temperature, split in ((0.0, "test"), (1.0, "train")):
-            questions = splits[split]
-            asked = [tokenizer.chat(prompts.messages(question, hint)) for question in questions]
-            draws = generator.generate(asked, SamplingParams(temperature=temperature, max_new_tokens=64))
-            texts = [draw[0].text for draw in draws]
-            pairs = list(zip(texts, questions, strict=True))
-            right = [(text, question) for text, question in pairs if verdict.strict(text, question) == question.gold]
-            measured[f"{hint or 'plain'}, {split}, temperature {temperature:g}"] = {
-                "right": round(len(right) / len(pairs), 3),
-                "valid_of_right": round(sum(valid_steps(*pair) for pair in right) / max(1, len(right)), 3),
-                "unparsed": round(sum(verdict.strict(*pair) is None for pair in pairs) / len(pairs), 3),
-                "longest_prompt": max(map(len, asked)),
-                "longest_response": max(len(draw[0].token_ids) for draw in draws),
-            }
-    return measured
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the toy's questions and model (about five minutes).")
     parser.add_argument("--batches", type=int, default=BATCHES)
@@ -295,23 +203,21 @@ def main() -> None:
     torch.set_num_threads(2)
     folder = arguments.out / "model"
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"making the toy in {arguments.out}: about five minutes on two idle CPU cores")
     splits = make_questions(random.Random(SEED))
     for split, questions in splits.items():
         rows = "".join(json.dumps(as_row(question)) + "\n" for question in questions)
         (arguments.out / f"{split}.jsonl").write_text(rows)
-        assert read_questions(arguments.out / f"{split}.jsonl") == questions
     write_tokenizer(folder)
     write_configs(folder)
     tokenizer = Tokenizer.from_folder(folder)
     model = Model(ModelConfig.from_dict(json.loads((folder / "config.json").read_text())))
-    initialise(model, torch.Generator().manual_seed(SEED))
+    generator = torch.Generator().manual_seed(SEED)
+    for matrix in (parameter for parameter in model.parameters() if parameter.dim() == 2):  # norms stay 1
+        torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5, generator=generator)
     held_out = {question.text for questions in splits.values() for question in questions}
     train(model, tokenizer, held_out, arguments.batches, random.Random(SEED + 1))
     weights.save(model, tokenizer, folder)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.vocab_size}")
-    for name, numbers in measure(model, tokenizer, splits).items():
-        print(f"{name}: {numbers}")
 
 
 if __name__ == "__main__":
