@@ -40,9 +40,10 @@ from record import ceilings, facts
 from resources import SHAPES, Shape
 from rich.console import Console
 
+from minem.config import SamplerSection
 from minem.data.tasks import Question
 from minem.device import release_cached_memory
-from minem.em.estep import EStep, blocks
+from minem.em.estep import EStep
 from minem.em.samplers import make_sampler
 from minem.generation.generator import Generator
 from minem.generation.kv_cache import cache_bytes
@@ -238,15 +239,15 @@ def e_step(generator: Generator, count: int, length: Callable[[random.Random], i
     forced = Forced(generator, length)
     step = EStep(
         sampler=make_sampler("rsm", BUDGET, "first"),
-        budget=BUDGET,
+        section=SamplerSection(budget=BUDGET, max_new_tokens=1024),
         generators={"plain": forced, "hinted": forced},
         verdict=lambda text, question: "A" if random.Random(text).random() < ACCEPTANCE else "B",
-        params=SamplingParams(max_new_tokens=1024),
-        hint="forward",
         seed=0,
-        iteration=1,
     )
-    return sum(step.run(block)[1].tokens for block in blocks(questions, generator.slots)), forced
+    step.begin(2)  # only the first iteration of a run is compared with the trainer
+    parts = step.blocks(count)
+    blocks = [questions[count * i // parts : count * (i + 1) // parts] for i in range(parts)]
+    return sum(int(step.run(block)[1]["tokens"]) for block in blocks), forced
 
 
 def whole_e_step(bench: Bench, on: Setting) -> Row:
