@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from minem.config import RunSection
 from minem.data.tasks import Question, Task
@@ -108,7 +107,7 @@ class Experiment:
         if self.diagnosis.questions:
             self.run.do(iteration, "diagnostics", look, self.diagnosis.total)
 
-    def evaluate(self, iteration: int, split: str, questions: Sequence[Question], known: Sequence[Any] = ()) -> None:
+    def evaluate(self, iteration: int, split: str, questions: Sequence[Question], known: Sequence[dict] = ()) -> None:
         """Greedy accuracy of the model after `iteration` (0: the base model), and its accuracy at temperature 1."""
 
         def measure(stage: Stage) -> None:
