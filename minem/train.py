@@ -189,7 +189,9 @@ def train(config: Config, session: Session | None = None) -> dict[str, Any]:
 
 def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
     """Make room for all that the run will draw, and print how much that is."""
-    progress.note(f"cache   {experiment.estep.generators['plain'].reserve(*longest_prompt(config, experiment))}")
+    longest = longest_prompt(config, experiment)
+    for generator in dict.fromkeys(experiment.estep.generators.values()):
+        progress.note(f"cache   {generator.reserve(*longest)}")
 
 
 def conclude(run: Run) -> None:
