@@ -67,44 +67,31 @@ def decode_attention(
             f"the query heads ({q.shape[1]}) must be a multiple of the key heads, the same in both segments "
             f"({prefix_k.shape[1]} and {suffix_k.shape[1]})"
         )
-    if pick(backend, q) == "triton":
-        cache = (prefix_k, prefix_v, suffix_k, suffix_v)
-        lengths, members, rows = (prefix_lengths, suffix_lengths), (siblings, sibling_index), (prefix_rows, suffix_rows)
-        return _decode_attention_triton(q, cache, lengths, members, rows)
-    if prefix_rows is not None:
-        prefix_k, prefix_v, prefix_lengths = (x[prefix_rows] for x in (prefix_k, prefix_v, prefix_lengths))
-    if suffix_rows is not None:
-        suffix_k, suffix_v = suffix_k[suffix_rows], suffix_v[suffix_rows]
-    return _decode_attention_eager(
-        q, prefix_k, prefix_v, prefix_lengths, siblings, sibling_index, suffix_k, suffix_v, suffix_lengths
-    )
+    attend = _decode_attention_triton if pick(backend, q) == "triton" else _decode_attention_eager
+    cache, lengths = (prefix_k, prefix_v, suffix_k, suffix_v), (prefix_lengths, suffix_lengths)
+    return attend(q, cache, lengths, (siblings, sibling_index), (prefix_rows, suffix_rows))
 
 
 def _decode_attention_eager(
     q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_lengths: Tensor,
-    siblings: Tensor,
-    sibling_index: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: Tensor,
+    cache: tuple[Tensor, Tensor, Tensor, Tensor],
+    lengths: tuple[Tensor, Tensor],
+    members: tuple[Tensor, Tensor],
+    rows: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    sequences, heads, channels = q.shape
-    kv_heads = prefix_k.shape[1]
-    n = siblings.shape[1]
-    grouped = (q.to(torch.promote_types(q.dtype, torch.float32)) * channels**-0.5).view(
-        sequences, kv_heads, -1, channels
-    )  # [S, K, G, C]
+    siblings, sibling_index = members
+    of_prefix, of_suffix = (slice(None) if x is None else x for x in rows)
+    prefix_k, prefix_v, prefix_lengths = cache[0][of_prefix], cache[1][of_prefix], lengths[0][of_prefix]
+    grouped = q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[2] ** -0.5
+    grouped = grouped.unflatten(1, (prefix_k.shape[1], -1))  # [S, K, G, C]
     shared = grouped[siblings].transpose(1, 2).flatten(2, 3)  # [T, K, nG, C]
     prefix, prefix_mass = (
-        x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
+        x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
         for x in _segment(shared, prefix_k, prefix_v, prefix_lengths)
     )
-    own, own_mass = _segment(grouped, suffix_k, suffix_v, suffix_lengths[:sequences])
+    own, own_mass = _segment(grouped, cache[2][of_suffix], cache[3][of_suffix], lengths[1][: len(q)])
     share = torch.sigmoid(prefix_mass - own_mass)  # of the prefix in the sum of both
-    return torch.lerp(own, prefix, share).to(q.dtype).view(sequences, heads, channels)
+    return torch.lerp(own, prefix, share).to(q.dtype).view(q.shape)
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,10 +118,9 @@ def _decode_attention_triton(
     The split size is fixed, so that a sequence's sums are the same in any batch. members: siblings, sibling_index.
     """
     prefix_k, prefix_v, suffix_k, suffix_v = cache
-    if any(x.stride(3) != 1 for x in cache) or prefix_k.stride() != prefix_v.stride():
+    same = prefix_k.stride() == prefix_v.stride() and suffix_k.stride() == suffix_v.stride()
+    if any(x.stride(3) != 1 for x in cache) or not same:
         raise ValueError("the channels of the cache must lie side by side, keys and values with the same strides")
-    if suffix_k.stride() != suffix_v.stride():
-        raise ValueError("the suffix's keys and values must have the same strides")
     prefix_lengths, suffix_lengths = (x.contiguous() for x in lengths)
     siblings, sibling_index = (x.contiguous() for x in members)
     tables = [siblings if x is None else x.contiguous() for x in rows]  # not read where None

@@ -76,8 +76,7 @@ def linear_cross_entropy(
     needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
     # The inputs alone say which dtype is used, not autocast (which meta tensors, that only compile, do not know).
     with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
-        result = _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_rows, needs, pick(backend, hidden))
-    return result[0], result[1], result[2]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_rows, needs, pick(backend, hidden))
 
 
 def _check(

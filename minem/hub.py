@@ -32,8 +32,7 @@ def cache_only() -> Iterator[None]:
 def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str], revision: str | None = None) -> Path:
     """The local folder with the files of a repository that match `patterns`; what is not in the cache is downloaded.
 
-    Raises:
-        UserError: the repository is missing, gated or unreachable; the sentence gives the remedy.
+    Raises UserError with the remedy if the repository is missing, gated or unreachable.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -98,12 +98,12 @@ class Generator:
             UserError: a prompt is empty, or does not fit max_length together with max_new_tokens. Nothing is drawn.
         """
         requests = self._requests(prompts, params or SamplingParams())
-        own = {request for group in requests for request in group}
         for request in (request for group in requests for request in group):
             self.submit(request)
         done = {completion.request: completion for completion in self}
-        self._finished = [completion for request, completion in done.items() if request not in own]
-        return [[done[request] for request in group] for group in requests]
+        drawn = [[done.pop(request) for request in group] for group in requests]
+        self._finished = list(done.values())  # of requests that were submitted before
+        return drawn
 
     def _requests(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[list[Request]]:
         """The requests for each prompt, once all prompts are known to be valid."""
@@ -124,8 +124,7 @@ class Generator:
     def submit(self, request: Request, first: bool = False) -> None:
         """Queue one draw, ahead of all waiting ones if `first`. Its completion comes out of `step` or iteration.
 
-        Raises:
-            UserError: the prompt is empty, or does not fit max_length together with max_new_tokens.
+        Raises UserError as `generate`.
         """
         self._check(request)
         prefix, suffix = self._room
@@ -159,10 +158,8 @@ class Generator:
 
         Any exception drops all requests in flight or waiting; the generator is then empty and may be used again.
 
-        Raises:
-            Interrupted: memory ran out.
-            GuardError: the model's logits are not finite.
-            UserError: not even one sequence fits into memory.
+        Raises Interrupted if memory runs out, GuardError if the model's logits are not finite, and UserError if not
+        even one sequence fits into memory.
         """
         try:
             self._advance()
@@ -180,26 +177,20 @@ class Generator:
     def reserve(self, prompt: int, new: int) -> str:
         """Make room now for prompts of `prompt` tokens with `new` drawn ones. Returns the plan in words.
 
-        Raises:
-            UserError: not even one such sequence fits into memory.
+        Raises UserError if not even one such sequence fits into memory.
         """
         self._room = max(self._room[0], prompt - 1), max(self._room[1], new)
-        cache = self._make_room().cache
-        free = free_memory(self.model.device)
-        return (
-            f"{self.slots} slots of {cache.prefix} + {cache.suffix} positions, "
-            f"{cache.bytes / 1e9:.2f} GB of cache, {free / 1e9:.1f} GB free beside it"
-        )
+        cache, free = self._make_room().cache, free_memory(self.model.device)
+        memory = f"{cache.bytes / 1e9:.2f} GB of cache, {free / 1e9:.1f} GB free beside it"
+        return f"{self.slots} slots of {cache.prefix} + {cache.suffix} positions, {memory}"
 
-    def release(self) -> int:
-        """Free the cache and the graphs, and return the bytes of the cache; the next request makes them again."""
+    def release(self) -> None:
+        """Free the cache and the graphs; the next request makes them again."""
         assert not self._active, "draws are in flight"
-        size = self._engine.cache.bytes if self._engine is not None else 0
         self._engine = None
         self._rows.clear()
         self._started.clear()
         release_cached_memory(self.model.device)
-        return size
 
     def _make_room(self) -> Engine:
         """The engine, made again if it lacks room for a request, and with fewer slots if memory is short."""
@@ -230,9 +221,8 @@ class Generator:
         if not length:
             raise UserError("a prompt is empty; it needs at least one token")
         if length + new > self.max_length:
-            raise UserError(
-                f"a prompt of {length} tokens and max_new_tokens = {new} do not fit max_length = {self.max_length}"
-            )
+            limit = f"max_length = {self.max_length}"
+            raise UserError(f"a prompt of {length} tokens and max_new_tokens = {new} do not fit {limit}")
         vocabulary = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise UserError(f"a prompt holds a token id outside the model's vocabulary of {vocabulary}")
@@ -257,13 +247,10 @@ class Generator:
 
     def _retire(self) -> None:
         """Turn finished sequences into completions."""
-        done = [sequence for sequence in self._active if sequence.finish_reason is not None]
-        if done:
-            self._active = [sequence for sequence in self._active if sequence.finish_reason is None]
-            self._finished += map(self._complete, done)
+        self._finished += [self._complete(s) for s in self._active if s.finish_reason is not None]
+        self._active = [s for s in self._active if s.finish_reason is None]
 
-    def _complete(self, sequence: _Sequence) -> Completion:
-        s = sequence
+    def _complete(self, s: _Sequence) -> Completion:
         assert s.finish_reason is not None
         text = self.tokenizer.decode(s.token_ids) if s.stop_text is None else s.stop_text
         return Completion(s.token_ids, text, s.logprobs, s.finish_reason, s.proposal_logprobs, s.request)
@@ -295,10 +282,10 @@ class Generator:
         return new
 
     def _start(self, engine: Engine) -> Step:
-        longest_prompt = max(len(sequence.request.prompt_ids) for sequence in self._active)
-        longest_suffix = max(len(sequence.token_ids) for sequence in self._active) + 1 + len(self._started)
-        slots, rows = [sequence.slot for sequence in self._active], [sequence.row for sequence in self._active]
-        return engine.start(slots, rows, longest_prompt, longest_suffix)
+        slots, rows = [s.slot for s in self._active], [s.row for s in self._active]
+        longest_prefix = max(len(s.request.prompt_ids) for s in self._active)
+        longest_suffix = max(len(s.token_ids) for s in self._active) + 1 + len(self._started)
+        return engine.start(slots, rows, longest_prefix, longest_suffix)
 
     def _read(self, sequences: Sequence[_Sequence], step: Step) -> None:
         """Append what a step drew, except for sequences that had finished before it was known."""

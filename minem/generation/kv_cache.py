@@ -51,22 +51,18 @@ class KVCache:
         self, config: ModelConfig, slots: int, prefix: int, suffix: int, device: torch.device, dtype: torch.dtype
     ):
         """prefix, suffix: the least positions of a row and of a slot; both are rounded up to whole blocks."""
+        self.device = device
         self.padding_slot = slots  # one row and one slot more: padding is written there and never read
         self.prefix, self.suffix = _whole_blocks(prefix), _whole_blocks(suffix)
+        self.bytes = cache_bytes(config, dtype, slots, prefix, suffix)
         # Siblings whose queries fill a tile of the attention kernel.
         self.group_width = max(1, ROWS * config.num_key_value_heads // config.num_attention_heads)
-        sizes = [
-            (config.num_hidden_layers, slots + 1, config.num_key_value_heads, positions, config.head_dim)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = (
+            _zeros((layers, slots + 1, heads, positions, config.head_dim), device, dtype)
             for positions in (self.prefix, self.prefix, self.suffix, self.suffix)
-        ]
-        tensors = [_zeros(size, device, dtype) for size in sizes]
-        self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = tensors
-        self.bytes = sum(x.nbytes for x in tensors)
+        )
         self.prefix_lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.prefix_k.device
 
     def holds(self, prefix: int, suffix: int) -> bool:
         """Whether prompts and suffixes of these lengths fit."""
@@ -90,16 +86,14 @@ def _whole_blocks(positions: int) -> int:
 class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
-    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int]):
-        """rows[i] is the row of the i-th packed prompt; packed sequences beyond the listed rows are padding."""
-        device = cache.device
-        self.cache = cache
-        targets = [*rows, *[cache.padding_slot] * (len(lengths) - len(rows))]
-        sizes = torch.tensor(lengths)
-        self.rows = upload(torch.tensor(targets).repeat_interleave(sizes), device)
+    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int]):
+        """rows: one for each prompt. lengths: of each prompt, then of the padding; 0 is allowed."""
+        self.cache, device = cache, cache.device
+        targets = torch.tensor([*rows, cache.padding_slot])
+        self.rows = upload(targets.repeat_interleave(torch.tensor(lengths)), device)
         self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
-        self.packed = PackedAttention([n for n in lengths if n], device)  # a prompt of one token has no prefix
-        cache.prefix_lengths[upload(list(rows), device)] = upload(list(lengths[: len(rows)]), device)
+        self.packed = PackedAttention([n for n in lengths if n], device)
+        cache.prefix_lengths[upload(rows, device)] = upload(lengths[:-1], device)
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
@@ -190,11 +184,7 @@ class Decode:
     """Attention of one new token for each sequence of `groups` over its prompt's prefix and its own suffix."""
 
     def __init__(self, cache: KVCache, groups: Groups, drawn: Tensor, longest_prefix: int, longest_suffix: int):
-        """
-        Args:
-            drawn: int64 [B], the suffix positions that each sequence held before this step.
-            longest_prefix, longest_suffix: no sequence reads positions beyond these.
-        """
+        """drawn: int64 [B], the suffix positions that each sequence held before. None reads beyond the longest ones."""
         self.cache, self.groups, self.drawn = cache, groups, drawn
         self.attended = len(groups.sibling_index)
         self.suffix_lengths = drawn[: self.attended] + 1

@@ -55,13 +55,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Read a Hugging Face config.json.
+        """Read a parsed config.json; `source` is its path, for messages.
 
-        Args:
-            raw: the parsed file.
-            source: its path, for messages.
-        Raises:
-            UserError: a field is missing, has the wrong type, or asks for something that this decoder does not support.
+        UserError names a field that is missing, has the wrong type, or asks for what this decoder does not support.
         """
         _refuse_unsupported(raw, source)
         kind, bias = raw["model_type"], bool(raw.get("attention_bias", False))

@@ -27,16 +27,10 @@ from torch import Tensor, nn
 
 from minem.errors import UserError
 from minem.model.decoder import Model
+from minem.model.sizes import read_targets
 from minem.model.weights import PARTS, checkpoint_views, read_weights
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def read_targets(text: str) -> list[str]:
-    """The projections that `mstep.lora_targets` names: names with commas, or "all"."""
-    names = [name.strip() for name in text.split(",")]
-    return list(TARGETS) if "all" in names else names
 
 
 class Adapter(nn.Module):
@@ -74,8 +68,7 @@ class LoRA:
         targets: as for `read_targets`.
         seed: of the random A, the same in every process.
         base: the folder of the model's current weights, from which each merge starts.
-    Raises:
-        UserError: the rank is above the model's width.
+    Raises UserError if the rank is above the model's width.
     """
 
     def __init__(self, model: Model, rank: int, alpha: float, targets: str, seed: int, base: Path):
@@ -119,10 +112,9 @@ class LoRA:
         Each adapter runs inside its own block's forward, so that blocks can be sharded or recomputed.
         """
         self._unmerge()
-        hooks = []
         for linear, adapter in self.adapters.items():
             linear.add_module("lora", adapter)
-            hooks.append(linear.register_forward_hook(_add_low_rank))
+        hooks = [linear.register_forward_hook(_add_low_rank) for linear in self.adapters]
         try:
             yield
         finally:
@@ -158,7 +150,7 @@ class LoRA:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
-            "target_modules": sorted(set(self.targets)),
+            "target_modules": self.targets,
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
