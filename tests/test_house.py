@@ -38,7 +38,7 @@ def python(code: str, *, path: Path, cwd: Path | None = None) -> str:
 @pytest.mark.parametrize(
     "body",
     [
-        "import minem, minem.kernels",
+        "import minem",
         "from click.testing import CliRunner\nfrom minem.cli import main\n"
         "result = CliRunner().invoke(main, ['--help'])\nassert result.exit_code == 0, result.output\n"
         "assert 'train' in result.output",

@@ -54,7 +54,8 @@ class Checkpoints:
             for step in reversed(self._steps()):
                 if not directory.damaged(self._name(step)):
                     return step
-                directory.undo(self._name(step))
+                for undone in directory.undo(self._name(step)):
+                    del self.run.results[undone]
         return 0
 
     def after_step(self, row: dict[str, Any]) -> None:
