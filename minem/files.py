@@ -3,8 +3,6 @@
 python -c "from pathlib import Path; from minem.files import manifest; print(manifest(Path('README.md'), 'README.md'))"
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

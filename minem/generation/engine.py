@@ -5,13 +5,11 @@
     engine.admit([slot], [request])               # the slot starts from that last token
     engine.start([slot], [row], 256, 1).read()    # one token for each slot; each further start draws the next one
 
-A step feeds itself: it reads and updates tokens, positions and what has ended in tables on the device, so the host may
-start the next step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch
-sizes, captured on first use; weights, cache and tables keep their places in memory, so a graph stays valid when the
-model is trained in place. On the CPU the same function runs eagerly.
+A step reads and updates tokens, positions and what has ended in tables on the device, so the host may start the next
+step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch sizes, captured on
+first use; weights, cache and tables keep their places in memory, so a graph stays valid when the model is trained in
+place. On the CPU the same function runs eagerly.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ by its tokens (`minem.kernels.sample`). Scheduling depends on tokens only, never
 the same schedule. The device side is minem/generation/engine.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -50,10 +48,9 @@ class _Sequence:
 class Generator:
     """Draws completions from a model, whose weights it uses in place: train them, and the next draws are from the new.
 
-    Args:
-        slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. Fewer are taken, and
-            `on_note` is called with a sentence, if the cache for them does not fit into free memory.
-        max_length: the longest prompt plus completion in tokens; the model's number of positions by default.
+    slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. Fewer are taken, and `on_note`
+    is called with a sentence, if the cache for them does not fit into free memory.
+    max_length: the longest prompt plus completion in tokens; the model's number of positions by default.
     """
 
     def __init__(
@@ -87,15 +84,12 @@ class Generator:
     def generate(
         self, prompts: Sequence[str] | Sequence[list[int]], params: SamplingParams | None = None
     ) -> list[list[Completion]]:
-        """Draw `params.n` completions for each prompt.
+        """Draw `params.n` completions for each prompt, in order.
 
-        Args:
-            prompts: token ids, used as given, or texts, encoded with exactly one BOS if the tokenizer has one.
-        Returns:
-            for each prompt its n completions, in order. They depend on the seed and the prompt alone, not on its
-            place in the list; a prompt that is listed twice gets further draws, not the same ones again.
-        Raises:
-            UserError: a prompt is empty, or does not fit max_length together with max_new_tokens. Nothing is drawn.
+        prompts: token ids, used as given, or texts, encoded with exactly one BOS if the tokenizer has one.
+        The draws depend on the seed and the prompt alone, not on its place in the list; a prompt that is listed twice
+        gets further draws, not the same ones again.
+        Raises UserError if a prompt is empty or does not fit max_length together with max_new_tokens; nothing is drawn.
         """
         requests = self._requests(prompts, params or SamplingParams())
         for request in (request for group in requests for request in group):
@@ -122,10 +116,7 @@ class Generator:
         return requests
 
     def submit(self, request: Request, first: bool = False) -> None:
-        """Queue one draw, ahead of all waiting ones if `first`. Its completion comes out of `step` or iteration.
-
-        Raises UserError as `generate`.
-        """
+        """Queue one draw, ahead of all waiting ones if `first`, or raise UserError as `generate`."""
         self._check(request)
         prefix, suffix = self._room
         self._room = max(prefix, len(request.prompt_ids) - 1), max(suffix, request.params.max_new_tokens)
@@ -175,10 +166,7 @@ class Generator:
         return finished
 
     def reserve(self, prompt: int, new: int) -> str:
-        """Make room now for prompts of `prompt` tokens with `new` drawn ones. Returns the plan in words.
-
-        Raises UserError if not even one such sequence fits into memory.
-        """
+        """Make room now for prompts of `prompt` tokens with `new` drawn ones, or raise UserError; the plan in words."""
         self._room = max(self._room[0], prompt - 1), max(self._room[1], new)
         cache, free = self._make_room().cache, free_memory(self.model.device)
         memory = f"{cache.bytes / 1e9:.2f} GB of cache, {free / 1e9:.1f} GB free beside it"
@@ -193,15 +181,10 @@ class Generator:
         release_cached_memory(self.model.device)
 
     def _make_room(self) -> Engine:
-        """The engine, made again if it lacks room for a request, and with fewer slots if memory is short."""
-        if self._engine is None or not self._engine.cache.holds(*self._room):
-            self.release()  # the old cache must be free before the new one is planned
-            self._plan_slots()
-            self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, *self._room)
-        return self._engine
-
-    def _plan_slots(self) -> None:
-        """Take as many slots as fit into free memory. UserError: not even one does."""
+        """The engine, made again if it lacks room for a request, with as many slots as fit into free memory."""
+        if self._engine is not None and self._engine.cache.holds(*self._room):
+            return self._engine
+        self.release()  # the old cache must be free before the new one is planned
         config, dtype, free = self.model.config, self.model.dtype, free_memory(self.model.device)
 
         def need(slots: int) -> str:
@@ -215,6 +198,8 @@ class Generator:
         if slots < self.slots:
             self.on_note(f"{need(self.slots)}: taking {slots} slot(s)")
             self.slots = slots
+        self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, *self._room)
+        return self._engine
 
     def _check(self, request: Request) -> None:
         length, new = len(request.prompt_ids), request.params.max_new_tokens
@@ -240,7 +225,10 @@ class Generator:
         assert engine is not None
         if engine.cache.holds(*self._room):  # else requests wait for the slots to empty: then the cache is made again
             self._admit(engine)
-        self._started.append((self._active, self._start(engine)))
+        slots, rows = [s.slot for s in self._active], [s.row for s in self._active]
+        longest_prefix = max(len(s.request.prompt_ids) for s in self._active)
+        longest_suffix = max(len(s.token_ids) for s in self._active) + 1 + len(self._started)
+        self._started.append((self._active, engine.start(slots, rows, longest_prefix, longest_suffix)))
         if len(self._started) > self._lag:
             self._read(*self._started.popleft())
         self._retire()
@@ -280,12 +268,6 @@ class Generator:
                 new[prompt] = self._rows[prompt] = next(free)
             sequence.row = self._rows[prompt]
         return new
-
-    def _start(self, engine: Engine) -> Step:
-        slots, rows = [s.slot for s in self._active], [s.row for s in self._active]
-        longest_prefix = max(len(s.request.prompt_ids) for s in self._active)
-        longest_suffix = max(len(s.token_ids) for s in self._active) + 1 + len(self._started)
-        return engine.start(slots, rows, longest_prefix, longest_suffix)
 
     def _read(self, sequences: Sequence[_Sequence], step: Step) -> None:
         """Append what a step drew, except for sequences that had finished before it was known."""

@@ -10,11 +10,10 @@ not prefilled, so that every drawn token, the first included, is sampled in one 
 `Groups` lists those of a decode step, in a fixed shape on a GPU (for CUDA graphs) and as plain slices on the CPU.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -116,7 +115,7 @@ class Groups:
     suffix_rows: Tensor | None  # int64 [S]; None: sequence s reads slot s
 
     @classmethod
-    def compact(cls, cache: KVCache, slots: Sequence[int], rows: Sequence[int]) -> Groups:
+    def compact(cls, cache: KVCache, slots: Sequence[int], rows: Sequence[int]) -> Self:
         """The smallest shapes, for the CPU: slices if the slots and rows in use are 0, 1, 2, ...
 
         slots, rows: for each sequence its slot and the row of its prompt.
@@ -126,7 +125,7 @@ class Groups:
         # A group for every row needs no gather of keys and values, unless one crowded prompt leaves most places empty.
         crowded = len(by_row) * width > 2 * len(rows) + MIN_ROWS
         groups = _split(by_row, 4) if crowded else list(enumerate(by_row))
-        siblings, places = _places(groups)
+        siblings, places = _places(groups, min(width, 4) if crowded else width)
         in_order = list(slots) == list(range(len(slots)))
         padding = [cache.padding_slot] * (MIN_ROWS - len(slots))
         return cls(
@@ -138,7 +137,7 @@ class Groups:
         )
 
     @classmethod
-    def fixed(cls, cache: KVCache, batch: int, slots: Sequence[int], rows: Sequence[int]) -> Groups:
+    def fixed(cls, cache: KVCache, batch: int, slots: Sequence[int], rows: Sequence[int]) -> Self:
         """Of one shape for any sequences: S = B = T = `batch`, in groups of `cache.group_width`, the rest padding."""
         width, device = cache.group_width, cache.device
         groups = _split(_by_row(rows), width)
@@ -154,7 +153,7 @@ class Groups:
             suffix_rows=padded_slots,
         )
 
-    def copy_(self, other: Groups) -> None:
+    def copy_(self, other: Self) -> None:
         """Copy another of the same shape into the same memory."""
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             mine.copy_(theirs)
@@ -173,9 +172,8 @@ def _split(by_row: Sequence[list[int]], width: int) -> list[tuple[int, list[int]
     return [(row, every[i : i + width]) for row, every in enumerate(by_row) for i in range(0, len(every), width)]
 
 
-def _places(groups: Sequence[tuple[int, list[int]]], width: int | None = None) -> tuple[list[list[int]], list[int]]:
+def _places(groups: Sequence[tuple[int, list[int]]], width: int) -> tuple[list[list[int]], list[int]]:
     """The groups filled up to one width, and each sequence's place in them, counted row by row."""
-    width = width or max(len(members) for _, members in groups)
     places = {s: t * width + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
     return [members + [0] * (width - len(members)) for _, members in groups], [places[s] for s in range(len(places))]
 
@@ -199,18 +197,11 @@ class Decode:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows of q beyond the attended ones come back as zeros."""
+        g = self.groups
+        prefix = self.prefix_k[layer], self.prefix_v[layer], self.prefix_lengths, g.siblings, g.sibling_index
+        suffix = self.suffix_k[layer], self.suffix_v[layer], self.suffix_lengths
         attended = decode_attention(
-            q[: self.attended],
-            self.prefix_k[layer],
-            self.prefix_v[layer],
-            self.prefix_lengths,
-            self.groups.siblings,
-            self.groups.sibling_index,
-            self.suffix_k[layer],
-            self.suffix_v[layer],
-            self.suffix_lengths,
-            prefix_rows=self.groups.prefix_rows,
-            suffix_rows=self.groups.suffix_rows,
+            q[: self.attended], *prefix, *suffix, prefix_rows=g.prefix_rows, suffix_rows=g.suffix_rows
         )
         padding = len(q) - self.attended
         return torch.cat((attended, q.new_zeros(padding, *q.shape[1:]))) if padding else attended

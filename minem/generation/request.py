@@ -3,8 +3,6 @@
 minem generate --prompt "..."
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal

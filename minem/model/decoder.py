@@ -10,8 +10,6 @@ decoding. The rest of the network is written once for all three.
 Shape suffixes: N packed tokens, D width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
@@ -40,7 +38,7 @@ class Attend(Protocol):
 
 
 class Model(nn.Module):
-    """A decoder-only language model. Its merged projections are the parameters; weights.py maps them to the files.
+    """A decoder-only language model with merged projections, which weights.py maps to the files.
 
     `checkpointed`: the number of layers, from the first, that recompute their activations in the backward pass (Chen et
     al. 2016, arXiv 1604.06174). Each keeps two [N, D] tensors instead, and training takes up to a third longer.
@@ -89,7 +87,7 @@ class Model(nn.Module):
         targets: Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Any:
-        """Logits of a rectangle of tokens, or the loss of packed sequences.
+        """Logits of tokens, or their loss if `rows` and `targets` are given.
 
         Args:
             input_ids: int64 [B, T], or packed [N] when `lengths` is given.
@@ -99,21 +97,16 @@ class Model(nn.Module):
             targets: int64 [R], the supervised tokens.
             token_weights: [R], one for each target; None: all 1.
         Returns:
-            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) with
+            logits [B, T, V] or [N, V], or (loss, token_logprobs [R], token_entropy [R]) with
             loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
         """
         if lengths is None:
-            batch, steps = input_ids.shape
-            hidden = self._packed_hidden(input_ids.flatten(), [steps] * batch)
-            return self.head(hidden).unflatten(0, (batch, steps))
-        hidden = self._packed_hidden(input_ids, lengths)
-        if rows is None or targets is None:
-            raise ValueError("packed sequences need rows and targets: which positions predict which tokens")
-        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
-
-    def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+            lengths = [input_ids.shape[1]] * input_ids.shape[0]
         positions = upload(torch.cat([torch.arange(n) for n in lengths]), input_ids.device)
-        return self.hidden(input_ids, positions, PackedAttention(lengths, input_ids.device))
+        hidden = self.hidden(input_ids.flatten(), positions, PackedAttention(lengths, input_ids.device))
+        if rows is None or targets is None:
+            return self.head(hidden).unflatten(0, input_ids.shape)
+        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
 
 class Layer(nn.Module):
@@ -148,16 +141,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = rotary(
-            self.qkv(x).unflatten(-1, (-1, self.channels)),  # [N, H + 2K, C]
-            cos,
-            sin,
-            self.heads,
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
-            k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=self.eps,
-            cache=attend.cache_write(self.layer),
-        )
+        qkv = self.qkv(x).unflatten(-1, (-1, self.channels))  # [N, H + 2K, C]
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        cache = attend.cache_write(self.layer)
+        q, k, v = rotary(qkv, cos, sin, self.heads, q_norm=q_norm, k_norm=k_norm, eps=self.eps, cache=cache)
         return self.o(attend(self.layer, q, k, v).flatten(1))
 
 

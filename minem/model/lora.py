@@ -4,15 +4,12 @@
 
 A linear layer W becomes W + scale * B A with scale = alpha / rank, A [rank, in] random and B [out, rank] zero, so that
 training starts at W itself (Hu et al. 2021, arXiv 2106.09685). Only A and B have gradients, float32 masters and AdamW's
-state. A merged layer holds several projections of Hugging Face's (`minem.model.weights.PARTS`), each with its own A and
-B for its rows.
+state. A merged layer has an A and a B for each of its projections (`minem.model.weights.PARTS`).
 
-There is one set of weights. It holds the base model's while A and B train, and W + scale * B A at all other times: the
-model that samples, is evaluated and is saved is an ordinary one. Rounding does not accumulate over iterations, because
-each merge starts from the base weights, read again from their file.
+The one set of weights holds W while A and B train, and W + scale * B A at all other times: the model that samples, is
+evaluated and is saved is an ordinary one. Rounding does not accumulate over iterations, because each merge starts from
+the base weights, read again from their file.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -36,10 +33,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class Adapter(nn.Module):
     """The low-rank terms of one linear layer, in the module tree only during training.
 
-    Args:
-        rows: output features of each projection of the layer, by its Hugging Face name, in the order of its rows.
-        targets: the projections to train, by the last part of their names.
-        width: input features of the layer.
+    rows: output features of each projection of the layer, by its Hugging Face name, in the order of its rows.
+    targets: the projections to train, by the last part of their names. width: input features of the layer.
     """
 
     def __init__(self, rows: Mapping[str, int], targets: list[str], width: int, rank: int, scale: float):
@@ -64,10 +59,8 @@ class Adapter(nn.Module):
 class LoRA:
     """The adapters of a model; its own parameters stay frozen.
 
-    Args:
-        targets: as for `read_targets`.
-        seed: of the random A, the same in every process.
-        base: the folder of the model's current weights, from which each merge starts.
+    targets: as for `read_targets`. seed: of the random A, the same in every process.
+    base: the folder of the model's current weights, from which each merge starts.
     Raises UserError if the rank is above the model's width.
     """
 
@@ -75,8 +68,7 @@ class LoRA:
         if rank > model.config.hidden_size:
             raise UserError(f"mstep.lora_rank is {rank}; the model's width of {model.config.hidden_size} is the most")
         self.model, self.rank, self.alpha, self.seed, self.base = model, rank, alpha, seed, base
-        self.scale = alpha / rank
-        self.targets = read_targets(targets)
+        self.scale, self.targets = alpha / rank, read_targets(targets)
         self.adapters: dict[nn.Linear, Adapter] = {}
         model.requires_grad_(False)
         views = checkpoint_views(model)

@@ -3,8 +3,6 @@
 minem train --dry-run
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +36,8 @@ def parameters(config: ModelConfig) -> Parameters:
     block += config.qkv_bias * merged + config.o_bias * width + config.mlp_bias * (2 * inner + width)
     block += config.qk_norm * 2 * channels
     vocabulary = config.vocab_size * width
-    return Parameters(
-        embeddings=vocabulary,
-        body=config.num_hidden_layers * block + width,
-        head=0 if config.tie_word_embeddings else vocabulary,
-    )
+    head = 0 if config.tie_word_embeddings else vocabulary
+    return Parameters(embeddings=vocabulary, body=config.num_hidden_layers * block + width, head=head)
 
 
 def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:

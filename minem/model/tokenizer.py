@@ -6,8 +6,6 @@
 tokens, chat template, ids that end a text) are read as transformers 5 reads them; comments give its rules.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -43,7 +41,7 @@ class Tokenizer:
     eos_ids: frozenset[int]  # any of these ends a text; empty if the folder names none
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(cls, path: str | Path) -> Self:
         """Read tokenizer.json and the small files around it, if present. UserError names what is wrong with them."""
         folder = Path(path)
         for name in FILES:  # `save` copies all of them, hours later: refuse links out of the folder now
@@ -183,8 +181,8 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], f
             raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {special[name]!r} is not in tokenizer.json")
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     texts = [text for text in special.values() if backend.token_to_id(text) is not None]
-    new = {text: tokenizers.AddedToken(text, special=True, normalized=False) for text in texts}
-    backend.add_special_tokens([known.get(text, new[text]) for text in texts])
+    new = [known.get(text, tokenizers.AddedToken(text, special=True, normalized=False)) for text in texts]
+    backend.add_special_tokens(new)
     return special
 
 

@@ -7,8 +7,6 @@ Queries, keys and values are one merged parameter in the model and three tensors
 copies from the memory-mapped file into the parameters, so there is never a second copy of the weights in memory.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -58,11 +56,9 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """Load a model and its tokenizer, ready for evaluation and for training.
 
-    Args:
-        folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
-        device: "meta" checks the folder and copies no weights.
-        dtype: the weights are converted to it.
-        revision: branch, tag or commit on the hub.
+    folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
+    device: "meta" checks the folder and copies no weights. dtype: the weights are converted to it.
+    revision: branch, tag or commit on the hub.
     Raises UserError for a broken or missing file, and for tensors that do not fit the config.
     """
     folder = resolve(folder_or_hub_id, revision)
@@ -167,10 +163,7 @@ def checkpoint_views(model: Model) -> dict[str, Tensor]:
 
 
 def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: "toy", a folder, or a hub id, which is downloaded unless it is in the cache.
-
-    Raises UserError with the remedy if it is none of these.
-    """
+    """The local folder of a model: "toy", a folder, or a hub id, downloaded if needed. UserError gives the remedy."""
     name = str(folder_or_hub_id)
     if not name.strip():
         raise UserError("model is empty; give a folder, a hub id, or toy")
