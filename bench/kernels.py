@@ -25,11 +25,11 @@ import rich.table
 import torch
 import torch.nn.functional as F
 from record import ceilings, facts, medians
+from resources import SHAPES, Shape
 from rich.console import Console
 from torch import Tensor
 
 from minem.kernels import decode_attention, linear_cross_entropy, rms_norm, rotary, sample, swiglu
-from minem.kernels.resources import SHAPES, Shape
 
 TINY = Shape("tiny", 256, 8, 2, 32, 704, 16_384)  # for the CPU
 

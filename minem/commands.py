@@ -52,6 +52,11 @@ class Commands(click.Group):
         except MinemError as error:
             click.echo(f"minem: {error}", err=True)
             ctx.exit(error.exit_code)
+        except ModuleNotFoundError as error:
+            if (error.name or "minem").startswith("minem"):
+                raise
+            click.echo(f"minem: the package {error.name} is not installed here: pip install {error.name}", err=True)
+            ctx.exit(2)
         except KeyboardInterrupt:
             resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
             advice = "; give the same command again to resume" if resumable else ""

@@ -27,6 +27,7 @@ from minem.text import visible
 Few = Annotated[int, Field(ge=1, le=1_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Rows = Annotated[int, Field(ge=1, le=10_000_000)]
+Slots = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -113,9 +114,7 @@ class RunSection(Section):
     keep: Literal["last", "all"] = "last"  # model folders that stay on disk
     checkpoint_minutes: Size = 15.0  # between two checkpoints inside an M-step
     deterministic: bool = False  # on a GPU, bit-for-bit repeatable at some cost; a CPU always is
-    slots: Annotated[int, Field(ge=1, le=65_536)] | None = (
-        None  # sequences decoded at once; by default 96, on a GPU 256
-    )
+    slots: Slots | None = None  # sequences decoded at once; by default 96, on a GPU 256
 
 
 class Config(Section):
@@ -231,7 +230,7 @@ def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[st
         except (ValueError, RecursionError):
             parsed = {}
         value = parsed["value"] if parsed.keys() == {"value"} else text
-        # Texts need no quotes, whatever they look like: --set model.id=7
+        # Texts need no quotes, even if they look like numbers: --set model.id=7
         given[key] = (text if _is_text(key) and not isinstance(value, str) else value, "--set")
     return given
 
@@ -281,7 +280,8 @@ def _wanted(error: Any, key: str) -> str:
     """What a value must be, from pydantic's complaint about it."""
     if error["type"] == "literal_error":
         names = re.findall(r"'(\w+)'", error["ctx"]["expected"])
-        return one_of(error["input"], names, "or module:Class" if key == "sampler.name" else "")
+        found = error["input"] if isinstance(error["input"], str) else ""  # no name is near to a number
+        return one_of(found, names, "or module:Class" if key == "sampler.name" else "")
     return PATTERNS.get(key, TEXT) if _is_text(key) else error["msg"].removeprefix("Input should be ")
 
 

@@ -53,7 +53,7 @@ LAST_STAGE = "report"  # of a whole run
 
 @dataclass
 class Session:
-    """How a run is done, beside its config: what it prints, with whom it works, what its record says of its start."""
+    """What a run needs beside its config."""
 
     progress: Progress = field(default_factory=Progress)
     ranks: Ranks = ALONE
@@ -65,7 +65,7 @@ class Session:
 
 
 def build(config: Config, session: Session | None = None, weights: bool = True) -> Experiment:
-    """The experiment of a config; whatever is wrong with its input is found here, before any file is written.
+    """The experiment of a config. Wrong input is found here, before any file is written.
 
     weights: False leaves them on the disk, for a dry run: the model has its shape alone.
     """
@@ -189,7 +189,9 @@ def train(config: Config, session: Session | None = None) -> dict[str, Any]:
 
 def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
     """Make room for all that the run will draw, and print how much that is."""
-    progress.note(f"cache   {experiment.estep.generators['plain'].reserve(*longest_prompt(config, experiment))}")
+    longest = longest_prompt(config, experiment)
+    for generator in dict.fromkeys(experiment.estep.generators.values()):
+        progress.note(f"cache   {generator.reserve(*longest)}")
 
 
 def conclude(run: Run) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # house, resources, make_toy
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -181,7 +181,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
 @cases(20, 800)
 def test_safetensors_headers(model: Path, number: int) -> None:
     header, tensors = header_of(model / "model.safetensors")
-    few = {name: header[name] for name in list(header)[:4]}  # whose offsets leave the rest of the file uncovered
+    few = {name: header[name] for name in list(header)[:4]}  # their offsets leave the rest of the file uncovered
     whole = st.just(json.dumps(header).encode())  # undamaged, so that a quick run accepts some
     lengths = st.sampled_from([None] * 30 + [0, 1, 2**20, 2**31, 2**60, 2**63, 2**64 - 1])
 

@@ -11,11 +11,10 @@ import sys
 import zipfile
 from pathlib import Path
 
+import house
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-import house  # noqa: E402
 
 LINKS = ("kernels", "data", "configs")
 # A child that runs `body` and then names the heavy packages that came with it.
@@ -39,7 +38,7 @@ def python(code: str, *, path: Path, cwd: Path | None = None) -> str:
 @pytest.mark.parametrize(
     "body",
     [
-        "import minem, minem.kernels",
+        "import minem",
         "from click.testing import CliRunner\nfrom minem.cli import main\n"
         "result = CliRunner().invoke(main, ['--help'])\nassert result.exit_code == 0, result.output\n"
         "assert 'train' in result.output",

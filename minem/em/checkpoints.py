@@ -46,7 +46,8 @@ class Checkpoints:
             for step in reversed(self._steps()):
                 if not directory.damaged(f"{self.stage.name}.{step}"):
                     return step
-                directory.undo(f"{self.stage.name}.{step}")
+                for undone in directory.undo(f"{self.stage.name}.{step}"):
+                    del self.run.results[undone]
         return 0
 
     def after_step(self, row: dict[str, Any]) -> None:

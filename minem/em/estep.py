@@ -93,10 +93,7 @@ class EStep:
         return self.generators["plain"].tokenizer
 
     def begin(self, iteration: int, questions: Sequence[Question] = (), earlier: Iterable[list[Sample]] = ()) -> None:
-        """Start an iteration, counted from 1.
-
-        earlier: samples of the iterations before, the newest first, for the lengths that answers are expected to have.
-        """
+        """Start an iteration, counted from 1. earlier: samples of those before, the newest first, for `expected`."""
         self.iteration = iteration
         self.progress: Counter[str] = Counter()  # of all `run`s
         self.unchecked = iteration == 1

@@ -68,7 +68,7 @@ class Adapter(nn.Module):
 
 
 class LoRA:
-    """The adapters of a model, whose own parameters stay frozen.
+    """The adapters of a model; its own parameters stay frozen.
 
     Args:
         targets: as for `read_targets`.

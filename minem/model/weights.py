@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minem.errors import UserError, some
+from minem.errors import UserError, reason, some
 from minem.files import own_file, read_json
 from minem.hub import download
 from minem.model.decoder import Model
@@ -97,9 +97,8 @@ def read_weights(model: Model, folder: Path) -> None:
     missing, problems = set(views), list[str]()
     for path in _weight_files(folder):
         try:
-            with safe_open(
-                path, framework="pt"
-            ) as file:  # checks that tensors are adjacent and have their shapes' sizes
+            # The library checks that tensors are adjacent and have the sizes of their shapes.
+            with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     missing.discard(name)
                     if name not in views:
@@ -109,7 +108,7 @@ def read_weights(model: Model, folder: Path) -> None:
                     elif not views[name].is_meta:
                         _copy_rows(source, views[name])
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({str(error)[:300]})") from error
+            raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from error
     problems += [f"missing {name}" for name in missing]
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {some(sorted(problems), 8)}")

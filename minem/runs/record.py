@@ -60,7 +60,7 @@ def _commit() -> str | None:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None  # an installed copy that lies inside somebody's repository
+            return None  # an installed copy that lies inside another repository
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

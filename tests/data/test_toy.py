@@ -4,13 +4,14 @@ import json
 import random
 from collections import Counter
 
+import make_toy as make
 import pytest
 import torch
 
 import minem
 from minem.data import prompts, verdict
 from minem.data.tasks import SPLITS, TOY, Question, load_task
-from minem.data.toy import check, make
+from minem.data.toy import check
 from minem.generation.generator import Generator
 from minem.generation.request import SamplingParams
 
@@ -117,7 +118,7 @@ def test_the_folder_is_small_and_prompts_are_short(toy):
     for hint in (None, *prompts.HINTS):
         longest = max(len(tokenizer.chat(prompts.messages(q, hint))) for q in load_task("toy").test)
         # A changed sentence in prompts.py would be spelt out in bytes here, and unknown to the model.
-        assert longest <= 20, f"prompts.py's wording {hint!r} is not the one the toy has learnt: run data/toy/make.py"
+        assert longest <= 20, f"prompts.py's wording {hint!r} is not the one the toy has learnt: run bench/make_toy.py"
     assert len(tokenizer.encode(VALID, add_special_tokens=False)) <= 25
 
 

@@ -40,11 +40,13 @@ def test_the_contestants_come_to_the_same_losses(train, tmp_path):
 
 def test_a_step_has_the_examples_of_the_plan(train, tmp_path):
     """In the order of the shuffle, and each once."""
+    import contestants
+
     from minem.em.packing import plan, shuffle
 
     settings = MStepSection(batch_size=4, pack_tokens=300)
     job = train.Job(str(tmp_path), "cpu", 10, settings)
-    examples = [train.make_row(i, 512, 40, 200) for i in range(10)]
+    examples = [contestants.make_row(i, 512, 40, 200) for i in range(10)]
     steps = job.steps(examples)
     assert [i for step in steps for i in step] == shuffle(10, 0, 1, 0)
     planned = plan([len(e) for e in examples], batch_size=4, pack_tokens=300, epochs=1, seed=0, iteration=1)
@@ -53,6 +55,7 @@ def test_a_step_has_the_examples_of_the_plan(train, tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_of_training_runs():
+    """Slow, since each contestant has a process of its own: its tables, profile and JSON come out of the command."""
     command = [sys.executable, BENCH / "train.py", "--shape", "tiny", "--rows", "24", "--repeats", "1"]
     done = subprocess.run([*command, "--profile", "--json"], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

@@ -19,16 +19,16 @@ from minem.cli import main
 from minem.compare.experiment import Plan
 from minem.compare.results import Cell, matched
 from minem.config import load_config
+from minem.data.prompts import encode_prompt
 from minem.data.tasks import TOY, Question, load_task
 from minem.em.checkpoints import Checkpoints
-from minem.em.estep import encode_prompt
 from minem.em.mstep import MStep
 from minem.em.packing import Example
 from minem.em.samplers import Budgeted
 from minem.errors import Interrupted, UserError
 from minem.files import read_rows
 from minem.generation.generator import Generator
-from minem.report.plot import plot_spent, svg_spent
+from minem.report.charts import plot_spent, svg_spent
 from minem.runs.directory import RunDirectory, read_journal
 from tests.minem.em.test_loop import contents
 
@@ -50,10 +50,9 @@ def reports():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minem.report.page.write_report", write_report)
-        patch.setattr("minem.compare.experiment.write_report", write_report)
-        patch.setattr("minem.report.plot.plot_accuracy", lambda run, path: path.write_bytes(b"a plot"))
-        patch.setattr("minem.compare.experiment.plot_spent", lambda runs, path: path.write_bytes(b"a plot"))
-        patch.setattr("minem.compare.experiment.svg_spent", lambda runs: [])
+        patch.setattr("minem.report.charts.plot_accuracy", lambda run, path: path.write_bytes(b"a plot"))
+        patch.setattr("minem.report.charts.plot_spent", lambda runs, path: path.write_bytes(b"a plot"))
+        patch.setattr("minem.report.charts.svg_spent", lambda runs: [])
         patch.setattr("minem.compare.experiment.gc.collect", lambda: 0)
         yield calls
 
@@ -93,8 +92,8 @@ def compared(tmp_path_factory, reports) -> tuple[Path, dict[str, Any], Counter]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Generator, "submit", counting)
-        patch.setattr("minem.compare.experiment.plot_spent", plot_spent)
-        patch.setattr("minem.compare.experiment.svg_spent", svg_spent)
+        patch.setattr("minem.report.charts.plot_spent", plot_spent)
+        patch.setattr("minem.report.charts.svg_spent", svg_spent)
         result = ok(compare(out, "--json"))
     assert len(result.stdout.splitlines()) == 1
     return out, json.loads(result.stdout), asked

@@ -57,7 +57,7 @@ def referee(folder: Path):
 
 
 def peft_model(folder: Path, targets: str, adapter: dict[str, torch.Tensor]):
-    """peft's own LoRA on transformers' model, with the numbers of `adapter`, whose names and shapes must be peft's."""
+    """peft's own LoRA on transformers' model, with the numbers of `adapter`; its names and shapes must be peft's."""
     names = list(TARGETS) if targets == "all" else targets.split(",")
     config = peft.LoraConfig(r=4, lora_alpha=12.0, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM")
     model = peft.get_peft_model(referee(folder), config)

@@ -257,7 +257,7 @@ def test_a_hub_model_that_cannot_be_had_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_a_hub_model_is_read_from_the_cache(tmp_path, monkeypatch):
-    """The layout that huggingface_hub keeps: a snapshot folder by commit, and a file that says which one main is."""
+    """The layout that huggingface_hub keeps: a snapshot folder by commit, and a file that names the commit of main."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--small"
     theirs = make_folder(repository / "snapshots" / commit, "qwen2")

@@ -119,9 +119,8 @@ def test_two_processes_exchange_values_and_shards_and_report_an_error_once(tmp_p
     """The error is raised in both; the exit code is the error's. Nothing listens beyond this machine."""
     assert finish(start("exchange", tmp_path), code=2) == ["minem: found by all"]
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
-    assert first["gather"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 5001}]
-    assert second["gather"] is None
     for found in (first, second):
+        assert found["gather"] == [{"rank": 0, "text": "x"}, {"rank": 1, "text": "x" * 5001}]
         assert found["total"] == [2.0, 0.25]
         assert found["any"] == [True, False]
         assert found["broadcast"] == ["of", 0, None]

@@ -1,7 +1,7 @@
 """Makes the toy from nothing: its questions and its model, in about five minutes on two idle CPU cores (20 if busy).
 
-    python -m minem.data.toy.make                     # writes train, validation, test.jsonl and model/ beside this file
-    python -m minem.data.toy.make --batches 20 --out DIR
+    python bench/make_toy.py                          # writes train, validation, test.jsonl and model/ to data/toy
+    python bench/make_toy.py --batches 20 --out DIR
 
 data/README.md describes the questions, the *author* of the texts that the model reads, and what the model then can do.
 No question of the three files is among the practice. Only responses are trained on, never prompts.

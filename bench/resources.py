@@ -1,6 +1,6 @@
 """Registers, spills and shared memory of each kernel, compiled ahead of time for a GPU that need not be present.
 
-    python -m minem.kernels.resources --target sm_90
+    python bench/resources.py --target sm_90
 
 Every public operation is called as the toolkit calls it, at the shapes of eight models, on tensors without data (device
 "meta"), under a driver that names the target and launches nothing: what is compiled is what would run. Registers and

@@ -1,0 +1,143 @@
+"""A folder of results that one process holds: found to be our own or empty, locked, and never a stranger's.
+
+    minem eval --out evals/mine; cat evals/mine/.lock
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from minem.config import Config, difference
+from minem.errors import Interrupted, UserError
+from minem.files import PARTIAL, is_full, read_json, write_atomic
+
+LOCK = ".lock"
+
+
+def folder_name(name: str) -> str:
+    """The name with all that a file system may not accept replaced by "-", at most 200 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".")[:200]
+
+
+def default_path(config: Config) -> Path:
+    """runs/{task}.{sampler}{budget}.{model}.s{seed}, for example runs/toy.rsm8.toy-llama.s0."""
+    model = "toy-llama" if config.model.id == "toy" else _last_part(config.model.id)
+    task = _last_part(config.task.name).removesuffix(".jsonl").removesuffix(".parquet")
+    sampler = config.sampler.name.rpartition(":")[2]
+    return Path("runs") / folder_name(f"{task}.{sampler}{config.sampler.budget}.{model}.s{config.run.seed}")
+
+
+def check_place(path: Path, mark: str = "run.json", kind: str = "run directory") -> None:
+    """Only an empty folder or one of our own kind, which holds the file `mark`, is ever written to."""
+    if not path.exists() or (path / mark).exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"--out {path} is a file; it must be a folder")
+    strangers = sorted(name for name in os.listdir(path) if name != LOCK and not name.startswith(PARTIAL))
+    if strangers:
+        raise UserError(f"--out {path} is not empty and no {kind} (it holds {strangers[0]}); choose another")
+
+
+def take_lock(path: Path) -> IO[str]:
+    """Hold the folder for this process alone until the file is closed. UserError names the process that has it."""
+    # O_NOFOLLOW: in a stranger's folder a link could lead to any file of the user's.
+    lock = os.fdopen(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read(20).strip()
+        lock.close()
+        raise UserError(f"{path} is in use by process {owner or '?'}; wait for it, or choose another --out") from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+@contextlib.contextmanager
+def hold_folder(
+    path: Path,
+    mark: str,
+    kind: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    clear: Callable[[Path], None] | None = None,
+) -> Iterator[None]:
+    """Keep a folder of results for this process alone, made now or continued with the same settings only.
+
+    mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}.
+    clear: removes what an earlier start wrote, for --overwrite.
+
+    Raises UserError if the folder holds something else, other settings (with the difference), or cannot be written.
+    """
+    try:
+        check_place(path, mark, kind)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = take_lock(path)
+    except OSError as error:
+        if is_full(error):
+            raise full_disk(path) from error
+        raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
+    with lock:
+        if clear is not None:
+            clear(path)
+        if (path / mark).exists() and clear is None:
+            _refuse_other_settings(path, mark, settings)
+        else:
+            write_atomic(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
+        try:
+            yield
+        except OSError as error:
+            if is_full(error):
+                raise full_disk(path) from error
+            raise
+
+
+def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    try:
+        changes = difference(read_json(path / mark), settings)
+    except (UserError, AttributeError) as error:
+        raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
+    if changes:
+        raise UserError(
+            f"{path} was started differently ({'; '.join(changes)}): "
+            "give --overwrite to start from scratch, or another --out to keep both"
+        )
+
+
+def full_disk(path: Path, more: str = "") -> Interrupted:
+    """What to raise if nothing more can be written to a folder."""
+    return Interrupted(f"the disk of {path} is full; free some space, then give the same command again{more}")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path, more: str = "") -> Iterator[None]:
+    """Raise Interrupted if only the disk failed: full, broken, read-only now, the folder moved away."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise full_disk(path, more) from error
+        if not isinstance(error, OSError):
+            raise
+        own = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(path)
+        refused = own and error.errno in (errno.EACCES, errno.EPERM)
+        if refused or error.errno in (errno.EIO, errno.EROFS, errno.ESTALE) or not path.is_dir():
+            raise Interrupted(
+                f"{path} cannot be read or written any more ({error.strerror}); repair that, then give the same "
+                f"command again{more}"
+            ) from error
+        raise
+
+
+def _last_part(name: str) -> str:
+    """Of a path or a hub id."""
+    return Path(name).name or Path(name).resolve().name

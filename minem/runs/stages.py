@@ -1,0 +1,267 @@
+"""The stages of a run: each is skipped if it is finished, shown while it works, shared among ranks, and journaled.
+
+    minem train        # prints a line for each stage; the same command later skips what is finished
+
+        def sample(stage):
+            rows = stage.sharded(questions, draw)          # every rank draws its share; all get all rows
+            stage.write("samples.jsonl", rows)             # appears when the stage is finished
+            stage.report(attempts=len(rows))               # kept in journal.jsonl and metrics.jsonl
+
+        run.do(1, "estep", sample)
+
+So the EM loop knows no disk, no rank and no progress bar. All ranks walk through the same stages in the same order;
+rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, TypeVar
+
+from minem.config import Config
+from minem.console import Line, Progress
+from minem.errors import GuardError, NotFinite, UserError
+from minem.files import read_rows, write_rows, write_atomic
+from minem.parallel.ranks import Ranks
+from minem.parallel.signals import Stop
+from minem.runs.directory import Record, RunDirectory
+from minem.runs.resume import go_back, last_model
+from minem.runs.tracking import tracked
+
+NAMES = {"estep": "E-step", "mstep": "M-step", "eval.validation": "validation", "eval.test": "test"}
+T = TypeVar("T")
+ROW_BYTES, TOKEN_BYTES = 500, 14  # of a row of JSON, about: 14 for each token's id and text
+
+Show = Callable[..., None]  # (how much is done, facts by name) -> None, for the line of progress
+# Over ranks and blocks, counts that are integers are summed, and of floats the largest is taken.
+Counts = Mapping[str, float]
+
+
+class InBlocks(Protocol[T]):
+    """Work that is too long to be lost when a run is killed: an E-step."""
+
+    def blocks(self, items: int) -> int:
+        """In how many blocks to do it."""
+
+    def expected(self, item: Any) -> float:
+        """What an item is expected to cost, so that ranks get equal shares."""
+
+    def run(self, items: Sequence[Any], show: Show) -> tuple[list[T], Counts]:
+        """The rows of some items, and counts."""
+
+
+class Run:
+    """A run as the loop sees it. `results` has what each finished stage reported, by its name, on every rank."""
+
+    def __init__(self, directory: RunDirectory | None, path: Path, config: Config, ranks: Ranks) -> None:
+        self.path = path
+        self.config = config
+        self.results: dict[str, dict[str, Any]] = {}
+        self.ranks = ranks
+        self.directory = directory  # of rank 0, which alone writes
+        self.progress = Progress()
+        self.stop = Stop()
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        config: Config,
+        progress: Progress,
+        ranks: Ranks,
+        stop: Stop,
+        tracker: ModuleType | None = None,
+        **opening: Any,
+    ) -> Iterator[Run]:
+        """Make the run's directory or resume the run that is in it; `opening` as for `RunDirectory.open`."""
+        with ExitStack() as stack:
+            directory = stack.enter_context(RunDirectory.open(config, **opening)) if ranks.first else None
+            if directory is not None:
+                for change in directory.changes:
+                    progress.note(f"note    {change}, since this run was started; results change by rounding only")
+                if sentence := go_back(directory):
+                    progress.note(f"warning {sentence}")
+                stack.enter_context(tracked(directory, tracker, progress))
+            path, results = ranks.broadcast(directory and (str(directory.path), directory.results))
+            run = cls(directory, Path(path), config, ranks)
+            run.results, run.progress, run.stop = results, progress, stop
+            yield run
+
+    @property
+    def last_model(self) -> int:
+        """The last iteration with a finished M-step; 0: the base model."""
+        return last_model(self.results)
+
+    def finished(self, iteration: int, name: str) -> bool:
+        return _stage(iteration, name) in self.results
+
+    def result(self, iteration: int, name: str) -> dict[str, Any]:
+        """What a finished stage reported. KeyError if it has not finished."""
+        return self.results[_stage(iteration, name)]
+
+    def read(self, iteration: int, file: str, kind: type[T]) -> list[T]:
+        """The rows of a file that a finished stage wrote, as dataclasses of this kind; none if it is not there."""
+        path = self.path / f"iter-{iteration:02d}" / file
+        return [kind(**row) for row in read_rows(path)] if path.exists() else []
+
+    def do(
+        self, iteration: int, name: str, work: Callable[[Stage], None], total: int | None = None, writes: int = 0
+    ) -> None:
+        """Do a stage, unless it is finished.
+
+        Args:
+            work: called with the stage on every rank.
+            total: how many items its progress counts. writes: bytes, about, that it will write.
+        Raises:
+            UserError: an M-step that comes after it is finished, so the weights of this stage are gone.
+            Interrupted: a signal, or the disk; the stage is lost and nothing else.
+        """
+        stage_name = _stage(iteration, name)
+        if stage_name in self.results:
+            self.progress.note(f"{stage_name}  finished earlier, skipped")
+            return
+        drawn_before = not name.startswith("eval.")  # with the weights before the M-step of this iteration
+        if (last := last_model(self.results)) > iteration - drawn_before:
+            raise UserError(
+                f"{self.path / 'journal.jsonl'}: iter-{last:02d}/mstep is finished, but "
+                f"{stage_name}, which comes before it, is not; put the missing line back, or give "
+                "--overwrite to start from scratch"
+            )
+        head = f"iteration {iteration}/{self.config.run.iterations}" if iteration else "base model"
+        with self.progress.stage(f"{head}  {NAMES.get(name, name)}", total) as line:
+            self.commit(stage_name, line, work, writes)
+        for sentence in self.results[stage_name].get("warnings", ()):
+            self.progress.note(f"warning {sentence}")
+
+    def commit(self, stage_name: str, line: Line, work: Callable[[Stage], None], writes: int = 0) -> None:
+        """The stage itself, under a line of progress that may show several."""
+        with ExitStack() as stack:
+            record = Record(self.path)
+            if self.directory is not None:
+                record = stack.enter_context(self.directory.stage(stage_name, writes))
+            stage = Stage(self, stage_name, record, line)
+            try:
+                work(stage)
+            except NotFinite as error:
+                raise self._dumped(stage_name, error) from error
+        self.results[stage_name] = self.ranks.broadcast(self.directory and self.directory.results[stage_name])
+
+    def _dumped(self, stage_name: str, error: NotFinite) -> GuardError:
+        """Leave what was not finite in the run's log."""
+        dump = self.path / "log" / f"not-finite.{stage_name.partition('/')[0]}.json"
+        if self.directory is not None:
+            dump.parent.mkdir(exist_ok=True)
+            write_atomic(dump, (json.dumps(error.dump) + "\n").encode())
+        return GuardError(f"{stage_name}: {error}; their tokens are in {dump}")
+
+    def discard(self, iteration: int, *names: str) -> None:
+        """Delete files or folders of an iteration that are no longer needed, if they are there.
+
+        Called outside the stage, so that a run that died between the two still cleans up.
+        """
+        folder = self.path / f"iter-{iteration:02d}"
+        if self.directory is not None:
+            for path in sorted(found for name in names for found in folder.glob(name)):
+                self.directory.discard(path.relative_to(self.path).as_posix())
+
+
+class Stage:
+    """A stage at work; `Run.do` passes it to the stage's function."""
+
+    def __init__(self, run: Run, name: str, record: Record, line: Line) -> None:
+        self.run, self.name, self.line = run, name, line
+        self.logged = False
+        self._rate: dict[str, float] = {}
+        self.iteration = int(name.partition("/")[0].removeprefix("iter-"))
+        self._record = record
+        self._folder = name.partition("/")[0]
+
+    def write(self, file: str, rows: Iterable[Any]) -> None:
+        """Rows, dictionaries or dataclasses, that become a file of this iteration."""
+        if self.run.ranks.first:
+            write_rows(self.path(file), (row if isinstance(row, Mapping) else vars(row) for row in rows))
+
+    def path(self, name: str) -> Path:
+        """Where rank 0 writes the file or folder that becomes `name` in the folder of this iteration."""
+        if not self.run.ranks.first:  # the record clears the place, where rank 0 may be writing already
+            return self.run.path / self._folder / name
+        return self._record.path(f"{self._folder}/{name}")
+
+    def report(self, **values: Any) -> None:
+        """What the journal keeps of the stage, and the metrics too unless the stage has lines of its own there."""
+        self._record.result.update(values)
+        if self.run.directory is not None and not self.logged:
+            self.run.directory.log_metrics(self.name, {**values, **self._rate})
+
+    def log(self, **values: Any) -> None:
+        """A line of metrics.jsonl, as for an optimizer step."""
+        self.logged = True
+        if self.run.directory is not None:
+            self.run.directory.log_metrics(self.name, values)
+
+    def show(self, done: int | None = None, /, **facts: Any) -> None:
+        """Show progress. Raises Interrupted if this process is to stop."""
+        self.run.stop.check(self.name)
+        self.line.update(done, **facts)
+
+    def sharded(self, items: Sequence[Any], work: Callable[[Sequence[Any], Show], list[T]]) -> list[T]:
+        """What `work` makes of the items, each rank working on its share of them; all ranks get all of it."""
+        own = [items[i] for i in self.run.ranks.share([1.0] * len(items))]
+        return [row for rows in self.run.ranks.gather(work(own, self.show)) for row in rows]
+
+    def in_blocks(self, items: Sequence[Any], step: InBlocks[T], kind: type[T]) -> tuple[list[T], Counts]:
+        """As `sharded`, in blocks that are each on the disk before the next begins: a killed run keeps them.
+
+        Blocks are the stages "iter-01/estep.1", ...; their rows are in samples.N.jsonl until this stage is finished.
+        A resumed run keeps its number of blocks, so that it draws on the same schedule.
+
+        kind: the dataclass of a row; its `id` is that of its item.
+        """
+        count = self.run.results.get(f"{self.name}.1", {}).get("blocks") or step.blocks(len(items))
+        ends = [len(items) * i // count for i in range(count + 1)]
+        drawn = 0  # tokens, by this process
+        for number, (start, end) in enumerate(pairwise(ends), start=1):
+            name, block = f"{self.name}.{number}", items[start:end]
+
+            def draw(stage: Stage, block: Sequence[Any] = block, number: int = number, start: int = start) -> None:
+                own = [block[i] for i in self.run.ranks.share([step.expected(item) for item in block])]
+
+                def show(done: int, **facts: Any) -> None:
+                    rate = facts.get("tokens", 0) / max(1e-9, self.line.elapsed)
+                    self.show(start + done, **facts, tokens_per_s=rate)
+
+                shares = self.run.ranks.gather(step.run(own, show))
+                order = {item.id: place for place, item in enumerate(block)}
+                rows = sorted((row for rows, _ in shares for row in rows), key=lambda row: order[row.id])
+                stage.write(f"samples.{number}.jsonl", rows)
+                stage._record.result.update(counts=_merged(counts for _, counts in shares), blocks=count)
+
+            if name not in self.run.results:
+                self.run.commit(name, self.line, draw)
+                drawn += self.run.results[name]["counts"]["tokens"]
+        self._rate = {"tokens_per_second": drawn / max(1e-9, self.line.elapsed)}
+        numbers = range(1, count + 1)
+        rows = [row for n in numbers for row in self.run.read(self.iteration, f"samples.{n}.jsonl", kind)]
+        return rows, _merged(self.run.results[f"{self.name}.{n}"]["counts"] for n in numbers)
+
+
+def _merged(parts: Iterable[Counts]) -> Counts:
+    total: dict[str, float] = {}
+    for part in parts:
+        for key, count in part.items():
+            total[key] = max(total.get(key, count), count) if isinstance(count, float) else total.get(key, 0) + count
+    return total
+
+
+def row_bytes(rows: int, max_new_tokens: int) -> int:
+    """About what rows of the longest kind take on the disk."""
+    return rows * (ROW_BYTES + TOKEN_BYTES * max_new_tokens)
+
+
+def _stage(iteration: int, name: str) -> str:
+    return f"iter-{iteration:02d}/{name}"
