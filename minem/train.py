@@ -31,7 +31,7 @@ from minem.em import diagnostics
 from minem.em.checkpoints import restore
 from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep
-from minem.em.evaluate import Evaluation, answer_file
+from minem.em.evaluate import Evaluation, answer_file, summarise_answers
 from minem.em.loop import Experiment
 from minem.em.mstep import MStep
 from minem.em.samplers import altered, make_sampler, uses_hints
@@ -337,7 +337,7 @@ def evaluate(
         with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
             answers = evaluation.answers(questions, line.update, known, append)
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
-    return named | evaluation.summary(questions, answers)
+    return named | summarise_answers(questions, answers, samples)
 
 
 def make_generator(name: str, device: str, progress: Progress) -> Generator:
