@@ -148,9 +148,9 @@ def test_it_ends_with_tables_a_picture_and_a_report(compared, reports):
 
 
 def test_numbers_of_thousands_of_digits_are_refused():
-    with pytest.raises(UserError, match="--seeds '999.*give one or more different values .* like 0,1,2"):
+    with pytest.raises(UserError, match=r"--seeds '999.*give one or more different values .* like 0,1,2"):
         Plan.parse("toy", "rsm:8", "9" * 5000)
-    with pytest.raises(UserError, match="--samplers 'rsm:999.*give one or more different values"):
+    with pytest.raises(UserError, match=r"--samplers 'rsm:999.*give one or more different values"):
         Plan.parse("toy", f"rsm:{'9' * 5000}", "0")
 
 
