@@ -100,13 +100,13 @@ class EStep:
         self.lengths: dict[str, float] = {}  # by question id, mean tokens of its last draws
         unknown = {question.id for question in questions}
         for samples in earlier:
-            if not unknown:
-                break
             lengths: dict[str, list[int]] = {}
             for sample in samples:
                 lengths.setdefault(sample.id, []).append(len(sample.token_ids))
             self.lengths |= {id_: mean(lengths[id_]) for id_ in unknown & lengths.keys()}
             unknown -= lengths.keys()
+            if not unknown:
+                break
 
     def blocks(self, questions: int) -> int:
         """In how many blocks to draw on them."""
