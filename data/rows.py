@@ -29,7 +29,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Question:
-    """Multiple choice: `labels[i]` names `options[i]`, `gold` is the right label. Free-form: `gold` is the answer itself."""
+    """Multiple choice: `labels[i]` names `options[i]`, `gold` is the right label. Free-form: `gold` is the answer."""
 
     id: str
     text: str
