@@ -142,7 +142,7 @@ class LoRA:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
-            "target_modules": self.targets,
+            "target_modules": sorted(self.targets),
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -50,9 +50,9 @@ def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int
 
 
 def read_targets(text: str) -> list[str]:
-    """The projections that `mstep.lora_targets` names: names with commas, or "all"; sorted."""
+    """The projections that `mstep.lora_targets` names: names with commas, or "all"."""
     names = {name.strip() for name in text.split(",")}
-    return sorted(TARGETS if "all" in names else names)
+    return [name for name in TARGETS if "all" in names or name in names]
 
 
 def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
