@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generate import ARC, config_of, random_model
+from generate import ARC
+from models import config_of, random_model
 from resources import Shape
 from safetensors.torch import save_file
 

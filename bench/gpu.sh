@@ -10,7 +10,7 @@ out=${1:-runs/gpu}
 mkdir -p "$out"
 status=0
 
-python3 -m pytest -q tests/kernels tests/minem/model/test_model.py tests/minem/generation/test_generator.py tests/minem/em/test_scoring.py \
+python3 -m pytest -q tests/kernels tests/minem/model/test_model.py tests/minem/generation tests/minem/em/test_scoring.py \
   -m "not slow" \
   2>&1 | tee "$out/tests.txt" || status=1
 timeout "${LIMIT:-600}" python3 bench/kernels.py --json 2>"$out/kernels.txt" >"$out/kernels.json" || status=1

@@ -31,7 +31,7 @@ from minem.em import diagnostics
 from minem.em.checkpoints import restore
 from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep
-from minem.em.evaluate import Evaluation, answer_file
+from minem.em.evaluate import Evaluation, answer_file, summarise_answers
 from minem.em.loop import Experiment
 from minem.em.mstep import MStep
 from minem.em.samplers import altered, make_sampler, uses_hints
@@ -189,7 +189,9 @@ def train(config: Config, session: Session | None = None) -> dict[str, Any]:
 
 def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
     """Make room for all that the run will draw, and print how much that is."""
-    progress.note(f"cache   {experiment.estep.generators['plain'].reserve(*longest_prompt(config, experiment))}")
+    longest = longest_prompt(config, experiment)
+    for generator in dict.fromkeys(experiment.estep.generators.values()):
+        progress.note(f"cache   {generator.reserve(*longest)}")
 
 
 def conclude(run: Run) -> None:
@@ -335,7 +337,7 @@ def evaluate(
         with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
             answers = evaluation.answers(questions, line.update, known, append)
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
-    return named | evaluation.summary(questions, answers)
+    return named | summarise_answers(questions, answers, samples)
 
 
 def make_generator(name: str, device: str, progress: Progress) -> Generator:

@@ -52,9 +52,7 @@ def _lost(run: RunDirectory, stage: str) -> list[str]:
     """Damaged files of a finished stage that the run cannot do without."""
     folder, _, kind = stage.partition("/")
     if kind == "mstep":
-        if folder != f"iter-{last_model(run.results):02d}":
-            return []
-        return [name for name in run.damaged(stage) if name.startswith((f"{folder}/model/", f"{folder}/state/"))]
+        return run.damaged(stage) if folder == f"iter-{last_model(run.results):02d}" else []
     if kind.startswith("mstep."):
         return []  # a checkpoint: an older one is used, or none
     joined = kind.startswith("estep.") and f"{folder}/estep" in run.results  # the block was discarded since

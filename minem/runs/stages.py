@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 from minem.config import Config
 from minem.console import Line, Progress
 from minem.errors import GuardError, NotFinite, UserError
-from minem.files import read_rows, write_rows, write_atomic
+from minem.files import read_rows, write_atomic, write_rows
 from minem.parallel.ranks import Ranks
 from minem.parallel.signals import Stop
 from minem.runs.directory import Record, RunDirectory
@@ -118,14 +118,15 @@ class Run:
             work: called with the stage on every rank.
             total: how many items its progress counts. writes: bytes, about, that it will write.
         Raises:
-            UserError: a later M-step is finished, so the weights of this stage are gone.
+            UserError: an M-step that comes after it is finished, so the weights of this stage are gone.
             Interrupted: a signal, or the disk; the stage is lost and nothing else.
         """
         stage_name = _stage(iteration, name)
         if stage_name in self.results:
             self.progress.note(f"{stage_name}  finished earlier, skipped")
             return
-        if (last := last_model(self.results)) > iteration:
+        drawn_before = not name.startswith("eval.")  # with the weights before the M-step of this iteration
+        if (last := last_model(self.results)) > iteration - drawn_before:
             raise UserError(
                 f"{self.path / 'journal.jsonl'}: iter-{last:02d}/mstep is finished, but "
                 f"{stage_name}, which comes before it, is not; put the missing line back, or give "
@@ -187,6 +188,8 @@ class Stage:
 
     def path(self, name: str) -> Path:
         """Where rank 0 writes the file or folder that becomes `name` in the folder of this iteration."""
+        if not self.run.ranks.first:  # the record clears the place, where rank 0 may be writing already
+            return self.run.path / self._folder / name
         return self._record.path(f"{self._folder}/{name}")
 
     def report(self, **values: Any) -> None:

@@ -38,7 +38,7 @@ from minem.em.samplers import SAMPLERS
 from minem.errors import UserError
 from minem.model.decoder import Model
 from minem.model.hf_config import ModelConfig
-from minem.model.lora import TARGETS
+from minem.model.sizes import TARGETS
 
 ROOT = Path(minem.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
@@ -325,10 +325,10 @@ def test_the_difference_reads_well() -> None:
 
 
 def test_the_reference_has_every_key_with_its_meaning_and_is_read_back(tmp_path: Path) -> None:
-    for given in ([], ["mstep.lr=3e-4", 'task.name=a # "b"', "run.slots=4", "model.id=some/model"]):
-        printed = CliRunner().invoke(main, ["config", *(word for one in given for word in ("--set", one))])
+    for keys in ([], ["mstep.lr=3e-4", 'task.name=a # "b"', "run.slots=4", "model.id=some/model"]):
+        printed = CliRunner().invoke(main, ["config", *(word for one in keys for word in ("--set", one))])
         assert printed.exit_code == 0, printed.output
-        assert load_config(write(tmp_path, printed.stdout)) == load_config(overrides=given)
+        assert load_config(write(tmp_path, printed.stdout)) == load_config(overrides=keys)
         section = ""
         meanings = {}
         for line in filter(None, printed.stdout.splitlines()):

@@ -15,7 +15,8 @@ import minem
 import minem.model.weights
 from minem.cli import main
 from minem.data.tasks import Question, load_task
-from minem.em.evaluate import FIELDS, answer_file, evaluate, majority, summarise_answers
+from minem.data.verdict import strict
+from minem.em.evaluate import FIELDS, Evaluation, answer_file, facts, greedy_rows, majority, summarise_answers
 from minem.errors import Interrupted
 from minem.files import read_rows
 from minem.statistics import wilson
@@ -27,8 +28,8 @@ def minem_eval(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["eval", *map(str, arguments)])
 
 
-def told(result: Result) -> dict[str, Any]:
-    """What --json printed, without the place of the answers."""
+def printed(result: Result) -> dict[str, Any]:
+    """What --json prints, without the place of the answers."""
     assert result.exit_code == 0, result.output + repr(result.exception)
     summary = json.loads(result.stdout)
     summary.pop("answers")
@@ -61,7 +62,8 @@ def test_the_summary_of_answers_written_out_by_hand():
     }
     draws = {"1": ["A", "B", "A"], "2": [None, None, None], "3": ["A", "B", "C"]}
     answers |= {(q.id, k): row(q, draws[q.id][k - 1], tokens=k) for q, k in product(questions, (1, 2, 3))}
-    summary = summarise_answers(questions, answers, samples=3)
+    rows = [{**answer, "draw": k} for (_, k), answer in answers.items()]
+    summary = summarise_answers(questions, rows, samples=3)
     low, high = wilson(1, 3)
     assert summary == {
         "n": 3,
@@ -82,7 +84,7 @@ def test_the_summary_of_answers_written_out_by_hand():
             "physics": {"n": 2, "correct": 1, "accuracy": 0.5, "low": wilson(1, 2)[0], "high": wilson(1, 2)[1]},
         },
     }
-    greedy = summarise_answers(questions, answers, samples=0)
+    greedy = summarise_answers(questions, rows, samples=0)
     assert greedy["sampled"] is None
     assert greedy.keys() == summary.keys() - {"pass_at_k", "majority", "sampled_tokens"}
 
@@ -112,7 +114,7 @@ def test_an_answer_that_was_cut_off_has_no_vote():
 def whole(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """An evaluation that nothing disturbed, and its result."""
     out = tmp_path_factory.mktemp("evals") / "whole"
-    return out, told(minem_eval(*SMALL, "--samples", 4, "--out", out, "--json"))
+    return out, printed(minem_eval(*SMALL, "--samples", 4, "--out", out, "--json"))
 
 
 def test_its_result_is_that_of_its_answers(whole):
@@ -123,7 +125,7 @@ def test_its_result_is_that_of_its_answers(whole):
     assert len(rows) == len(answers) == 6 * 5
     assert all(set(r) == {*FIELDS, "draw"} for r in rows)
     assert {key: result[key] for key in result if key not in ("model", "task", "split", "max_new_tokens")} == (
-        summarise_answers(questions, answers, 4)
+        summarise_answers(questions, rows, 4)
     )
     assert result["pass_at_k"].keys() == {"1", "2", "4"}
     assert result["pass_at_k"]["1"] == pytest.approx(result["sampled"])
@@ -131,8 +133,8 @@ def test_its_result_is_that_of_its_answers(whole):
     assert result["pass_at_k"]["4"] == sum(map(bool, sampled)) / 6
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"id": "toy-te'], ids=["between lines", "in a line"])
-def test_killed_at_any_answer_it_ends_with_the_same_result(whole, torn, tmp_path, monkeypatch):
+def test_killed_at_any_answer_it_ends_with_the_same_result(whole, tmp_path, monkeypatch):
+    """Four times, between two lines of the file and in a line by turns."""
     _, result = whole
     out, command = tmp_path / "pieces", [*SMALL, "--samples", 4, "--json", "--out", tmp_path / "pieces"]
     real, left = minem.em.evaluate._row, [0]
@@ -144,7 +146,7 @@ def test_killed_at_any_answer_it_ends_with_the_same_result(whole, torn, tmp_path
         return real(*arguments)
 
     monkeypatch.setattr("minem.em.evaluate._row", row_or_stop)
-    stops, drawn = 0, 0
+    stops = 0
     while True:
         left[0] = 7
         again = minem_eval(*command)
@@ -153,70 +155,52 @@ def test_killed_at_any_answer_it_ends_with_the_same_result(whole, torn, tmp_path
         assert again.exit_code == 3
         stops += 1
         with open(out / "answers.jsonl", "ab") as file:
-            file.write(torn)
+            file.write([b"", b'{"id": "toy-te'][stops % 2])
     assert stops == 4
-    assert told(again) == result
+    assert printed(again) == result
     drawn = [(r["id"], r["draw"]) for r in read_rows(out / "answers.jsonl")]
     assert len(drawn) == len(set(drawn)) == 30
     monkeypatch.setattr("minem.em.evaluate._row", None)  # nothing is drawn any more
-    assert told(minem_eval(*command)) == result
+    assert printed(minem_eval(*command)) == result
 
 
-def test_more_draws_go_on_from_those_that_are_there(whole, tmp_path):
+def test_more_draws_continue_from_those_that_are_there(whole, tmp_path):
     _, result = whole
     out = tmp_path / "grown"
-    greedy = told(minem_eval(*SMALL, "--out", out, "--json"))
+    greedy = printed(minem_eval(*SMALL, "--out", out, "--json"))
     assert greedy["sampled"] is None
     before = (out / "answers.jsonl").read_bytes()
     grown = minem_eval(*SMALL, "--samples", 4, "--out", out, "--json")
     assert "has 6 answers already" in grown.stderr
-    assert told(grown) == result
+    assert printed(grown) == result
     assert (out / "answers.jsonl").read_bytes().startswith(before)
-    assert told(minem_eval(*SMALL, "--out", out, "--json")) == greedy  # and fewer leave the others aside
+    assert printed(minem_eval(*SMALL, "--out", out, "--json")) == greedy  # and fewer leave the others aside
 
 
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
+def test_another_evaluation_in_the_same_folder_is_refused_with_the_difference(whole, tmp_path):
+    out = tmp_path / "copy"
+    shutil.copytree(whole[0], out)
+    before = (out / "answers.jsonl").read_bytes()
+    model, tokenizer = minem.load("toy")
+    minem.save(model, tokenizer, tmp_path / "template")  # puts other questions with the same weights
+    (tmp_path / "template" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    minem.save(model.bfloat16(), tokenizer, tmp_path / "weights")
+    for more, named in (
         (["--limit", 5], "eval.rows: "),
         (["--max-new-tokens", 32], "eval.max_new_tokens: 64 -> 32"),
         (["--seed", 1], "eval.seed: 0 -> 1"),
         (["--split", "validation"], 'eval.split: "test" -> "validation"'),
         (["--verdict", f"{__name__}:always_a"], "eval.verdict: not set -> "),
-    ],
-)
-def test_another_evaluation_in_the_same_folder_is_refused_with_the_difference(whole, more, named, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(whole[0], out)
-    before = (out / "answers.jsonl").read_bytes()
-    refused = minem_eval(*SMALL, "--out", out, *more)
-    assert refused.exit_code == 2
-    assert named in refused.stderr
-    assert "--overwrite" in refused.stderr
+        (["--model", tmp_path / "template"], "eval.chat template: "),
+        (["--model", tmp_path / "weights"], "eval.model: "),
+    ):
+        refused = minem_eval(*SMALL, "--out", out, *more)
+        assert refused.exit_code == 2
+        assert named in refused.stderr
+        assert "--overwrite" in refused.stderr
     assert (out / "answers.jsonl").read_bytes() == before
-    anew = told(minem_eval(*SMALL, "--out", out, "--json", "--overwrite", *more))
-    assert anew["n"] == len(list(read_rows(out / "answers.jsonl")))
-
-
-def test_another_model_in_the_same_folder_is_refused(whole, tmp_path):
-    out = tmp_path / "copy"
-    shutil.copytree(whole[0], out)
-    model, tokenizer = minem.load("toy")
-    minem.save(model.bfloat16(), tokenizer, tmp_path / "other")
-    refused = minem_eval(*SMALL, "--out", out, "--model", tmp_path / "other")
-    assert refused.exit_code == 2
-    assert "eval.model: " in refused.stderr
-
-
-def test_another_tokenizer_with_the_same_weights_is_refused(whole, tmp_path):
-    """It puts other questions: their answers may not stand beside those that are there."""
-    out = tmp_path / "copy"
-    shutil.copytree(whole[0], out)
-    minem.save(*minem.load("toy"), tmp_path / "other")
-    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0].content }}")
-    refused = minem_eval(*SMALL, "--out", out, "--model", tmp_path / "other")
-    assert refused.exit_code == 2
-    assert "eval.chat template: " in refused.stderr
+    repeated = printed(minem_eval(*SMALL, "--out", out, "--json", "--overwrite", "--limit", 5))
+    assert repeated["n"] == len(list(read_rows(out / "answers.jsonl"))) == 5
 
 
 def always_a(text, question):
@@ -225,13 +209,13 @@ def always_a(text, question):
 
 def test_a_verdict_of_ones_own_decides(tmp_path):
     out = tmp_path / "own"
-    summary = told(minem_eval(*SMALL, "--verdict", f"{__name__}:always_a", "--out", out, "--json"))
+    summary = printed(minem_eval(*SMALL, "--verdict", f"{__name__}:always_a", "--out", out, "--json"))
     questions = load_task("toy", 6).test
     assert summary["correct"] == sum(q.gold == "A" for q in questions)
     assert {r["answer"] for r in read_rows(out / "answers.jsonl")} == {"A"}
 
 
-def test_rows_with_subjects_are_told_by_subject(tmp_path):
+def test_rows_with_subjects_are_shown_by_subject(tmp_path):
     task = tmp_path / "mine"
     task.mkdir()
     rows = [
@@ -241,7 +225,7 @@ def test_rows_with_subjects_are_told_by_subject(tmp_path):
     for split in ("train", "validation", "test"):
         (task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["--task", task, "--max-new-tokens", 16, "--verdict", f"{__name__}:always_a", "--out", tmp_path / "out"]
-    summary = told(minem_eval(*command, "--json"))
+    summary = printed(minem_eval(*command, "--json"))
     assert {name: s["n"] for name, s in summary["subjects"].items()} == {"law": 2, "physics": 3}
     assert sum(s["correct"] for s in summary["subjects"].values()) == summary["correct"]
     shown = minem_eval(*command).stdout
@@ -259,16 +243,24 @@ def test_the_folder_is_named_after_what_is_evaluated(tmp_path, monkeypatch):
 
 
 def test_known_answers_are_not_drawn_again():
-    """Rows of an eval.*.jsonl, as a run that shares the base model's evaluation hands them over."""
+    """Greedy rows of eval.*.jsonl, without `draw`, which runs that share the base model's evaluation pass on."""
     generator = minem.Generator(*minem.load("toy"))
     questions = load_task("toy", 5).test
-    verdict = minem.data.verdict.strict
-    rows, summary = evaluate(generator, questions, verdict, max_new_tokens=64, samples=1)
-    seen: list[dict] = []
-    again = evaluate(generator, questions, verdict, max_new_tokens=64, samples=1, known=rows, on_row=seen.append)
-    assert again == (rows, summary)
-    assert sorted(r["id"] for r in seen) == sorted(q.id for q in questions)
-    assert {r["draw"] for r in seen} == {1}
+    greedy = Evaluation(generator, strict, max_new_tokens=64)
+    rows = greedy_rows(questions, greedy.answers(questions))
+    assert [(row["id"], tuple(row)) for row in rows] == [(question.id, FIELDS) for question in questions]
+    both = Evaluation(generator, strict, max_new_tokens=64, samples=1)
+    drawn: list[dict] = []
+    shown: list[Any] = []
+    answers = both.answers(questions, lambda done, **more: shown.append((done, more)), rows, drawn.append)
+    assert sorted((r["id"], r["draw"]) for r in drawn) == sorted((q.id, 1) for q in questions)
+    assert greedy_rows(questions, answers) == rows
+    summary = summarise_answers(questions, answers, 1)
+    assert summary == summarise_answers(questions, both.answers(questions), 1)
+    assert shown[-1] == (both.total(questions), {"accuracy": f"{100 * summary['accuracy']:.1f} %"})
+    assert facts(summary)["accuracy"].startswith(f"{100 * summary['accuracy']:.1f} %")
+    assert both.answers(questions, known=answers, on_row=drawn.append) == answers
+    assert len(drawn) == 5
 
 
 def test_a_folder_with_something_else_and_a_damaged_one_are_named(tmp_path):
@@ -294,29 +286,16 @@ def test_a_folder_with_something_else_and_a_damaged_one_are_named(tmp_path):
         answer_file(busy, {"seed": 0}).__enter__()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--sampels", "3"], "--samples"),
-        (["--samples", "-1"], "--samples"),
-        (["--samples", "x"], "--samples"),
-        (["--split", "tset"], "'test'"),
-        (["--task", "arc-esay"], "arc-easy"),
-        (["--model", "no/such/model"], "no/such/model"),
-        (["--verdict", "nothing"], "module:"),
-        (["--verdict", "json:nothing"], "nothing"),
-        (["--device", "gpu"], "--device"),
-        (["--limit", "0"], "limit"),
-        (["--max-new-tokens", "0"], "--max-new-tokens"),
-        (["--max-new-tokens", "1024", "--limit", "2"], "max_new_tokens"),
-        (["extra"], "extra"),
-    ],
-)
-def test_wrong_command_lines_are_one_sentence(arguments, named, tmp_path, monkeypatch):
+def test_a_prompt_without_room_for_an_answer_is_named_before_the_folder_is_made(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    result = minem_eval(*arguments)
-    assert result.exit_code == 2, result.output
-    assert named in result.stderr
-    assert result.stdout == ""
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "evals").exists()  # which would refuse the command put right
+    long = [{"id": f"q{i}", "question": "?" * 600 + str(i), "answer": "1"} for i in range(20)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    for more, advice in (
+        (["--max-new-tokens", 1024], "lower --max-new-tokens"),
+        (["--task", "long.jsonl"], "the model cannot be asked this"),
+    ):
+        result = minem_eval("--limit", 2, *more)
+        assert result.exit_code == 2, result.output
+        assert advice in result.stderr
+        assert result.stdout == ""
+    assert not (tmp_path / "evals").exists()  # which would refuse the corrected command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
 
 import minem
 import minem.em.estep
 import minem.model.weights
-from minem import Generator
+from minem import Generator, SamplingParams
 from minem.cli import main
 from minem.config import load_config
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import encode_prompt, messages
 from minem.data.tasks import load_task
 from minem.device import set_deterministic
 from minem.em.estep import EStep
@@ -29,17 +29,24 @@ from minem.em.samplers import Budgeted
 from minem.em.weighting import make_examples
 from minem.errors import Interrupted
 from minem.files import read_rows
+from minem.generation.request import Request, stream_seed
 from minem.model.decoder import Model
 from minem.runs.directory import RunDirectory, read_journal
-from tests.minem.folders import make_model
 
-SMALL = ["--limit", "24", "--iterations", "2", "--set", "eval.samples=0", "--set", "mstep.batch_size=8"]
-SMALL += ["--set", "eval.diagnostics=0"]
-
+QUESTIONS = 8
+SMALL = ["--limit", QUESTIONS, "--iterations", 2, "--set", "mstep.batch_size=4"]
+SMALL += ["--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
 # Every switch of the objective away from its default, on hinted draws that are far from the toy's posterior.
 OBJECTIVE = ["--set", "mstep.weights=importance", "--set", "sampler.draws=all", "--set", "sampler.hint=justify"]
-OBJECTIVE += ["--set", "run.questions_per_iteration=5"]
+OBJECTIVE += ["--sampler", "star", "--budget", 3]
 LIKE_STAR = ["--set", "sampler.proposal=base", "--set", "run.init=base"]
+
+
+@pytest.fixture(autouse=True)
+def without_charts(monkeypatch):
+    """Drawing takes half the time of a run; the run of `finished`, made before this, has its charts."""
+    monkeypatch.setattr("minem.report.figures.draw", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("minem.report.charts.plot_accuracy", lambda run, path: path.write_bytes(b""))
 
 
 def minem_cli(*arguments: object) -> Result:
@@ -48,6 +55,11 @@ def minem_cli(*arguments: object) -> Result:
 
 def train(out: Path, *more: object) -> Result:
     return minem_cli("train", *SMALL, "--out", out, *more)
+
+
+def sample(out: Path, *more: object) -> Result:
+    """The E-step of the first iteration alone."""
+    return minem_cli("sample", *SMALL, "--out", out, *more)
 
 
 def ok(result: Result) -> Result:
@@ -64,11 +76,25 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return out, json.loads(result.stdout)
 
 
+@pytest.fixture(scope="module")
+def from_base(tmp_path_factory) -> Path:
+    """A run with importance weights in which each M-step starts, and hinted draws come, from the base model."""
+    with pytest.MonkeyPatch.context() as patch:
+        without_charts.__wrapped__(patch)
+        out = tmp_path_factory.mktemp("runs") / "from-base"
+        ok(train(out, *OBJECTIVE, *LIKE_STAR, "--sampler", "pps", "--set", "run.keep=all"))
+    return out
+
+
 def contents(run: Path) -> dict[str, bytes]:
     """All files that must not depend on when or how often a run was started."""
     names = [p for p in run.rglob("*") if p.is_file() and p.suffix in (".jsonl", ".safetensors", ".json")]
     timed = {"journal.jsonl", "metrics.jsonl", "run.json"}
     return {str(p.relative_to(run)): p.read_bytes() for p in names if p.name not in timed}
+
+
+def rows_of(run: Path, iteration: int = 1, name: str = "samples") -> list[dict[str, Any]]:
+    return list(read_rows(run / f"iter-{iteration:02d}" / f"{name}.jsonl"))
 
 
 def test_a_run_writes_what_the_readme_says(finished):
@@ -79,24 +105,24 @@ def test_a_run_writes_what_the_readme_says(finished):
         "iter-02": {"samples.jsonl", "accepted.jsonl", "eval.validation.jsonl", "eval.test.jsonl", "model"},
     }
     assert {p.name: {f.name for f in p.iterdir()} for p in out.glob("iter-*")} == expected
-    assert {"config.toml", "run.json", "journal.jsonl", "metrics.jsonl", "accuracy.png"} <= {
+    assert {"config.toml", "run.json", "journal.jsonl", "metrics.jsonl", "report.html"} <= {
         p.name for p in out.iterdir()
     }
     assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
-    train_ids = {q.id: q for q in load_task("toy", 24).train}
+    train_ids = {q.id: q for q in load_task("toy", QUESTIONS).train}
     fields = {"id", "iteration", "attempt", "prompt", "token_ids", "logprob_q", "logprob_plain", "text", "answer"}
     for iteration in (1, 2):
-        rows = list(read_rows(out / f"iter-{iteration:02d}" / "samples.jsonl"))
+        rows = rows_of(out, iteration)
         assert {row["id"] for row in rows} == set(train_ids)
         assert all(set(row) == fields | {"gold", "status", "leak"} for row in rows)
         assert all(row["gold"] == train_ids[row["id"]].gold for row in rows)
-        accepted = list(read_rows(out / f"iter-{iteration:02d}" / "accepted.jsonl"))
+        accepted = rows_of(out, iteration, "accepted")
         assert accepted == [row for row in rows if row["status"] == "accepted"]
         assert len({row["id"] for row in accepted}) == len(accepted)  # draws = "first"
-    for row in read_rows(out / "iter-02" / "eval.test.jsonl"):
+    for row in rows_of(out, 2, "eval.test"):
         assert set(row) == {"id", "answer", "gold", "status", "text", "tokens"}
-    assert result["test"]["base"]["n"] == 24
-    assert result["iterations"][1]["estep"]["solved"] == len(list(read_rows(out / "iter-01" / "accepted.jsonl")))
+    assert result["test"]["base"]["n"] == QUESTIONS
+    assert result["iterations"][1]["estep"]["solved"] == len(rows_of(out, 1, "accepted"))
     model, tokenizer = minem.load(out / "iter-02" / "model")
     assert tokenizer.eos_ids == minem.load("toy")[1].eos_ids
     assert model.config == minem.load("toy")[0].config
@@ -105,25 +131,14 @@ def test_a_run_writes_what_the_readme_says(finished):
 
 def test_samples_hold_the_draws_of_the_seed(finished):
     """The rows of iteration 1 again, by the generator alone: the same ids from the same random streams."""
-    from minem import Generator, Request, SamplingParams
-    from minem.generation.request import stream_seed
-
-    out, _ = finished
     generator = Generator(*minem.load("toy"), slots=3)
-    questions = {q.id: q for q in load_task("toy", 24).train}
-    rows = list(read_rows(out / "iter-01" / "samples.jsonl"))[:20]
-    for row in rows:
+    questions = {q.id: q for q in load_task("toy", QUESTIONS).train}
+    for row in rows_of(finished[0])[:12]:
         ids = encode_prompt(generator.tokenizer, questions[row["id"]])
         seed = stream_seed(0, 1, row["id"], row["attempt"])
         generator.submit(Request(ids, SamplingParams(max_new_tokens=64), seed, tag=row))
     for completion in generator:
         assert completion.token_ids == completion.request.tag["token_ids"]
-
-
-def test_the_same_seed_gives_the_same_bytes(finished, tmp_path):
-    out, _ = finished
-    ok(train(tmp_path / "again"))
-    assert contents(out) == contents(tmp_path / "again")
 
 
 def test_the_same_command_repeats_nothing(finished, tmp_path):
@@ -136,65 +151,89 @@ def test_the_same_command_repeats_nothing(finished, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_steps_by_hand_are_the_run(finished, tmp_path):
-    """`sample`, then `train`: the run goes on from the E-step that is there, and ends with the same bytes."""
-    out, _ = finished
-    by_hand = tmp_path / "by-hand"
-    sampled = ok(minem_cli("sample", *SMALL, "--out", by_hand, "--json"))
+def test_steps_by_hand_are_the_run_and_the_same_seed_gives_the_same_bytes(finished, tmp_path, monkeypatch):
+    """`sample`, then `train`, which continues from the E-step that is there.
+
+    Also without room for training beside the KV cache, and with more questions per iteration than there are: neither
+    changes a byte but of the config.
+    """
+    released = []
+    release = Generator.release
+    monkeypatch.setattr(Generator, "release", lambda self: (released.append(self), release(self)))
+    monkeypatch.setattr(MStep, "room", lambda self: 1_000)
+    by_hand, all_of_them = tmp_path / "by-hand", ["--set", "run.questions_per_iteration=99"]
+    sampled = ok(sample(by_hand, *all_of_them, "--json"))
     assert json.loads(sampled.stdout)["samples"] == str(by_hand / "iter-01" / "samples.jsonl")
     assert not (by_hand / "iter-00").exists()
-    early = minem_cli("sample", *SMALL, "--out", by_hand, "--iteration", 2)
+    early = sample(by_hand, *all_of_them, "--iteration", 2)
     assert early.exit_code == 2
     assert "needs the model of iter-01" in early.stderr
-    ok(train(by_hand))
-    assert contents(by_hand) == contents(out)
+    before = len(released)
+    done = ok(train(by_hand, *all_of_them))
+    assert len(released) >= before + 2
+    assert "cache   " in done.stderr
+    assert f"run.questions_per_iteration = 99 is more than the {QUESTIONS} questions" in done.stderr
+    assert contents(by_hand) == contents(finished[0])
+    late = sample(by_hand, *all_of_them, "--overwrite", "--iteration", 2)
+    assert late.exit_code == 2
+    assert "--overwrite would remove the model" in late.stderr
 
 
-def test_the_m_step_alone_gives_the_model_of_the_run(finished, tmp_path):
-    out, _ = finished
-    one = tmp_path / "one"
-    ok(train(one, "--iterations", 1))
-    alone = ok(train(tmp_path / "alone", "--iterations", 1, "--samples", out / "iter-01" / "samples.jsonl", "--json"))
-    folder = Path(json.loads(alone.stdout)["model"])
-    weights = load_file(folder / "model.safetensors")
-    for name, tensor in load_file(one / "iter-01" / "model" / "model.safetensors").items():
-        assert torch.equal(tensor, weights[name]), name
+def test_the_m_step_alone_gives_the_model_of_the_run(from_base, tmp_path):
+    """With importance weights, which need the log-probabilities of the rows."""
+    flags = [*OBJECTIVE, *LIKE_STAR, "--samples", from_base / "iter-01" / "samples.jsonl"]
+    alone = ok(train(tmp_path / "alone", *flags, "--json"))
+    weights = (Path(json.loads(alone.stdout)["model"]) / "model.safetensors").read_bytes()
+    assert weights == (from_base / "iter-01" / "model" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_base_as_start_and_as_proposal(dtype, tmp_path):
+def test_a_bad_row_of_samples_is_named_before_a_run_is_made(tmp_path):
+    (tmp_path / "samples.jsonl").write_text('{"id": "x", "status": "wrong"}\n{"id": "nobody", "token_ids": [1]}\n')
+    result = train(tmp_path / "run", "--samples", tmp_path / "samples.jsonl")
+    assert result.exit_code == 2
+    assert "row 2: id 'nobody'" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_made_by_hand_are_trained_and_a_missing_eos_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": load_task("toy", QUESTIONS).train[0].id, "token_ids": [5, 6]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    done = ok(minem_cli("train", "--limit", QUESTIONS, "--samples", "mine.jsonl"))
+    assert "1 of 1 rows do not end in EOS: the model learns not to stop there" in done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"toy\.rsm8\.toy-llama\.s0\.samples-[0-9a-f]{8}", folder.name)
+    assert (folder / "iter-01" / "model" / "model.safetensors").exists()
+
+
+def test_base_as_start_and_as_proposal(from_base):
     """init = "base" trains the base model in iteration 2, and with proposal = "base" hinted draws come from it."""
-    run = tmp_path / "base"
-    keys = ["run.init=base", "sampler.proposal=base", "run.keep=all", f"model.dtype={dtype}"]
-    ok(train(run, "--sampler", "pps", *(word for key in keys for word in ("--set", key))))
-    again, tokenizer = minem.load("toy", dtype=getattr(torch, dtype))
-    config, task = load_config(run / "config.toml"), load_task("toy", 24)
-    samples = [Sample(**row) for row in read_rows(run / "iter-02" / "accepted.jsonl")]
+    again, tokenizer = minem.load("toy")
+    config, task = load_config(from_base / "config.toml"), load_task("toy", QUESTIONS)
+    samples = [Sample(**row) for row in rows_of(from_base, 2, "accepted")]
     examples = make_examples(samples, task, tokenizer, config.mstep)
     questions = {q.id: q for q in task.train}
-    for example in examples:  # the trained prompt is the plain one, though every draw was shown the answer
+    for example in examples:  # the trained prompt is the plain one, though draws were shown the answer
         assert example.prompt_ids == encode_prompt(tokenizer, questions[example.id])
-        assert "correct answer" not in tokenizer.decode(example.prompt_ids)
     MStep(again, config.mstep).run(examples, 0, 2)
-    trained = minem.load(run / "iter-02" / "model", dtype=getattr(torch, dtype))[0].state_dict()
+    trained = minem.load(from_base / "iter-02" / "model")[0].state_dict()
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, trained[name]), name
-    if dtype == "bfloat16":
-        return  # its log-probabilities are too coarse to tell the base model from the trained one
     base, _ = minem.load("toy")
-    for sample in [Sample(**row) for row in read_rows(run / "iter-02" / "samples.jsonl")][:8]:
-        prompt = encode_prompt(tokenizer, questions[sample.id], config.sampler.hint)
+    hinted = [Sample(**row) for row in rows_of(from_base, 2) if row["prompt"] == "hinted"][:8]
+    assert len(hinted) >= 4
+    for one in hinted:
+        prompt = encode_prompt(tokenizer, questions[one.id], config.sampler.hint)
         with torch.no_grad():
-            logprobs = base(torch.tensor([prompt + sample.token_ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
-        drawn = logprobs.gather(1, torch.tensor(sample.token_ids)[:, None]).sum().item()
-        assert sample.prompt == "hinted"
-        assert sample.logprob_q == pytest.approx(drawn, abs=1e-3)
+            logprobs = base(torch.tensor([prompt + one.token_ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+        drawn = logprobs.gather(1, torch.tensor(one.token_ids)[:, None]).sum().item()
+        assert one.logprob_q == pytest.approx(drawn, abs=1e-3)
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        ["--set", "model.dtype=bfloat16", "--sampler", "star", "--budget", 3, *OBJECTIVE],
+        ["--set", "model.dtype=bfloat16", "--limit", 5, "--set", "run.questions_per_iteration=3", *OBJECTIVE],
         pytest.param([], marks=pytest.mark.slow),
         pytest.param(
             ["--sampler", "star", *LIKE_STAR, "--set", "model.dtype=bfloat16"],
@@ -209,7 +248,6 @@ def test_base_as_start_and_as_proposal(dtype, tmp_path):
 )
 def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_path, monkeypatch):
     """The slow cases prove for the other states that a stage hands over what the quick one proves for weights."""
-    more = ["--limit", 8, *more]
     ok(train(tmp_path / "whole", *more))
     enter, left = RunDirectory._enter, [0]
 
@@ -232,7 +270,7 @@ def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_pat
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
 
 
-def test_weights_that_an_update_ruined_are_not_saved(tmp_path, monkeypatch):
+def test_weights_that_an_update_ruined_are_not_saved(finished, tmp_path, monkeypatch):
     """One update only, so that no loss comes after it which would show what it did."""
     step = torch.optim.AdamW.step
 
@@ -241,33 +279,26 @@ def test_weights_that_an_update_ruined_are_not_saved(tmp_path, monkeypatch):
         self.param_groups[0]["params"][0].data[0] = float("inf")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", ruins)
-    one = ["--limit", 8, "--iterations", 1, "--set", "eval.samples=0", "--set", "mstep.warmup=0"]
-    result = minem_cli("train", *one, "--out", tmp_path / "run")
+    samples = finished[0] / "iter-01" / "samples.jsonl"
+    one = ["--limit", QUESTIONS, "--set", "mstep.batch_size=64", "--set", "mstep.warmup=0"]
+    result = minem_cli("train", *one, "--samples", samples, "--out", tmp_path / "run")
     assert result.exit_code == 4
     assert "not finite" in result.stderr
     assert not (tmp_path / "run" / "iter-01" / "model").exists()
 
 
-def test_without_the_filter_every_draw_is_trained(tmp_path):
-    ok(train(tmp_path / "control", "--iterations", 1, "--set", "sampler.filter=none"))
-    samples, accepted = (
-        list(read_rows(tmp_path / "control" / "iter-01" / f"{n}.jsonl")) for n in ("samples", "accepted")
-    )
-    assert samples == accepted
-    assert len(samples) == 24
+def test_all_draws_spend_the_budget_and_without_the_filter_every_one_is_kept(tmp_path):
+    flags = ["--budget", 3, "--set", "sampler.draws=all", "--set", "sampler.filter=none"]
+    result = ok(sample(tmp_path / "control", *flags))
+    assert "sampler.filter = none: the draws follow this altered policy" in result.stderr
+    samples = rows_of(tmp_path / "control")
+    assert samples == rows_of(tmp_path / "control", 1, "accepted")
+    assert len(samples) == 3 * QUESTIONS
     assert {row["status"] for row in samples} > {"accepted"}
 
 
-def test_all_draws_spend_the_budget(tmp_path):
-    ok(train(tmp_path / "all", "--iterations", 1, "--budget", 3, "--set", "sampler.draws=all"))
-    samples = list(read_rows(tmp_path / "all" / "iter-01" / "samples.jsonl"))
-    assert len(samples) == 3 * 24
-    accepted = list(read_rows(tmp_path / "all" / "iter-01" / "accepted.jsonl"))
-    assert len(accepted) > len({row["id"] for row in accepted})
-
-
 def test_each_iteration_draws_on_the_next_questions(tmp_path, monkeypatch):
-    """Minibatch EM: 24 questions, 10 at a time, all of them before any comes again, each expected as long as before."""
+    """Minibatch EM: 8 questions, 3 at a time, all of them before any comes again, each expected as long as before."""
     expected = []
     run = EStep.run
 
@@ -276,38 +307,30 @@ def test_each_iteration_draws_on_the_next_questions(tmp_path, monkeypatch):
         return run(step, questions, *rest)
 
     monkeypatch.setattr(EStep, "run", watched)
-    some = ["--set", "run.questions_per_iteration=10", "--iterations", 4, "--budget", 2]
-    result = ok(train(tmp_path / "run", *some, "--json"))
-    assert "10 of 24 training questions in each iteration" in result.stderr
-    assert "E-step  10/10" in result.stderr
+    some = ["--set", "run.questions_per_iteration=3", "--iterations", 4, "--budget", 2]
+    result = ok(train(tmp_path / "run", *some))
+    assert f"3 of {QUESTIONS} training questions in each iteration" in result.stderr
+    assert "E-step  3/3" in result.stderr
+    assert result.stdout.count("/3") == 4  # the table
     journal = read_journal(tmp_path / "run")
     drawn: list[list[str]] = []
     seen: dict[str, float] = {}
     for iteration in (1, 2, 3, 4):
-        rows = list(read_rows(tmp_path / "run" / f"iter-{iteration:02d}" / "samples.jsonl"))
+        rows = rows_of(tmp_path / "run", iteration)
         drawn.append(list(dict.fromkeys(row["id"] for row in rows)))
-        assert len(drawn[-1]) == journal[f"iter-{iteration:02d}/estep"]["questions"] == 10
+        assert len(drawn[-1]) == journal[f"iter-{iteration:02d}/estep"]["questions"] == 3
         lengths, questions = expected[iteration - 1]
         assert questions == drawn[-1]
         assert {q: lengths.get(q) for q in questions} == {q: seen.get(q) for q in questions}
         for id_ in drawn[-1]:
             tokens = [len(row["token_ids"]) for row in rows if row["id"] == id_]
             seen[id_] = sum(tokens) / len(tokens)
-    everything = {question.id for question in load_task("toy", 24).train}
+    everything = {question.id for question in load_task("toy", QUESTIONS).train}
     assert set(drawn[0]).isdisjoint(drawn[1])
     assert set(drawn[0]) | set(drawn[1]) | set(drawn[2]) == everything
     again = set(drawn[2]) & (set(drawn[0]) | set(drawn[1]))
-    assert len(again) == 6
+    assert len(again) == 1
     assert again.isdisjoint(drawn[3])  # what the second pass has had already
-    table = ok(train(tmp_path / "run", *some)).stdout
-    assert table.count("/10") == 4
-
-
-def test_more_questions_per_iteration_than_there_are_are_all(finished, tmp_path):
-    out, _ = finished
-    result = ok(train(tmp_path / "run", "--set", "run.questions_per_iteration=99"))
-    assert "run.questions_per_iteration = 99 is more than the 24 questions" in result.stderr
-    assert contents(out) == contents(tmp_path / "run")
 
 
 class TwoPlainThenHinted(Budgeted):
@@ -320,15 +343,13 @@ def first_label(text, question):
 
 
 def test_a_sampler_and_a_verdict_of_ones_own(tmp_path):
-    own = ["--sampler", f"{__name__}:TwoPlainThenHinted", "--budget", 4, "--iterations", 1]
-    ok(train(tmp_path / "own", *own))
-    rows = list(read_rows(tmp_path / "own" / "iter-01" / "samples.jsonl"))
+    own = ["--sampler", f"{__name__}:TwoPlainThenHinted", "--budget", 4, "--verdict", f"{__name__}:first_label"]
+    ok(sample(tmp_path / "own", *own))
+    rows = rows_of(tmp_path / "own")
     assert all((row["prompt"] == "hinted") == (row["attempt"] > 2) for row in rows)
     assert {row["prompt"] for row in rows} == {"plain", "hinted"}
-    ok(train(tmp_path / "verdict", "--verdict", f"{__name__}:first_label", "--iterations", 1, "--budget", 1))
-    questions = {q.id: q for q in load_task("toy", 24).train}
-    for row in read_rows(tmp_path / "verdict" / "iter-01" / "samples.jsonl"):
-        assert row["answer"] == questions[row["id"]].labels[0]
+    questions = {q.id: q for q in load_task("toy", QUESTIONS).train}
+    assert all(row["answer"] == questions[row["id"]].labels[0] for row in rows)
 
 
 class Failing(Budgeted):
@@ -348,50 +369,28 @@ def returns_a_number(text, question):
     ("flag", "name"), [("--sampler", "Failing"), ("--verdict", "failing"), ("--verdict", "returns_a_number")]
 )
 def test_the_failure_of_ones_own_code_is_one_sentence(flag, name, tmp_path):
-    result = minem_cli("sample", *SMALL, "--out", tmp_path / "run", flag, f"{__name__}:{name}")
+    result = sample(tmp_path / "run", flag, f"{__name__}:{name}")
     assert result.exit_code == 2
     assert "toy-train" in result.stderr
     assert "of the user's own" in result.stderr or "must return a text or None, not 3" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        ({"id": "nobody", "token_ids": [1]}, "'nobody'"),
-        ({"token_ids": []}, "token_ids"),
-        ({"token_ids": [1.5]}, "token_ids"),
-        ({"token_ids": [10**30]}, "outside the model's vocabulary"),
-        ({"token_ids": [5] * 600}, "600 token ids"),
-        ({"token_ids": [5, 6], "text": "something else"}, "another tokenizer"),
-    ],
-)
-def test_samples_that_cannot_be_trained_on_are_named_before_a_run_is_made(row, named, tmp_path):
-    samples = tmp_path / "samples.jsonl"
-    known = load_task("toy", 24).train[0].id
-    samples.write_text('{"id": "x", "status": "wrong"}\n' + json.dumps({"id": known, **row}) + "\n")
-    result = train(tmp_path / "run", "--samples", samples)
-    assert result.exit_code == 2
-    assert named in result.stderr
-    assert "row 2" in result.stderr
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_is_continued_with_the_same_code_and_model_only(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def check(text, question):\n    return question.gold\n")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(minem.model.weights.TOY, tmp_path / "model")
-    limits = ["--set", "sampler.max_new_tokens=32", "--set", "eval.max_new_tokens=32", "--limit", 8, "--budget", 1]
-    command = ["sample", "--model", "model", "--verdict", "mine:check", *limits, "--out", tmp_path / "run"]
-    ok(minem_cli(*command))
-    ok(minem_cli(*command))
+    limits = ["--set", "sampler.max_new_tokens=32", "--set", "eval.max_new_tokens=32", "--budget", 1]
+    command = ["--model", "model", "--verdict", "mine:check", *limits]
+    ok(sample(tmp_path / "run", *command))
+    ok(sample(tmp_path / "run", *command))
     with open(tmp_path / "mine.py", "a") as file:
         file.write("# another\n")
-    result = minem_cli(*command)
+    result = sample(tmp_path / "run", *command)
     assert result.exit_code == 2
     assert "verdict mine:check changed" in result.stderr
     model, tokenizer = minem.load("toy")
     minem.save(model.bfloat16(), tokenizer, tmp_path / "model")
-    result = minem_cli(*command)
+    result = sample(tmp_path / "run", *command)
     assert "base model changed" in result.stderr
 
 
@@ -399,15 +398,17 @@ def never_right(text, question):
     return "no such label"
 
 
-def test_nothing_accepted_stops_with_code_4(tmp_path):
+def test_nothing_accepted_stops_with_code_4_and_what_to_do(tmp_path):
     result = train(tmp_path / "none", "--verdict", f"{__name__}:never_right", "--budget", 1)
     assert result.exit_code == 4
     assert "nothing to train on" in result.stderr
-    assert len(list(read_rows(tmp_path / "none" / "iter-01" / "samples.jsonl"))) == 24
+    assert "raise sampler.budget, or let star or pps show the answer" in result.stderr
+    assert len(rows_of(tmp_path / "none")) == QUESTIONS
     empty = tmp_path / "empty.jsonl"
     empty.write_text('{"id": "x", "status": "wrong", "token_ids": [1]}\n')
     result = train(tmp_path / "x", "--samples", empty)
     assert result.exit_code == 4
+    assert 'no row has status "accepted"' in result.stderr
 
 
 def test_another_config_is_refused_with_the_difference(finished):
@@ -423,55 +424,29 @@ def test_another_config_is_refused_with_the_difference(finished):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train", "--sampler", "rms"], "rsm"),
-        (["train", "--sampler", "no.such:Thing"], "no.such"),
-        (["train", "--sampler", "json:Nothing"], "Nothing"),
-        (["train", "--budget", "0"], "sampler.budget"),
-        (["train", "--budget", "many"], "--budget"),
-        (["train", "--buget", "3"], "--budget"),
-        (["train", "--set", "mstep.learning=1"], "mstep"),
-        (["train", "no-such.toml"], "no-such.toml"),
-        (["train", "--model", "no/such/model"], "no/such/model"),
-        (["train", "--task", "arc"], "arc-"),
-        (["train", "--verdict", "nothing"], "module:function"),
-        (["train", "--samples", "no-such.jsonl"], "no-such.jsonl"),
-        (["train", "--limit", "0"], "task.limit"),
-        (["train", "--samples", "."], "not a file"),
-        (["train", "--set", "sampler.max_new_tokens=1024"], "sampler.max_new_tokens"),
-        (["train", "--set", "eval.max_new_tokens=1024"], "eval.max_new_tokens"),
-        (["train", "--set", "run.slots=100000000"], "run.slots"),
-        (["train", "--set", "sampler.top_k=99999999999999999999"], "sampler.top_k"),
+        (["train", "--set", "eval.max_new_tokens=1024"], "lower eval.max_new_tokens"),
         (["train", "--model", ""], "model"),
-        (["sample", "--iteration", "2", "--overwrite"], "--overwrite"),
-        (["tran"], "train"),
-        (["sample", "--iteration", "0"], "--iteration"),
-        (["generate"], "--prompt"),
-        (["generate", "--prompt", "x", "--prompts", "y"], "either"),
-        (["generate", "--prompt", "x", "--top-p", "2"], "--top-p"),
         (["generate", "--prompt", "x", "--max-new-tokens", "100000"], "max_length"),
-        (["generate", "--prompts", "no-such.jsonl"], "no-such.jsonl"),
+        pytest.param(
+            ["train", "--device", "cuda"],
+            "no CUDA device",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here"),
+        ),
     ],
 )
 def test_wrong_command_lines_are_one_sentence(arguments, named, tmp_path, monkeypatch):
+    """What tests/test_wrong_commands.py does not have."""
     monkeypatch.chdir(tmp_path)
     result = minem_cli(*arguments)
     assert result.exit_code == 2, result.output
     assert named in result.stderr
     assert result.stdout == ""
-    assert "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_cuda_that_is_not_there_is_named(tmp_path):
-    result = train(tmp_path / "x", "--device", "cuda")
-    assert result.exit_code == 2
-    assert "no CUDA device" in result.stderr
 
 
 def test_eval_agrees_with_the_run(finished, tmp_path):
     out, result = finished
-    small = ["--limit", 24, "--max-new-tokens", 64, "--out", tmp_path / "evals", "--json"]
+    small = ["--limit", QUESTIONS, "--max-new-tokens", 64, "--out", tmp_path / "evals", "--json"]
     evaluated = ok(minem_cli("eval", "--model", out / "iter-02" / "model", *small))
     summary = json.loads(evaluated.stdout.splitlines()[-1])
     for key in ("accuracy", "n", "low", "high", "unparsed", "truncated", "tokens"):
@@ -479,10 +454,7 @@ def test_eval_agrees_with_the_run(finished, tmp_path):
 
 
 def test_generate_prints_texts_or_json(tmp_path):
-    question = load_task("toy", 1).test[0]
-    from minem.data.prompts import messages
-
-    text = messages(question)[0]["content"]
+    text = messages(load_task("toy", 1).test[0])[0]["content"]
     plain = ok(minem_cli("generate", "--prompt", text, "--chat", "--temperature", 0))
     assert "The best answer is" in plain.stdout
     prompts = tmp_path / "prompts.jsonl"
@@ -493,6 +465,67 @@ def test_generate_prints_texts_or_json(tmp_path):
     for completion in (c for r in found for c in r["completions"]):
         assert len(completion["token_ids"]) == len(completion["logprobs"])
         assert completion["finish_reason"] in ("stop", "length")
+
+
+def test_blocks_change_nothing_but_what_is_lost_when_a_run_is_killed(tmp_path, monkeypatch):
+    nine = ["--limit", 9, "--budget", 2]
+    ok(sample(tmp_path / "whole", *nine))
+    monkeypatch.setattr(minem.em.estep, "BLOCK_ROUNDS", 1)
+    flags = [*nine, "--set", "run.slots=3"]
+    ok(sample(tmp_path / "blocks", *flags))
+    journal = read_journal(tmp_path / "blocks")
+    assert list(journal) == [f"iter-01/estep{s}" for s in (".1", ".2", ".3", "")]
+    parts = rows_of(tmp_path / "blocks")
+    for row, other in zip(rows_of(tmp_path / "whole"), parts, strict=True):
+        for key in ("logprob_q", "logprob_plain"):
+            assert row[key] == pytest.approx(other[key], abs=1e-4)
+            row[key] = other[key]
+        assert row == other
+    counts = journal["iter-01/estep"]
+    assert counts["attempts"] == len(parts)
+    assert counts["solved"] == len({row["id"] for row in parts if row["status"] == "accepted"})
+    assert counts["tokens"] - counts["cancelled_tokens"] == sum(len(row["token_ids"]) for row in parts)
+    assert counts["prefill_tokens"] > 0
+    assert not list((tmp_path / "blocks/iter-01").glob("samples.*.jsonl"))
+
+    # Stopped in the second block. If memory gives another number of slots by then, the blocks are those begun with.
+    run, drawn = EStep.run, []
+
+    def stops_in_the_second(self, questions, *rest):
+        drawn.append([question.id for question in questions])
+        if len(drawn) == 2:
+            raise Interrupted("stopped by the test")
+        return run(self, questions, *rest)
+
+    monkeypatch.setattr(EStep, "run", stops_in_the_second)
+    assert sample(tmp_path / "again", *flags).exit_code == 3
+    shutil.copytree(tmp_path / "again", tmp_path / "smaller")
+    ok(sample(tmp_path / "again", *flags))
+    assert [len(ids) for ids in drawn] == [3, 3, 3, 3]
+    assert drawn[1] == drawn[2]
+    assert contents(tmp_path / "again") == contents(tmp_path / "blocks")
+    ok(sample(tmp_path / "smaller", *nine, "--set", "run.slots=2"))
+    assert drawn[4:] == drawn[2:4]
+
+
+def test_the_first_e_step_compares_generator_and_trainer(finished, tmp_path, monkeypatch):
+    out, _ = finished
+    result = read_journal(out)["iter-01/estep"]
+    assert 0 < result["logprob_difference"] < 1e-4
+    assert abs(result["policy_kl"]) < 1e-8
+    metrics = list(read_rows(out / "metrics.jsonl"))
+    assert [r["logprob_difference"] for r in metrics if "logprob_difference" in r] == [result["logprob_difference"]]
+    # A trainer that sees another position than the generator does is another policy.
+    hidden = Model._packed_hidden
+
+    def shifted(self, input_ids, lengths):
+        return hidden(self, input_ids.roll(1), lengths)
+
+    monkeypatch.setattr(Model, "_packed_hidden", shifted)
+    stopped = sample(tmp_path / "wrong")
+    assert stopped.exit_code == 4
+    assert "disagree on the log-probabilities" in stopped.stderr
+    assert not (tmp_path / "wrong/iter-01/samples.jsonl").exists()
 
 
 @pytest.mark.real_data
@@ -551,88 +584,6 @@ def test_real_rows_run_end_to_end(tmp_path):
     samples = list(read_rows(tmp_path / "run" / "iter-01" / "samples.jsonl"))
     assert {row["prompt"] for row in samples} == {"plain", "hinted"}
     assert {row["gold"] for row in samples} & set("1234")
-
-
-def test_make_model_is_random():
-    """The referee's checkpoints must not be alike by accident: two seeds, two models."""
-    a, b = (make_model("llama", seed).state_dict() for seed in (0, 1))
-    assert not torch.equal(a["model.embed_tokens.weight"], b["model.embed_tokens.weight"])
-
-
-# ------------------------------------------------------------------------------- blocks, the gate, and room to train
-
-
-def test_blocks_change_nothing_but_what_is_lost_when_a_run_is_killed(tmp_path, monkeypatch):
-    ok(train(tmp_path / "whole", "--iterations", 1))
-    monkeypatch.setattr(minem.em.estep, "BLOCK_ROUNDS", 2)
-    flags = ["--iterations", 1, "--set", "run.slots=4"]
-    ok(train(tmp_path / "blocks", *flags))
-    journal = read_journal(tmp_path / "blocks")
-    assert [stage for stage in journal if "estep" in stage] == [f"iter-01/estep{s}" for s in (".1", ".2", ".3", "")]
-    whole, parts = (list(read_rows(tmp_path / name / "iter-01/samples.jsonl")) for name in ("whole", "blocks"))
-    assert len(whole) == len(parts)
-    for row, other in zip(whole, parts, strict=True):
-        for key in ("logprob_q", "logprob_plain"):
-            assert row.pop(key) == pytest.approx(other.pop(key), abs=1e-4)
-        assert row == other
-    counts = journal["iter-01/estep"]
-    assert counts["attempts"] == len(parts)
-    assert counts["solved"] == len({row["id"] for row in parts if row["status"] == "accepted"})
-    assert counts["tokens"] - counts["cancelled_tokens"] == sum(len(row["token_ids"]) for row in parts)
-    assert counts["prefill_tokens"] > 0
-    assert not list((tmp_path / "blocks/iter-01").glob("samples.*.jsonl"))
-
-    # Stopped in the second block. Where memory gives another number of slots by then, the blocks are those begun with.
-    run, drawn = EStep.run, []
-
-    def stops_in_the_second(self, questions, *rest):
-        drawn.append([question.id for question in questions])
-        if len(drawn) == 2:
-            raise Interrupted("stopped by the test")
-        return run(self, questions, *rest)
-
-    monkeypatch.setattr(EStep, "run", stops_in_the_second)
-    assert train(tmp_path / "again", *flags).exit_code == 3
-    shutil.copytree(tmp_path / "again", tmp_path / "smaller")
-    ok(train(tmp_path / "again", *flags))
-    assert [len(ids) for ids in drawn] == [8, 8, 8, 8]
-    assert drawn[1] == drawn[2]
-    assert contents(tmp_path / "again") == contents(tmp_path / "blocks")
-    ok(train(tmp_path / "smaller", "--iterations", 1, "--set", "run.slots=3"))
-    assert drawn[4:] == drawn[2:4]
-
-
-def test_the_first_e_step_compares_generator_and_trainer(tmp_path, monkeypatch):
-    ok(train(tmp_path / "run", "--iterations", 1))
-    result = read_journal(tmp_path / "run")["iter-01/estep"]
-    assert 0 < result["logprob_difference"] < 1e-4
-    assert abs(result["policy_kl"]) < 1e-8
-    metrics = list(read_rows(tmp_path / "run/metrics.jsonl"))
-    assert [r["logprob_difference"] for r in metrics if "logprob_difference" in r] == [result["logprob_difference"]]
-    # A trainer that sees another position than the generator does is another policy.
-    hidden = Model._packed_hidden
-
-    def shifted(self, input_ids, lengths):
-        return hidden(self, input_ids.roll(1), lengths)
-
-    monkeypatch.setattr(Model, "_packed_hidden", shifted)
-    stopped = train(tmp_path / "wrong", "--iterations", 1)
-    assert stopped.exit_code == 4
-    assert "disagree on the log-probabilities" in stopped.stderr
-    assert not (tmp_path / "wrong/iter-01/samples.jsonl").exists()
-
-
-def test_the_cache_makes_room_for_training(tmp_path, monkeypatch):
-    released = []
-    release = Generator.release
-    monkeypatch.setattr(Generator, "release", lambda self: (released.append(self), release(self)))
-    plain = train(tmp_path / "plain", "--iterations", 1)
-    assert "cache   " in plain.stderr
-    before = len(released)
-    monkeypatch.setattr("minem.em.mstep.MStep.room", lambda self: 1_000)
-    ok(train(tmp_path / "tight", "--iterations", 1))
-    assert len(released) > 2 * before
-    assert contents(tmp_path / "tight") == contents(tmp_path / "plain")
 
 
 @pytest.fixture

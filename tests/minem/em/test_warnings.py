@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from minem.runs.directory import read_journal
 
 
 def counted(accepted: int, attempts: int, solved: int, *, prompts: str = "plain", **rejected: int) -> dict[str, Any]:
-    """What Counts.summary says of an E-step on 100 questions; rejected draws are wrong unless said otherwise."""
+    """What EStep.summary has of an E-step on 100 questions; rejected draws are wrong by default."""
     statuses = {"accepted": accepted, **(rejected or {"wrong": attempts - accepted})}
     acceptance = dict.fromkeys(prompts.split(), accepted / attempts)
     return {
@@ -30,7 +29,7 @@ def counted(accepted: int, attempts: int, solved: int, *, prompts: str = "plain"
 
 
 @pytest.mark.parametrize(
-    ("estep", "told"),
+    ("estep", "expected"),
     [
         (counted(99, 100, 99), "train on harder ones"),
         (counted(100, 100, 100), "train on harder ones"),
@@ -39,27 +38,27 @@ def counted(accepted: int, attempts: int, solved: int, *, prompts: str = "plain"
         (counted(99, 100, 99, prompts="hinted plain"), "train on harder ones"),
     ],
 )
-def test_everything_accepted(estep, told):
-    said = health.everything_accepted(estep)
-    assert said is None if told is None else said is not None and told in said
-    assert health.of_draws(estep) == ([] if told is None else [said])
+def test_everything_accepted(estep, expected):
+    found = health.everything_accepted(estep)
+    assert found is None if expected is None else found is not None and expected in found
+    assert health.of_draws(estep) == ([] if expected is None else [found])
 
 
 @pytest.mark.parametrize(
-    ("estep", "told"),
+    ("estep", "expected"),
     [
         (counted(4, 800, 4), "raise sampler.budget, or let star or pps"),
         (counted(5, 800, 5), None),
-        (counted(0, 800, 0), None),  # a guard says it
+        (counted(0, 800, 0), None),  # a guard stops the run
         (counted(4, 800, 4, truncated=700, wrong=96), "raise sampler.max_new_tokens"),
         (counted(4, 800, 4, unparsed=700, wrong=96), "--verdict"),
         (counted(4, 800, 4, prompts="hinted plain"), "although the answer was shown"),
     ],
 )
-def test_almost_nothing_accepted(estep, told):
-    said = health.almost_nothing_accepted(estep)
-    assert said is None if told is None else said is not None and told in said
-    assert said is None or "only 4 of 100 questions" in said
+def test_almost_nothing_accepted(estep, expected):
+    found = health.almost_nothing_accepted(estep)
+    assert found is None if expected is None else found is not None and expected in found
+    assert found is None or "only 4 of 100 questions" in found
 
 
 # Half-means of 1.0 and of what is tested, with a spread of 0.01: the standard error of their difference is 0.0082.
@@ -78,9 +77,9 @@ WAVE = torch.tensor([-1.0, 1.0, -1.0, 1.0]) * 0.01
 )
 def test_a_loss_that_does_not_fall(after, warned):
     losses = [*(1.0 + WAVE).tolist(), *(after + WAVE).tolist()]
-    said = health.loss_not_falling(losses)
-    assert (said is not None) == warned
-    assert said is None or "lower mstep.lr" in said
+    found = health.loss_not_falling(losses)
+    assert (found is not None) == warned
+    assert found is None or "lower mstep.lr" in found
     assert health.loss_not_falling(losses[:3] + losses[4:7]) is None  # six steps say nothing
 
 
@@ -105,28 +104,30 @@ def test_a_loss_that_jumps_about_says_nothing():
     ],
 )
 def test_an_entropy_that_collapses(entropies, solved, warned):
-    said = health.entropy_collapsing(entropies, solved)
-    assert (said is not None) == warned
-    assert health.of_training([], entropies, solved) == ([said] if warned else [])
+    found = health.entropy_collapsing(entropies, solved)
+    assert (found is not None) == warned
+    n = len(entropies)
+    results = {f"iter-{i:02d}/mstep": {"entropy": entropy} for i, entropy in enumerate(entropies[:-1], start=1)}
+    if solved is not None:
+        results[f"iter-{n:02d}/estep"] = {"solved": 100 * solved, "questions": 100}
+    assert health.of_training([], entropies[-1], n, results) == ([found] if warned else [])
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+def test_a_fall_of_hinted_acceptance():
+    first, now = {"hinted": 0.5, "falling": False}, {"hinted": 0.25, "falling": True}
+    assert health.of_diagnostics(first, None) == health.of_diagnostics(first, first) == []
+    (found,) = health.of_diagnostics(now, first)
+    assert found.startswith("hinted acceptance fell from 50.0 % to 25.0 % since iteration 1: ")
 
 
-def train(out: Path, *more: object):
-    small = ["--limit", 32, "--iterations", 1, "--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
-    arguments = [str(a) for a in ("train", *small, "--set", "mstep.batch_size=4", "--out", out, *more)]
-    return CliRunner().invoke(main, arguments)
-
-
-def wrong(text, question):
-    return "no such label"
-
-
-def test_a_run_warns_once_keeps_it_and_reports_it(tmp_path):
+def test_a_run_warns_once_keeps_it_reports_it_and_has_the_metrics_of_each_step(tmp_path, monkeypatch):
     """pps on the toy: every draw is shown the answer, and hits it. At this rate the model is ruined."""
-    much = ["--sampler", "pps", "--set", "mstep.lr=0.03", "--set", "mstep.warmup=0.9"]
-    result = train(tmp_path / "run", *much)
+    monkeypatch.setattr("minem.report.figures.draw", lambda *_: "<svg></svg>")
+    monkeypatch.setattr("minem.report.charts.plot_accuracy", lambda run, path: path.write_bytes(b""))
+    much = ["--sampler", "pps", "--set", "mstep.lr=0.03", "--set", "mstep.warmup=0.9", "--set", "mstep.batch_size=2"]
+    much += ["--limit", "16", "--iterations", "1", "--set", "eval.samples=0", "--set", "eval.diagnostics=0"]
+    command = ["train", *much, "--out", str(tmp_path / "run"), "--json"]
+    result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     journal = read_journal(tmp_path / "run")
     warnings = {stage: found for stage, kept in journal.items() if (found := kept.get("warnings"))}
@@ -137,28 +138,17 @@ def test_a_run_warns_once_keeps_it_and_reports_it(tmp_path):
     assert any("the loss did not fall" in line for line in lines)
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("the loss did not fall") == sum("did not fall" in line for line in lines)
-    again = train(tmp_path / "run", *much)
-    assert "warning" not in again.stderr
+    assert "warning" not in CliRunner().invoke(main, command).stderr
 
-
-def test_nothing_accepted_says_what_to_do(tmp_path):
-    result = train(tmp_path / "run", "--verdict", f"{__name__}:wrong", "--budget", 1)
-    assert result.exit_code == 4
-    assert "raise sampler.budget, or let star or pps show the answer" in result.stderr
-
-
-def test_each_step_has_its_metrics_and_all_are_finite(tmp_path):
-    result = train(tmp_path / "run", "--json")
-    assert result.exit_code == 0, result.output
     steps = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "iter-01/mstep"]
     kept = json.loads(result.stdout)["iterations"][1]["mstep"]
-    assert len(steps) == kept["steps"] >= 6
+    assert len(steps) == kept["steps"] == 8
     for row in [*steps, kept]:
         numbers = {k: row[k] for k in ("loss", "entropy", "grad_norm", "tokens_per_second", "peak_process_memory")}
         assert all(isinstance(n, int | float) and 0 < n < 1e12 for n in numbers.values())
-        assert row["mfu"] is None  # nobody knows the peak of a CPU
+        assert row["mfu"] is None  # the peak of a CPU is not known
         assert 10e6 < row["peak_process_memory"] < 100e9
-    assert all(0 < row["lr"] <= 1e-3 for row in steps)
+    assert all(0 < row["lr"] <= 0.03 for row in steps)
     assert max(row["peak_process_memory"] for row in steps) == kept["peak_process_memory"]
     shown = next(line for line in result.stderr.splitlines() if "M-step" in line and "done" in line)
     for fact in ("loss", "grad norm", "lr", "tokens/s", "peak memory"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,66 +22,36 @@ import torch
 
 from minem.config import load_config
 from minem.console import Progress
-from minem.em.loop import Experiment
 from minem.em.masters import Masters
-from minem.em.packing import Example
+from minem.em.sample import Sample
 from minem.errors import GuardError, Interrupted
-from minem.files import read_rows
-from minem.parallel.signals import Stop
+from minem.files import PARTIAL, read_rows
 from minem.runs.directory import read_journal
-from minem.train import train
+from minem.train import Session, build, opened, train
+from tests.minem.tiny_runs import cut_journal, finished, flags, flip, outcome, settings, truncate
+from tests.minem.tiny_runs import train as train_here
 
-SETTINGS = ["run.iterations=2", "task.limit=16", "mstep.epochs=4", "mstep.batch_size=4", "run.device=cpu"]
-SETTINGS += ["sampler.budget=2", "sampler.max_new_tokens=32", "eval.max_new_tokens=32", "eval.samples=0"]
-SETTINGS += ["eval.diagnostics=2"]
 # One slot, so that the 32 questions of an E-step come in two blocks; a checkpoint after every step.
-IN_BLOCKS = ["task.limit=32", "mstep.batch_size=8", "run.slots=1", "run.checkpoint_minutes=0.0"]
-FILES = ("samples.jsonl", "accepted.jsonl", "eval.validation.jsonl", "eval.test.jsonl", "model/model.safetensors")
-VARYING = ("seconds", "tokens_per_second", "peak_process_memory", "mfu")
+IN_BLOCKS = ["task.limit=32", "mstep.epochs=4", "mstep.batch_size=8", "run.slots=1", "run.checkpoint_minutes=0.0"]
+IN_BLOCKS += ["eval.diagnostics=2"]
 AGAIN = "give the same command again to resume"
 
 
-def steady(values: dict[str, Any]) -> dict[str, Any]:
-    """Without times, rates and memory."""
-    return {key: value for key, value in values.items() if key not in VARYING}
-
-
-def outcome(run: Path) -> dict[str, object]:
-    """All that a run leaves which must not depend on how it was interrupted."""
-    found: dict[str, object] = {}
-    for folder in sorted(run.glob("iter-*")):
-        found |= {f"{folder.name}/{name}": (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
-    # Of checkpoints, those that the clock and signals asked for are left out.
-    stages = [(stage, steady(result)) for stage, result in read_journal(run).items() if "/mstep." not in stage]
-    return found | {"metrics": [steady(row) for row in read_rows(run / "metrics.jsonl")], "journal": stages}
-
-
-def settled(more: Sequence[str]) -> list[str]:
-    """SETTINGS with others in their place or beside them."""
-    found = dict(setting.split("=", 1) for setting in (*SETTINGS, *more))
-    return [f"{key}={value}" for key, value in found.items()]
-
-
 def start(
-    out: Path, settings: Sequence[str] = (), *flags: str, folder: Path | None = None, **environment: str
+    out: Path, wanted: Sequence[str] = (), *more: str, folder: Path | None = None, **environment: str
 ) -> subprocess.Popen[str]:
     """`minem train` as a user starts it; `folder`: of modules that Python looks at first."""
-    words = [word for setting in settled(settings) for word in ("--set", setting)]
-    command = [sys.executable, "-m", "minem", "train", *words, *flags, "--out", str(out)]
+    command = [sys.executable, "-m", "minem", "train", *flags(*wanted), *more, "--out", str(out)]
     path = os.pathsep.join(filter(None, [str(folder or ""), os.environ.get("PYTHONPATH", "")]))
     everything = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
     return subprocess.Popen(command, env=everything, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What it said."""
+    """What it printed on stderr."""
     _, err = process.communicate(timeout=500)
     assert process.returncode == code, err
     return err
-
-
-def finished(run: Path) -> list[str]:
-    return list(read_journal(run)) if (run / "journal.jsonl").exists() else []
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -90,8 +62,8 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) ->
 
 # ---------------------------------------------------------------------------------------------------------- SIGKILL
 
-# Found by Python as it starts: so many seconds after it has so many times opened, renamed or removed something that is
-# named like this, the process ends.
+# Found by Python as it starts. DIES_AT=NAME:N:SECONDS kills the process SECONDS after it has opened, renamed or removed
+# something with NAME in its name for the Nth time.
 DIES = """
 import os, signal, sys, threading
 wanted, count, seconds = os.environ["DIES_AT"].split(":")
@@ -184,9 +156,22 @@ def kill_at(out: Path, stages: dict[str, float], point: tuple[str, str, str], no
     return names[len(done)]
 
 
+def test_killed_in_the_middle_of_its_weights_a_run_is_resumed(tmp_path: Path, finished_run: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DIES)
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    cut_journal(run, "iter-01/estep")
+    shutil.rmtree(run / "iter-02")
+    process = start(run, folder=tmp_path, DIES_AT=f"iter-01/{PARTIAL}model:3:0")
+    assert process.wait(timeout=100) == -signal.SIGKILL
+    assert finished(run)[-1] == "iter-01/estep"
+    assert (run / f"iter-01/{PARTIAL}model").is_dir()
+    train_here(run)
+    assert outcome(run) == outcome(finished_run)
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_points_of_all_stages_a_run_ends_with_the_same_bytes(tmp_path, in_blocks):
-    """Two runs side by side, each killed at every second point and continued each time."""
+    """Proves it for every kind of stage and write: two runs side by side, each killed at every second point."""
     (tmp_path / "sitecustomize.py").write_text(DIES)
     stages = {row["stage"]: row["seconds"] for row in read_rows(in_blocks / "journal.jsonl")}
 
@@ -212,16 +197,13 @@ def test_killed_at_twenty_points_of_all_stages_a_run_ends_with_the_same_bytes(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shift", range(3))
-def test_a_signal_ends_with_code_3_and_the_same_command_goes_on(tmp_path, in_blocks, shift):
-    """In an evaluation, in an E-step and in an M-step, each time by another signal."""
+def test_a_signal_ends_with_code_3_and_the_same_command_resumes(tmp_path: Path, in_blocks: Path) -> None:
+    """Proves it with real signals to a real process: in an evaluation, an E-step and an M-step, by another one each."""
     out = tmp_path / "run"
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-    names = {signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1", signal.SIGINT: "Ctrl-C"}
-    for before, stage, number in (
-        ("iter-00/eval.validation", "iter-00/eval.test", numbers[shift]),
-        ("iter-01/estep.1", "iter-01/estep.2", numbers[shift - 1]),
-        ("iter-01/mstep.2", "iter-01/mstep", numbers[shift - 2]),
+    for before, stage, number, name in (
+        ("iter-00/eval.validation", "iter-00/eval.test", signal.SIGUSR1, "SIGUSR1"),
+        ("iter-01/estep.1", "iter-01/estep.2", signal.SIGINT, "Ctrl-C"),
+        ("iter-01/mstep.2", "iter-01/mstep", signal.SIGTERM, "SIGTERM"),
     ):
         process = start(out, IN_BLOCKS)
         wait_until(lambda before=before: before in finished(out), process)
@@ -229,7 +211,7 @@ def test_a_signal_ends_with_code_3_and_the_same_command_goes_on(tmp_path, in_blo
         err = finish(process, 3)
         assert "Traceback" not in err
         last = err.splitlines()[-1]
-        assert f"stopped by {names[number]} " in last
+        assert f"stopped by {name} " in last
         assert f" {stage}" in last
         assert AGAIN in last
         if stage == "iter-01/mstep":
@@ -248,15 +230,15 @@ def check(text, question):
 """
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
-    """The first one is noted and waits for the draw to be judged, which here takes for ever; the second ends it."""
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is noted and waits for the draw to be judged, which takes for ever here; the second ends it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(HANGS)
     process = start(tmp_path / "run", [], "--verdict", "mine:check", folder=tmp_path)
     try:
         wait_until(lambda: (tmp_path / "hangs").exists(), process)
         process.send_signal(signal.SIGINT)
-        time.sleep(1)
+        time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
@@ -267,134 +249,133 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, monkeypatch):
     assert AGAIN in err.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_sigterm_to_the_launcher_of_two_processes(tmp_path):
-    """Both stop after the same step, and one process goes on where the two were."""
-    long = ["run.iterations=1", "mstep.epochs=12"]
-    alone, out = tmp_path / "alone", tmp_path / "run"
-    finish(start(alone, long))
-    process = start(out, long, "--gpus", "2")
-    wait_until(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    err = finish(process, 3)
-    assert "Traceback" not in err
-    found = re.search(r"stopped by SIGTERM after step (\d+) of (\d+) of iter-01/mstep", err.splitlines()[-1])
-    assert found is not None, err
-    assert AGAIN in err.splitlines()[-1]
-    step, steps = map(int, found.groups())
-    assert 3 <= step < steps
-    assert finished(out)[-1] == f"iter-01/mstep.{step}"
-    finish(start(out, long))
-    assert len(losses(out)) == steps
-    assert losses(out) == pytest.approx(losses(alone), abs=1e-6)
-
-
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be in the making
-    return [row["loss"] for row in map(json.loads, lines) if row["stage"] == "iter-01/mstep"]
-
-
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
-def run_in_process(out: Path, settings: Sequence[str], monkeypatch: pytest.MonkeyPatch, stop_after: int = 0) -> int:
-    """A whole run, asked to stop at so many updates; how many updates it made."""
-    stop, update, made = Stop(), Masters.step, [0]
+def updates_of(out: Path, more: Sequence[str], monkeypatch: pytest.MonkeyPatch, stop_after: int = 0) -> int:
+    """How many updates a run in this process makes; it is asked to stop in one of them."""
+    session, update, made = Session(Progress(io.StringIO())), Masters.step, [0]
 
-    def counted(*arguments: Any) -> None:
-        update(*arguments)
+    def counted(*arguments: Any) -> Any:
         made[0] += 1
         if made[0] == stop_after:
-            stop.signal = "SIGTERM"
+            session.stop.signal = "SIGTERM"
+        return update(*arguments)
 
-    config = load_config(overrides=settled(["eval.diagnostics=0", *settings, f"run.out={out}"]))
+    config = load_config(overrides=[*settings(*more), f"run.out={out}"])
     with monkeypatch.context() as patch:
         patch.setattr(Masters, "step", counted)
         if stop_after:
             with pytest.raises(Interrupted, match=rf"stopped by SIGTERM after step \d+ .* {AGAIN}"):
-                train(config, Progress(), stop=stop)
+                train(config, session)
         else:
-            train(config, Progress(), stop=stop)
+            train(config, session)
     return made[0]
 
 
+LORA = ["mstep.lora_rank=4", "mstep.lr=1e-2"]
+ROUNDED = ["model.dtype=bfloat16", "mstep.optimizer_state=keep"]
+
+
 @pytest.mark.parametrize(
-    "settings",
+    "more",
     [
-        pytest.param(["model.dtype=bfloat16", "mstep.optimizer_state=keep"], id="bfloat16, moments kept"),
+        pytest.param(ROUNDED, id="bfloat16, moments kept"),
         pytest.param(["mstep.optimizer_state=keep"], id="moments kept", marks=pytest.mark.slow),
         pytest.param(["model.dtype=bfloat16"], id="bfloat16", marks=pytest.mark.slow),
         pytest.param(["run.init=base"], id="from the base", marks=pytest.mark.slow),
-        pytest.param(["mstep.lora_rank=4", "mstep.lr=1e-2"], id="lora", marks=pytest.mark.slow),
-        pytest.param(
-            ["mstep.lora_rank=4", "mstep.lr=1e-2", "model.dtype=bfloat16", "mstep.optimizer_state=keep"],
-            id="lora, bfloat16, moments kept",
-            marks=pytest.mark.slow,
-        ),
+        pytest.param(LORA, id="lora", marks=pytest.mark.slow),
+        pytest.param([*LORA, *ROUNDED], id="lora, bfloat16, moments kept", marks=pytest.mark.slow),
     ],
 )
-def test_stopped_in_the_second_m_step_no_update_is_made_twice(tmp_path, monkeypatch, settings):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    updates = run_in_process(whole, settings, monkeypatch)
+def test_stopped_in_the_second_m_step_no_update_is_made_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    """The slow ones prove it for each state that a checkpoint may hold."""
+    more, whole, cut = ["mstep.epochs=3", *more], tmp_path / "whole", tmp_path / "cut"
+    updates = updates_of(whole, more, monkeypatch)
     first, second = (read_journal(whole)[f"iter-0{i}/mstep"]["steps"] for i in (1, 2))
-    assert run_in_process(cut, settings, monkeypatch, stop_after=first + 2) == first + 2
+    assert updates_of(cut, more, monkeypatch, stop_after=first + 2) == first + 2
     assert (cut / "iter-02/checkpoint.2").is_dir()
-    assert run_in_process(cut, settings, monkeypatch) == second - 2 == updates - first - 2
+    assert updates_of(cut, more, monkeypatch) == second - 2 == updates - first - 2
     assert outcome(cut) == outcome(whole)
     assert not list(cut.glob("iter-*/checkpoint.*"))
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) * 3 // 4] ^= 1
-    path.write_bytes(content)
-
-
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+OFTEN = ["run.checkpoint_minutes=0.0", "mstep.epochs=3", "run.iterations=1"]
+STATE = "state-00000.safetensors"
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "run"
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped after step 4, with checkpoints of steps 3 and 4."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        run_in_process(out, [], patch)
+        updates_of(out, OFTEN, patch, stop_after=4)
+    assert sorted(path.name for path in out.glob("iter-01/checkpoint.*")) == ["checkpoint.3", "checkpoint.4"]
     return out
 
 
-STATE = "state-00000.safetensors"
+@pytest.fixture(scope="module")
+def undisturbed(stopped: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, resumed with all its files intact."""
+    out = shutil.copytree(stopped, tmp_path_factory.mktemp("undisturbed") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        assert updates_of(out, OFTEN, patch) == read_journal(out)["iter-01/mstep"]["steps"] - 4
+    return out
 
 
 @pytest.mark.parametrize(
     ("harm", "damaged", "kept"),
     [
         pytest.param(flip, [f"4/{STATE}"], 3, id="a byte of the newest"),
+        pytest.param(truncate, [f"3/{STATE}", f"4/{STATE}"], 0, id="both"),
         pytest.param(truncate, [f"4/{STATE}"], 3, id="the newest cut short", marks=pytest.mark.slow),
         pytest.param(Path.unlink, ["4/state.json"], 3, id="a file of the newest", marks=pytest.mark.slow),
         pytest.param(flip, ["4/steps.jsonl"], 3, id="its metrics", marks=pytest.mark.slow),
         pytest.param(flip, [f"3/{STATE}"], 4, id="the older one", marks=pytest.mark.slow),
-        pytest.param(truncate, [f"3/{STATE}", f"4/{STATE}"], 0, id="both"),
     ],
 )
-def test_damaged_checkpoints_are_noticed(tmp_path, monkeypatch, undisturbed, harm, damaged, kept):
-    """Stopped after step 4 with checkpoints of steps 3 and 4: the newest that is whole is used, or none."""
-    out, often = tmp_path / "run", ["run.checkpoint_minutes=0.0"]
-    steps = sum(read_journal(undisturbed)[f"iter-0{i}/mstep"]["steps"] for i in (1, 2))
-    run_in_process(out, often, monkeypatch, stop_after=4)
-    assert sorted(path.name for path in out.glob("iter-01/checkpoint.*")) == ["checkpoint.3", "checkpoint.4"]
+def test_damaged_checkpoints_are_noticed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: Path,
+    undisturbed: Path,
+    harm: Callable[[Path], None],
+    damaged: list[str],
+    kept: int,
+) -> None:
+    """The newest that is intact is used, or none. The slow ones prove it for each file and damage."""
+    out = shutil.copytree(stopped, tmp_path / "run")
     for name in damaged:
         harm(out / f"iter-01/checkpoint.{name}")
-    assert run_in_process(out, often, monkeypatch) == steps - kept
+    steps = read_journal(undisturbed)["iter-01/mstep"]["steps"]
+    # Asked to stop again: what was found damaged does not count among the two that are kept.
+    updates_of(out, OFTEN, monkeypatch, stop_after=2)
+    names = [f"checkpoint.{step}" for step in (kept + 1, kept + 2)]
+    assert (
+        sorted(
+            path.name
+            for path in out.glob("iter-01/checkpoint.*")
+            if finished(out).count(f"iter-01/mstep.{path.suffix[1:]}")
+        )
+        == names
+    )
+    assert updates_of(out, OFTEN, monkeypatch) == steps - kept - 2
     assert outcome(out) == outcome(undisturbed)
 
 
-def test_what_is_not_finite_is_left_in_the_log(tmp_path):
+def test_what_is_not_finite_is_left_in_the_log(tmp_path: Path) -> None:
     config = load_config(overrides=["task.limit=8", "run.device=cpu", f"run.out={tmp_path / 'run'}"])
-    experiment = Experiment(config, Progress())
+    session = Session(Progress(io.StringIO()))
+    experiment = build(config, session)
     with torch.no_grad():
-        experiment.model.norm.weight.fill_(float("nan"))
-    with experiment.open([], False), pytest.raises(GuardError, match=r"not-finite\.iter-01\.json"):
-        experiment.m_step(1, [Example("q1", [5, 6], [7, 8])])
+        experiment.mstep.model.norm.weight.fill_(float("nan"))
+    name = experiment.task.train[0].id
+    row = {"id": name, "iteration": 1, "attempt": 1, "prompt": "plain", "token_ids": [7, 8], "logprob_q": -1.0}
+    sample = Sample(**row, logprob_plain=-1.0, text="", answer="1", gold="1", status="accepted", leak=False)
+    with opened(config, experiment, session), pytest.raises(GuardError, match=r"not-finite\.iter-01\.json"):
+        experiment.m_step(1, [sample])
     (dump,) = (tmp_path / "run" / "log").iterdir()
-    assert json.loads(dump.read_text())["examples"][0]["id"] == "q1"
+    assert json.loads(dump.read_text())["examples"][0]["id"] == name
     assert "iter-01/mstep" not in read_journal(tmp_path / "run")

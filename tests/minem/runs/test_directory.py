@@ -1,4 +1,4 @@
-"""The run directory: killed at any write it continues to the same bytes, and nobody else's files are touched."""
+"""The run directory: killed at any write it continues to the same bytes, and files of others are never touched."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ import pytest
 
 import minem.files
 import minem.runs.directory
+import minem.runs.folder
 import minem.runs.record
 from minem.config import Config, load_config
 from minem.errors import Interrupted, UserError
-from minem.files import read_rows, write_rows
-from minem.runs.directory import LOCK, PARTIAL, RunDirectory, default_path, read_facts, read_journal
+from minem.files import PARTIAL, json_line, read_rows, write_rows
+from minem.runs.directory import RunDirectory, read_facts, read_journal
+from minem.runs.folder import LOCK, check_place, default_path, hold_folder
 
 
 def config(out: Path, **flags: Any) -> Config:
@@ -31,7 +33,7 @@ def config(out: Path, **flags: Any) -> Config:
 
 
 def everything(folder: Path) -> dict[str, Any]:
-    """Every file's content, but for the times that the journal and run.json hold and the lock's owner."""
+    """Every file's content, without the times in the journal and run.json and the owner of the lock."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -51,21 +53,21 @@ def small_run(out: Path) -> None:
         previous = 0
         for iteration in (1, 2):
             folder = f"iter-{iteration:02d}"
-            if not run.finished(f"{folder}/estep"):
-                with run.stage(f"{folder}/estep") as stage:
+            if f"{folder}/estep" not in run.results:
+                with run.stage(f"{folder}/estep") as record:
                     rows = [{"id": f"q{i}", "text": f"{previous} and {i}"} for i in range(3)]
-                    write_rows(stage.path(f"{folder}/samples.jsonl"), rows)
-                    write_rows(stage.path(f"{folder}/accepted.jsonl"), rows[:iteration])
-                    run.log_metrics(stage.name, accepted=iteration)
-                    stage.result["accepted"] = previous + iteration
-            previous = run.result(f"{folder}/estep")["accepted"]
-            if not run.finished(f"{folder}/mstep"):
-                with run.stage(f"{folder}/mstep") as stage:
-                    model = stage.path(f"{folder}/model")
+                    write_rows(record.path(f"{folder}/samples.jsonl"), rows)
+                    write_rows(record.path(f"{folder}/accepted.jsonl"), rows[:iteration])
+                    run.log_metrics(f"{folder}/estep", {"accepted": iteration})
+                    record.result["accepted"] = previous + iteration
+            previous = run.results[f"{folder}/estep"]["accepted"]
+            if f"{folder}/mstep" not in run.results:
+                with run.stage(f"{folder}/mstep") as record:
+                    model = record.path(f"{folder}/model")
                     model.mkdir()
                     for step in range(2):
                         (model / f"{step}.bin").write_bytes(bytes([previous, step]))
-                        run.log_metrics(stage.name, step=step, loss=previous / 3)
+                        run.log_metrics(f"{folder}/mstep", {"step": step, "loss": previous / 3})
             run.discard(f"iter-{iteration - 1:02d}/model")
 
 
@@ -87,13 +89,7 @@ def dies_at(fatal: int, work: Callable[[], None]) -> bool:
             if calls > fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        real_fsync = os.fsync
-
-        def fsync(descriptor: int) -> None:
-            count()
-            real_fsync(descriptor)
-
-        os.fsync = fsync
+        os.fsync = lambda descriptor: count()  # what a killed process has written is there without it
         sys.addaudithook(hook)
         try:
             work()
@@ -107,16 +103,15 @@ def dies_at(fatal: int, work: Callable[[], None]) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_at_any_write_it_continues_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        minem.runs.record, "_commit", lambda: None
-    )  # asking git each time would take most of the test's time
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # these two would take most of the test's time
+    monkeypatch.setattr(minem.runs.record, "_commit", lambda: None)
     small_run(tmp_path / "undisturbed")
     expected = everything(tmp_path / "undisturbed")
     assert len(expected) == 10
     point = 0
     while dies_at(point, partial(small_run, out := tmp_path / f"run{point}")):
         for name in everything(out):
-            # Whatever has its own name is whole already; the first model is not discarded yet, or only half.
+            # A file under its own name is complete; the first model is not discarded yet, or only half.
             assert name in expected or PARTIAL in name or name.startswith("iter-01/model/")
         if point % 3 == 0:  # a second accident, a few writes later
             dies_at(7, partial(small_run, out))
@@ -136,8 +131,8 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, name: str) -> None:
         (tmp_path / "metrics.jsonl").write_bytes(metrics)
         (tmp_path / name).write_bytes(torn)
         with RunDirectory.open(config(tmp_path)) as run:
-            assert run.finished("iter-02/estep")
-            assert run.finished("iter-02/mstep") == (name == "metrics.jsonl")
+            assert "iter-02/estep" in run.results
+            assert ("iter-02/mstep" in run.results) == (name == "metrics.jsonl")
         assert (tmp_path / name).read_bytes() == whole[:start]
         # What the unfinished stage had measured is dropped with it, and will be measured again.
         rows = [row["stage"] for row in read_rows(tmp_path / "metrics.jsonl")]
@@ -145,44 +140,95 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, name: str) -> None:
 
 
 def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
+    """In one sentence that gives the way to continue, which works."""
     small_run(tmp_path)
-    journal = (tmp_path / "journal.jsonl").read_text()
+    expected, journal = everything(tmp_path), (tmp_path / "journal.jsonl").read_text()
     for damaged in (journal.replace("{", "", 1), journal.replace('"stage"', '"stag"', 1), "[]\n" + journal):
         (tmp_path / "journal.jsonl").write_text(damaged)
-        with pytest.raises(UserError, match=r"journal\.jsonl.* damaged; delete it and all"):
+        with pytest.raises(UserError, match=r"journal\.jsonl, line 1: damaged; delete it and all lines below it"):
             RunDirectory.open(config(tmp_path))
+    (tmp_path / "journal.jsonl").write_text("")
+    small_run(tmp_path)
+    assert everything(tmp_path) == expected
+
+
+def test_the_order_of_stages_is_checked(tmp_path: Path) -> None:
+    """Every stage that is read from a later one's weights or rows stands after it; `train --samples` has no E-step."""
+    stages = ["iter-00/eval.test", "iter-01/estep.1", "iter-01/estep.2", "iter-01/estep", "iter-01/diagnostics"]
+    stages += ["iter-01/mstep.7", "iter-01/mstep", "iter-01/eval.validation", "iter-02/estep.1", "iter-02/estep"]
+    lines = [json_line({"stage": stage, "result": {}, "files": {}}) for stage in (*stages, "plot")]
+    needed = {"estep.2": "estep.1", "diagnostics": "estep", "mstep.7": "estep", "mstep": "estep"}
+    needed |= {"eval.validation": "mstep"}
+    RunDirectory.open(config(tmp_path / "run")).close()
+    journal = tmp_path / "run" / "journal.jsonl"
+    journal.write_bytes(b"".join(lines))
+    assert list(read_journal(journal.parent)) == [*stages, "plot"]
+    for stage in stages:
+        folder, _, kind = stage.partition("/")
+        wanted = f"{folder}/{needed[kind]}" if kind in needed else "iter-01/mstep" if folder == "iter-02" else ""
+        journal.write_bytes(lines[0] * (folder > "iter-00") + lines[stages.index(stage)])
+        if wanted:
+            with pytest.raises(UserError, match=f"line 2: {stage} is finished, but {wanted}, which it needs, is not"):
+                read_journal(journal.parent)
+        else:
+            assert stage in read_journal(journal.parent)
+    alone = config(tmp_path / "alone")
+    RunDirectory.open(alone, inputs={"samples": "aa"}).close()
+    (tmp_path / "alone" / "journal.jsonl").write_bytes(lines[stages.index("iter-01/mstep")])
+    with RunDirectory.open(alone, inputs={"samples": "aa"}) as run:
+        assert list(run.results) == ["iter-01/mstep"]
 
 
 def test_a_failed_stage_leaves_nothing(tmp_path: Path) -> None:
     with RunDirectory.open(config(tmp_path)) as run:
-        with pytest.raises(KeyboardInterrupt), run.stage("iter-01/estep") as stage:  # noqa: PT012
-            stage.path("iter-01/samples.jsonl").write_text("half")
-            (stage.path("iter-01/model")).mkdir()
+        with pytest.raises(KeyboardInterrupt), run.stage("iter-01/estep") as record:  # noqa: PT012
+            record.path("iter-01/samples.jsonl").write_text("half")
+            (record.path("iter-01/model")).mkdir()
             raise KeyboardInterrupt
-        assert run.stages == ()
+        with pytest.raises(FileNotFoundError), run.stage("iter-01/estep") as record:
+            record.path("iter-01/samples.jsonl")  # and nothing is written there
+        assert run.results == {}
         assert list((tmp_path / "iter-01").iterdir()) == []
-        with run.stage("iter-01/estep") as stage:
-            stage.result["rate"] = (1, 2)
-        assert run.result("iter-01/estep") == {"rate": [1, 2]}  # as a continued run will read it
-        with pytest.raises(ValueError, match="already finished"), run.stage("iter-01/estep"):
-            pass
+        with run.stage("iter-01/estep") as record:
+            record.result["rate"] = (1, 2)
+        assert run.results["iter-01/estep"] == {"rate": [1, 2]}  # as a resumed run will read it
     assert read_journal(tmp_path) == {"iter-01/estep": {"rate": [1, 2]}}
 
 
-def test_a_stage_that_wrote_nothing_where_it_said_it_would_fails(tmp_path: Path) -> None:
-    with RunDirectory.open(config(tmp_path)) as run:
-        with pytest.raises(FileNotFoundError), run.stage("iter-01/estep") as stage:
-            stage.path("iter-01/samples.jsonl")
-        assert not run.finished("iter-01/estep")
+def fails(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
 
 
-def test_a_full_disk_says_how_to_go_on(tmp_path: Path) -> None:
-    with (
-        RunDirectory.open(config(tmp_path)) as run,
-        pytest.raises(Interrupted, match=r"disk of .* is full; .* the same command again: it goes on with iter-01"),
-        run.stage("iter-01/estep"),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.ENOSPC, r"the disk of \S+ is full; free some space, then give the same command again"),
+        (errno.EIO, r"cannot be read or written any more \(Input/output error\); repair that, then .*"),
+        (errno.EROFS, r"cannot be read or written any more \(Read-only file system\); repair that, then .*"),
+    ],
+)
+def test_a_disk_that_fails_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, sentence: str
+) -> None:
+    """In a stage, as it goes back, and as a folder of results is made."""
+    small_run(tmp_path)
+    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
+        patch.setattr(minem.runs.directory, "flush_tree", fails(number))
+        patch.setattr(minem.runs.directory, "write_atomic", fails(number))
+        patch.setattr(minem.runs.directory, "remove", fails(number))  # the clean-up fails on such a disk, too
+        where = f"{sentence}: it continues with iter-02/eval"
+        with pytest.raises(Interrupted, match=where), run.stage("iter-02/eval") as record:
+            record._paths.append((tmp_path / "a", tmp_path / "b"))
+        assert "iter-02/eval" not in run.results
+        with pytest.raises(Interrupted, match=sentence):
+            run.undo("iter-02/mstep")
+    monkeypatch.setattr(minem.runs.folder, "_take_lock", fails(number))
+    expected = Interrupted if number == errno.ENOSPC else UserError
+    with pytest.raises(expected, match=r"is full; free some space|comparison \S+ cannot be used"):
+        hold_folder(tmp_path / "new", "plan.json", "comparison", {}).__enter__()
 
 
 def test_a_really_full_disk(tmp_path: Path) -> None:
@@ -193,25 +239,7 @@ def test_a_really_full_disk(tmp_path: Path) -> None:
         (tmp_path / "journal.jsonl").symlink_to("/dev/full")
         with pytest.raises(Interrupted), run.stage("iter-00/eval"):
             pass
-        assert not run.finished("iter-00/eval")
-
-
-@pytest.mark.parametrize(
-    ("number", "said"), [(errno.EIO, "Input/output error"), (errno.EROFS, "Read-only file system")]
-)
-def test_a_disk_that_breaks_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
-) -> None:
-    def fails(*_: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
-        patch.setattr(minem.runs.directory, "flush_tree", fails)
-        patch.setattr(minem.runs.directory, "remove", fails)  # the clean-up does not work on such a disk, either
-        sentence = rf"cannot be read or written any more \({said}\); put that right, .* it goes on with iter-00/eval"
-        with pytest.raises(Interrupted, match=sentence), run.stage("iter-00/eval") as stage:
-            stage._paths.append((tmp_path / "a", tmp_path / "b"))
-        assert not run.finished("iter-00/eval")
+        assert run.results == {}
 
 
 def test_a_folder_that_is_deleted_under_a_run_is_one_sentence(tmp_path: Path) -> None:
@@ -219,7 +247,7 @@ def test_a_folder_that_is_deleted_under_a_run_is_one_sentence(tmp_path: Path) ->
 
     def work() -> None:
         shutil.rmtree(tmp_path / "run")
-        run.log_metrics("iter-00/eval", accuracy=1.0)
+        run.log_metrics("iter-00/eval", {"accuracy": 1.0})
 
     with pytest.raises(Interrupted, match="No such file or directory"), run.stage("iter-00/eval"):
         work()
@@ -228,45 +256,55 @@ def test_a_folder_that_is_deleted_under_a_run_is_one_sentence(tmp_path: Path) ->
     run.close()
 
 
-def test_going_back_on_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    small_run(tmp_path)
-    with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
-        patch.setattr(minem.runs.directory, "write_atomic", full)
-        with pytest.raises(Interrupted, match="is full; free some space"):
-            run.undo(run.stages[-1])
-    with monkeypatch.context() as patch:
-        patch.setattr(minem.runs.directory, "take_lock", full)
-        with pytest.raises(Interrupted, match="is full; free some space"):
-            minem.runs.directory.hold_folder(tmp_path / "new", "plan.json", "comparison", {}).__enter__()
+def test_a_stage_without_room_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(minem.files.shutil, "disk_usage", lambda folder: (10**9, 0, 5_000_000))
+    with RunDirectory.open(config(tmp_path)) as run:
+        with run.stage("iter-00/small", writes=3_000_000):
+            pass
+        sentence = r"no room for iter-01/mstep: about 6\.0 MB are needed and 5\.0 MB are free"
+        with pytest.raises(Interrupted, match=sentence), run.stage("iter-01/mstep", writes=5_000_000):
+            pytest.fail("begun")
+        assert list(run.results) == ["iter-00/small"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "seed", "said"),
+    ("name", "content", "seed", "sentence"),
     [
         ("config.toml", None, 3, r"started differently \(run\.seed: 0 -> 3\)"),
-        ("config.toml", "model = 3\n", 0, r"config\.toml is damaged; delete it to have it written anew"),
+        ("config.toml", "model = 3\n", 0, r"the config of \S+ is damaged; give --overwrite"),
+        ("config.toml", "[model", 0, r"config\.toml is not valid TOML"),
         ("journal.jsonl", None, 0, r"journal\.jsonl is missing; put it back, or give --overwrite"),
-        ("run.json", "", 0, r"run\.json is not valid JSON: .*; give --overwrite"),
+        ("run.json", "", 0, r"is not a run directory: \S+run\.json is not valid JSON"),
         ("run.json", '{"inputs": [1]}', 0, r"run\.json is damaged; give --overwrite"),
         ("run.json", '{"inputs": null}', 0, r"run\.json is damaged; give --overwrite"),
     ],
 )
-def test_files_that_say_what_a_run_is_are_not_made_up(
-    tmp_path: Path, name: str, content: str | None, seed: int, said: str
+def test_files_that_define_a_run_are_not_made_up(
+    tmp_path: Path, name: str, content: str | None, seed: int, sentence: str
 ) -> None:
-    """Neither taken for a start that was cut short, whatever the next config, nor done all over again unasked."""
+    """Neither taken for a start that was cut short, with any config, nor done all over again unasked."""
     small_run(tmp_path)
     (tmp_path / name).unlink()
     if content is not None:
         (tmp_path / name).write_text(content)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != LOCK}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=sentence):
         RunDirectory.open(config(tmp_path, seed=seed))
     assert {path: path.read_bytes() for path in before} == before
     RunDirectory.open(config(tmp_path, seed=seed), overwrite=True).close()
+
+
+def test_a_run_without_its_config_is_still_known(tmp_path: Path) -> None:
+    small_run(tmp_path)
+    expected = everything(tmp_path)
+    (tmp_path / "config.toml").unlink()
+    small_run(tmp_path)
+    assert everything(tmp_path) == expected
+    facts = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(facts | {"config": 3}))
+    (tmp_path / "config.toml").unlink()
+    with pytest.raises(UserError, match=r"the config of .* is damaged; give --overwrite"):
+        small_run(tmp_path)
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
@@ -279,7 +317,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
     assert "\n" not in message
     RunDirectory.open(config(tmp_path)).close()  # and nothing was harmed
     with RunDirectory.open(config(tmp_path, budget=4), overwrite=True) as run:
-        assert run.stages == ()
+        assert run.results == {}
         assert sorted(path.name for path in tmp_path.iterdir()) == [LOCK, "config.toml", "journal.jsonl", "run.json"]
         assert run.config.sampler.budget == 4
 
@@ -308,9 +346,7 @@ def test_an_overwrite_that_is_killed_can_be_given_again(tmp_path: Path, monkeypa
     def remove(path: Path) -> None:
         minem.files.remove(path)
         removed.append(path.name)
-        minem.runs.directory.check_place(
-            tmp_path
-        )  # had it been killed here, what is left would be known as a run, or nothing
+        check_place(tmp_path)  # had it been killed here, what is left would be known as a run, or nothing
 
     monkeypatch.setattr(minem.runs.directory, "remove", remove)
     names = {path.name for path in tmp_path.iterdir()} - {LOCK}
@@ -329,7 +365,7 @@ def test_the_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
     assert (tmp_path / "mine").read_text() == "precious"
 
 
-def test_a_home_that_nobody_has_is_a_name_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_home_is_a_name_like_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     RunDirectory.open(config(Path("~nobody-knows/run"))).close()
     assert (tmp_path / "~nobody-knows" / "run" / "run.json").exists()
@@ -382,10 +418,10 @@ def test_a_moved_run_continues(tmp_path: Path) -> None:
     (tmp_path / "here").rename(tmp_path / "there")
     again = load_config(tmp_path / "there" / "config.toml", flags={"run.out": str(tmp_path / "there")})
     with RunDirectory.open(again) as run:
-        assert run.stages == ("iter-01/estep", "iter-01/mstep", "iter-02/estep", "iter-02/mstep")
+        assert list(run.results) == ["iter-01/estep", "iter-01/mstep", "iter-02/estep", "iter-02/mstep"]
 
 
-def test_the_record_says_what_ran(tmp_path: Path) -> None:
+def test_the_record_of_what_ran(tmp_path: Path) -> None:
     with RunDirectory.open(config(tmp_path, seed=7), command=["minem", "train"], inputs={"task rows": "aa"}):
         facts = read_facts(tmp_path)
     assert {"minem", "python", "torch", "tokenizers"} <= set(facts["versions"])
@@ -411,22 +447,3 @@ def test_the_record_says_what_ran(tmp_path: Path) -> None:
 )
 def test_default_names(flags: dict[str, Any], expected: str) -> None:
     assert default_path(load_config(flags=flags)) == Path("runs") / expected
-
-
-def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
-    rows = [{"text": "two\nlines \u2028 \x1b[31m \ud83d \0", "x": 0.1}, {}, {"n": [1, None, True]}]
-    write_rows(tmp_path / "rows.jsonl", iter(rows))
-    assert list(read_rows(tmp_path / "rows.jsonl")) == rows
-    write_rows(tmp_path / "none.jsonl", [])
-    assert list(read_rows(tmp_path / "none.jsonl")) == []
-    with pytest.raises(ValueError):
-        write_rows(tmp_path / "rows.jsonl", [{"x": float("nan")}])
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", "3", '{"a": 1} {"b": 2}', "[" * 100_000, "\ufeff{}", "\x80"])
-def test_rows_of_strangers_are_refused_by_line(tmp_path: Path, line: str) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(b'{"ok": 1}\n\n' + line.encode("latin-1", "replace") + b"\n")
-    with pytest.raises(UserError, match=r"rows\.jsonl, line 3: not a JSON object"):
-        list(read_rows(tmp_path / "rows.jsonl"))
-    with pytest.raises(UserError, match="cannot be read: No such file"):
-        list(read_rows(tmp_path / "missing.jsonl"))

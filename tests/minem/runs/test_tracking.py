@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
-from minem.cli import main
-from minem.runs.tracking import flatten
-
-TINY = ["train", "--limit", "8", "--iterations", "1", "--budget", "2", "--set", "eval.samples=0"]
+from minem.config import load_config
+from minem.console import Progress
+from minem.runs.directory import RunDirectory
+from minem.runs.tracking import flatten, tracked
+from tests.minem.tiny_runs import command, cut_journal, flags
 
 
 class Recorder(ModuleType):
@@ -39,14 +41,14 @@ class Recorder(ModuleType):
         self._call("finish", None)
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_run_is_tracked_by_the_calls_that_both_packages_take(name, tmp_path, monkeypatch):
-    tracker = Recorder(name)
-    monkeypatch.setitem(sys.modules, name, tracker)
+def test_a_run_is_tracked_by_the_calls_that_both_packages_take(finished_run, tmp_path, monkeypatch):
+    tracker = Recorder("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", tracker)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    out = tmp_path / "tracked"
-    done = CliRunner().invoke(main, [*TINY, "--out", str(out), "--track", name])
+    out = shutil.copytree(finished_run, tmp_path / "tracked")
+    cut_journal(out, "iter-00/eval.test")  # tracking is no part of the experiment: the run can be resumed with it
+    done = command("train", *flags(), "--out", out, "--track", "wandb")
     assert done.exit_code == 0, done.output
     assert [call for call, _ in tracker.calls[:1]] == ["init"]
     begun = tracker.calls[0][1]
@@ -54,34 +56,34 @@ def test_a_run_is_tracked_by_the_calls_that_both_packages_take(name, tmp_path, m
     assert begun["config"]["sampler"]["budget"] == 2
     assert tracker.calls[-1] == ("finish", None)
     logged = [values for call, values in tracker.calls if call == "log"]
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert len(logged) == len(lines)
-    assert logged[0]["eval.validation/accuracy"] == json.loads(lines[0])["accuracy"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) == len(lines) - 2  # those of the base model were measured before
+    assert logged[-1]["eval.test/accuracy"] == lines[-1]["accuracy"]
     assert any("mstep/loss" in values and values["iteration"] == 1 for values in logged)
     assert all(type(value) in (int, float) for values in logged for value in values.values())
     assert "secret" not in repr(tracker.calls)
-    again = CliRunner().invoke(main, [*TINY, "--out", str(out)])  # tracking is no part of the experiment
-    assert again.exit_code == 0, again.output
 
 
 @pytest.mark.parametrize("fail", ["init", "log", "finish"])
-def test_a_tracker_that_fails_does_not_stop_the_run(fail, tmp_path, monkeypatch):
-    tracker = Recorder("trackio", fail)
-    monkeypatch.setitem(sys.modules, "trackio", tracker)
-    done = CliRunner().invoke(main, [*TINY, "--out", str(tmp_path / "run"), "--track", "trackio"])
-    assert done.exit_code == 0, done.output
-    assert done.stderr.count("trackio failed") == 1
+def test_a_tracker_that_fails_does_not_stop_the_run(fail, tmp_path):
+    tracker, printed = Recorder("trackio", fail), io.StringIO()
+    config = load_config(flags={"run.out": str(tmp_path)})
+    with RunDirectory.open(config) as run, tracked(run, tracker, Progress(printed)):
+        for step in (1, 2):
+            run.log_metrics("iter-01/mstep", {"step": step})
+    assert printed.getvalue().count("trackio failed") == 1
     assert [call for call, _ in tracker.calls].count(fail) == 1  # it is left alone from then on
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_package_that_is_not_installed_is_named_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # so an import fails, whatever is installed here
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that an import fails
     out = tmp_path / "run"
-    result = CliRunner().invoke(main, [*TINY, "--out", str(out), "--track", "wandb"])
+    result = command("train", "--out", out, "--track", "wandb")
     assert result.exit_code == 2
     assert "pip install wandb" in result.stderr
     assert not out.exists()
-    result = CliRunner().invoke(main, [*TINY, "--out", str(out), "--track", "wanbd"])
+    result = command("train", "--out", out, "--track", "wanbd")
     assert result.exit_code == 2
     assert "--track" in result.stderr
     assert "wandb" in result.stderr

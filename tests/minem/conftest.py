@@ -1,0 +1,17 @@
+"""What tests of all rooms share: one finished run in each test process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.minem import tiny_runs
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two iterations that nothing disturbed (`tiny_runs.SETTINGS`). It is not to be changed: copy it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    tiny_runs.train(out)
+    return out
