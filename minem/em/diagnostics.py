@@ -144,10 +144,10 @@ def summarise(draws: Iterable[Draw]) -> dict[str, Any]:
     return {
         "questions": len(estimates),
         "hinted_draws": hinted_draws,
-        "p_hat": _mean([e.p_hat for e in estimates]),
+        "p_hat": _mean([p_hat for p_hat, _ in estimates]),
         "plain": _mean([d.accepted for d in plain]),
-        "all_rejected": _mean([not e.any_accepted for e in estimates]),
-        "ess": _mean([e.ess for e in estimates if e.any_accepted]),
+        "all_rejected": _mean([ess == 0 for _, ess in estimates]),
+        "ess": _mean([ess for _, ess in estimates if ess]),
         "hinted": _mean([count / hinted_draws for count in accepted.values()]),
         "entropy": _mean([entropy for d in plain for entropy in d.entropies]),
         "hinted_accepted": accepted,

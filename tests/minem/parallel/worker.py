@@ -30,7 +30,7 @@ CONFIG = {
 
 
 def exchange(ranks: Ranks, stop: Stop, folder: Path) -> None:
-    """All collectives; then an error that all processes find."""
+    """All collectives, and an M-step of which a signal ends in a checkpoint."""
     found = {
         "total": ranks.total([1, ranks.rank / 4]),
         "any": [ranks.any(ranks.rank == 1), ranks.any(False)],
@@ -40,6 +40,10 @@ def exchange(ranks: Ranks, stop: Stop, folder: Path) -> None:
     }
     (folder / f"{ranks.rank}.json").write_text(json.dumps(found))
     check_sharding(ranks)
+    train(ranks, stop, folder)
+
+
+def usage(ranks: Ranks, stop: Stop, folder: Path) -> None:
     raise UserError("found by all")
 
 
@@ -98,7 +102,7 @@ def train(ranks: Ranks, stop: Stop, folder: Path) -> None:
     while not ranks.any(bool(stop)):
         time.sleep(0.02)
     if ranks.first:
-        time.sleep(1)
+        time.sleep(0.5)
         (folder / "checkpoint").touch()
     ranks.broadcast(None)
     stop.check("the M-step")

@@ -249,33 +249,6 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.Monke
     assert AGAIN in err.splitlines()[-1]
 
 
-@pytest.mark.slow
-def test_sigterm_to_the_launcher_of_two_processes(tmp_path: Path) -> None:
-    """Proves that both stop after the same step, in a checkpoint that one process resumes from."""
-    long = ["run.iterations=1", "task.limit=24", "mstep.epochs=20", "model.dtype=bfloat16"]
-    alone, out = tmp_path / "alone", tmp_path / "run"
-    finish(start(alone, long))
-    process = start(out, [*long, "mstep.parallel=ddp"], "--gpus", "2")
-    wait_until(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 3, process)
-    process.send_signal(signal.SIGTERM)
-    err = finish(process, 3)
-    assert "Traceback" not in err
-    found = re.search(r"stopped by SIGTERM after step (\d+) of (\d+) of iter-01/mstep", err.splitlines()[-1])
-    assert found is not None, err
-    assert AGAIN in err.splitlines()[-1]
-    step, steps = map(int, found.groups())
-    assert 3 <= step < steps
-    assert finished(out)[-1] == f"iter-01/mstep.{step}"
-    finish(start(out, long))
-    assert len(losses(out)) == steps
-    assert losses(out)[:step] == pytest.approx(losses(alone)[:step], abs=2e-2)  # bfloat16
-
-
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]  # the last may be in the making
-    return [row["loss"] for row in map(json.loads, lines) if row["stage"] == "iter-01/mstep"]
-
-
 # ------------------------------------------------------------------------------------------------------ checkpoints
 
 
