@@ -9,8 +9,6 @@
 `minem.train.train(config, progress)`.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

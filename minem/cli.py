@@ -7,8 +7,6 @@ Results go to stdout (with --json as one object on one line, the last), progress
 command runs, so that help is there at once.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -3,8 +3,6 @@
 minem trian; echo $?        # there is no command 'trian'; did you mean 'train'? ... 2
 """
 
-from __future__ import annotations
-
 import difflib
 import io
 import re

@@ -7,15 +7,13 @@ A mistake is one sentence: where it stands, which key, what would be right. pyda
 no module checks a setting of its own.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -126,7 +124,7 @@ class Config(Section):
     run: RunSection = RunSection()
 
     @model_validator(mode="after")
-    def _sections_agree(self) -> Config:
+    def _sections_agree(self) -> Self:
         if self.mstep.weights != "equal" and self.sampler.draws != "all":
             raise ValueError(
                 f'mstep.weights = "{self.mstep.weights}" weighs the accepted draws of a question against each other, '
@@ -139,7 +137,7 @@ class Config(Section):
             )
         return self
 
-    def changed(self, keys: Mapping[str, Any]) -> Config:
+    def changed(self, keys: Mapping[str, Any]) -> Self:
         """This config with {"section.key": value} in place, checked again."""
         values = self.model_dump()
         for key, value in keys.items():

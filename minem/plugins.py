@@ -3,8 +3,6 @@
 minem train --verdict mine:verdict        # the function `verdict` of mine.py in this folder
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import os

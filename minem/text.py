@@ -6,8 +6,6 @@ A question may contain an escape sequence that clears the screen, a model may wr
 it, a library may put the user's token into its error.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -6,8 +6,6 @@
 `build` is the one place that sees the whole config; each part gets its own section. em/loop.py is what they do.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@ by its SHA-256. The last two stay: if the newest is damaged the one before it is
 on the same examples in the same order, so the weights are those of a run that never stopped, bit for bit.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -9,8 +9,6 @@ log pi that of the same token ids under the plain prompt, from one teacher-force
 p(y* | x) without bias if q covers the posterior. A sampler stops at a success, so its mean would be too high.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ begin first. (Not the hardest: the attempts they have left can run side by side.
 questions, each on the disk before the next begins; every block has such an end, so it must be long.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

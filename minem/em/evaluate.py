@@ -8,8 +8,6 @@ at 95 %. Unparsed and truncated answers count as wrong and are reported apart, s
 Of n draws also pass@k, the chance that one of k is right, and the accuracy of the majority vote.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ Each step is a *stage*: `run.do` skips it if it is finished, shows progress, giv
 and makes files appear all at once. None of that is EM, so none of it is here (runs/stages.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

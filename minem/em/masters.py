@@ -9,8 +9,6 @@ On the disk (state-00000.safetensors, ... and state.json) tensors are complete, 
 any number of ranks resumes what any other number saved. No more of them is complete in memory than one file holds.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext

@@ -7,8 +7,6 @@ whole iteration: its supervised tokens / its optimizer steps. Dividing by the to
 instead would weigh long rationales down, and the sum would no longer be the gradient that EM asks for.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ The order matters: the seeded shuffle decides which examples share a step, and o
 micro-batches. So neither the capacity of a micro-batch (memory) nor the number of ranks changes the trajectory.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from bisect import bisect_left, insort
@@ -130,7 +128,7 @@ class MicroBatch:
     targets: torch.Tensor  # [R] int64, the sampled tokens
     token_weights: torch.Tensor  # [R] float32
 
-    def to(self, device: torch.device) -> MicroBatch:
+    def to(self, device: torch.device) -> "MicroBatch":
         input_ids, *others = (x.to(device) for x in (self.input_ids, self.rows, self.targets, self.token_weights))
         return MicroBatch(input_ids, self.lengths, *others)
 

@@ -3,8 +3,6 @@
 head -1 runs/toy.rsm8.toy-llama.s0/iter-01/samples.jsonl
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

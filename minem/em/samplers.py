@@ -17,8 +17,6 @@ question in one iteration. With draws="all" it is spent and every accepted draw 
 accepted plain draw, since it hints only if the model failed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol

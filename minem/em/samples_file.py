@@ -5,8 +5,6 @@
 A row needs `id`, a training question of the task, and `token_ids`; what else samples.jsonl has is optional.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

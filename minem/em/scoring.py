@@ -7,8 +7,6 @@ differently. If one of them is wrong, EM trains on samples of another model, and
 E-step of a run compares some of its draws with the M-step's own forward pass, and the metrics keep the result.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

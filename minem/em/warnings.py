@@ -5,8 +5,6 @@
 Each rule is a function of the numbers that the journal and the metrics have.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

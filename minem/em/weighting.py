@@ -12,8 +12,6 @@ Several draws of a question may be kept, (z_1, y) ... (z_n, y). What their weigh
 Plain draws at temperature 1 have w = 1, so that importance is question there.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -7,8 +7,6 @@ torch's elastic agent starts them in both cases, and ends the others if one fail
 on any number of processes.
 """
 
-from __future__ import annotations
-
 import ctypes
 import logging
 import os

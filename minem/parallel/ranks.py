@@ -6,8 +6,6 @@
 GPUs and gloo on the CPU, the host's values always through gloo.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -12,8 +12,6 @@ The generator keeps its own complete working weights on every process; `gather_w
 once per iteration, one tensor at a time.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -6,8 +6,6 @@ A signal only leaves a note. The M-step reads it after each update and writes a 
 token drawn. A second Ctrl-C does not wait for that.
 """
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -14,8 +14,6 @@ to the disk and renamed, and then the journal gets its line, with the size and t
 its own name is complete, a finished stage has all its files, and a stage in flight when a run dies is done again.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -23,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
@@ -116,7 +114,7 @@ class RunDirectory:
         overwrite: bool = False,
         inputs: Mapping[str, str] | None = None,
         origins: Mapping[str, str] | None = None,
-    ) -> RunDirectory:
+    ) -> Self:
         """Make the directory `config.run.out` (by default `default_path`), or resume the run that is in it.
 
         command: the command line, for the record.
@@ -142,7 +140,7 @@ class RunDirectory:
         return run
 
     @classmethod
-    def seen(cls, path: Path, config: Config) -> RunDirectory:
+    def seen(cls, path: Path, config: Config) -> Self:
         """The run in a directory that another process may hold, to read only."""
         run = cls(path, config)
         run._lines = _read_lines(path)
@@ -153,7 +151,7 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def __enter__(self) -> RunDirectory:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:

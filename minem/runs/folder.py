@@ -3,8 +3,6 @@
 minem eval --out evals/mine; cat evals/mine/.lock
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -3,8 +3,6 @@
 cat runs/toy.rsm8.toy-llama.s0/run.json
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib.metadata

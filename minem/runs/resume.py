@@ -7,8 +7,6 @@ the run ends in the same bytes. The newest model must be intact. Under `run.keep
 gone, so a damaged one takes the run back to the base model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

@@ -13,15 +13,13 @@ So the EM loop knows no disk, no rank and no progress bar. All ranks walk throug
 rank 0 writes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from minem.config import Config
 from minem.console import Line, Progress
@@ -77,7 +75,7 @@ class Run:
         stop: Stop,
         tracker: ModuleType | None = None,
         **opening: Any,
-    ) -> Iterator[Run]:
+    ) -> Iterator[Self]:
         """Make the run's directory or resume the run that is in it; `opening` as for `RunDirectory.open`."""
         with ExitStack() as stack:
             directory = stack.enter_context(RunDirectory.open(config, **opening)) if ranks.first else None
@@ -110,7 +108,7 @@ class Run:
         return [kind(**row) for row in read_rows(path)] if path.exists() else []
 
     def do(
-        self, iteration: int, name: str, work: Callable[[Stage], None], total: int | None = None, writes: int = 0
+        self, iteration: int, name: str, work: Callable[["Stage"], None], total: int | None = None, writes: int = 0
     ) -> None:
         """Do a stage, unless it is finished.
 
@@ -138,7 +136,7 @@ class Run:
         for sentence in self.results[stage_name].get("warnings", ()):
             self.progress.note(f"warning {sentence}")
 
-    def commit(self, stage_name: str, line: Line, work: Callable[[Stage], None], writes: int = 0) -> None:
+    def commit(self, stage_name: str, line: Line, work: Callable[["Stage"], None], writes: int = 0) -> None:
         """The stage itself, under a line of progress that may show several."""
         with ExitStack() as stack:
             record = Record(self.path)
@@ -228,7 +226,7 @@ class Stage:
         for number, (start, end) in enumerate(pairwise(ends), start=1):
             name, block = f"{self.name}.{number}", items[start:end]
 
-            def draw(stage: Stage, block: Sequence[Any] = block, number: int = number, start: int = start) -> None:
+            def draw(stage: "Stage", block: Sequence[Any] = block, number: int = number, start: int = start) -> None:
                 own = [block[i] for i in self.run.ranks.share([step.expected(item) for item in block])]
 
                 def show(done: int, **facts: Any) -> None:

@@ -6,8 +6,6 @@ Both packages take the same calls. Neither is needed, nor imported unless asked 
 never stops a run. What is sent: the config and the numbers of the stages; no sample, no command line, no environment.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
