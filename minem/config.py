@@ -137,7 +137,7 @@ class Config(Section):
             )
         return self
 
-    def changed(self, keys: Mapping[str, Any]) -> Self:
+    def changed(self, keys: Mapping[str, Any]) -> "Config":
         """This config with {"section.key": value} in place, checked again."""
         values = self.model_dump()
         for key, value in keys.items():

@@ -10,17 +10,15 @@ import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from minem.console import Progress
 from minem.errors import UserError
-
-if TYPE_CHECKING:
-    from minem.console import Progress
-    from minem.runs.directory import RunDirectory
+from minem.runs.directory import RunDirectory
 
 
 def load_tracker(name: str | None) -> ModuleType | None:
-    """The package called `name`. UserError, with what to do, where it is not installed."""
+    """The package called `name`. UserError, with what to do, if it is not installed."""
     if name is None:
         return None
     try:
