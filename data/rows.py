@@ -10,8 +10,6 @@
 A file holds multiple-choice or free-form questions, not both. Ids are made from the content where rows have none.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -21,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from minem.errors import UserError
+from minem.errors import UserError, shown
 from minem.files import parse
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -31,10 +29,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Question:
-    """One question. Multiple choice: `labels[i]` names `options[i]`, and `gold` is the right label.
-
-    Free-form: no options and no labels, and `gold` is the answer itself.
-    """
+    """Multiple choice: `labels[i]` names `options[i]`, `gold` is the right label. Free-form: `gold` is the answer."""
 
     id: str
     text: str
@@ -47,27 +42,25 @@ class Question:
 def read_questions(path: Path, on_bad_row: Callable[[str], None] | None = None) -> list[Question]:
     """Every row of a .jsonl or .parquet file, in order.
 
-    A bad row raises UserError naming the file, the row (counted from 1; in .jsonl the line) and the field; with
-    `on_bad_row` it is skipped and the message passed on.
+    UserError names a bad row (counted from 1; in .jsonl the line) and its field; `on_bad_row` gets the message instead.
     """
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path} is neither .jsonl nor .parquet")
     rows: dict[str, int] = {}  # id -> row number
     questions: list[Question] = []
     for number, row in (_table if path.suffix == ".parquet" else _lines)(path):
-        where = f"{path.name}, row {number}"
         try:
-            question = _question(row, where)
+            question = _question(row)
             if questions and bool(question.labels) != bool(questions[0].labels):
                 odd = "has 'choices', which no" if question.labels else "lacks 'choices', which every"
-                raise UserError(f"{where}: this row {odd} row above it has; a file holds questions of one kind")
+                raise UserError(f"this row {odd} row above it has; a file holds questions of one kind")
             if question.id in rows and "id" in row:
-                earlier = f"{question.id!r} of row {rows[question.id]}"
-                raise UserError(f"{where}: the field 'id' repeats {earlier}; ids must differ")
+                raise UserError(f"the field 'id' repeats {question.id!r} of row {rows[question.id]}; ids must differ")
         except UserError as error:
+            problem = f"{path.name}, row {number}: {error}"
             if on_bad_row is None:
-                raise
-            on_bad_row(str(error))
+                raise UserError(problem) from error
+            on_bad_row(problem)
             continue
         base, copies = question.id, 2
         while question.id in rows:  # the same row twice, as MMLU has some: keep both, apart
@@ -93,9 +86,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     """(line number from 1, value) of a .jsonl file without its blank lines; a ValueError for a line that is no JSON."""
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(LINE_LIMIT + 1):
-                number += 1
+            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=1):
                 if len(line) > LINE_LIMIT:
                     raise UserError(f"{path.name}, row {number}: longer than {LINE_LIMIT} bytes")
                 if line.strip():
@@ -107,87 +98,83 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _question(row: Any, where: str) -> Question:
-    """One row in any of the four schemas -> Question. Raises UserError: `where`, then the field."""
+def _question(row: Any) -> Question:
+    """One row in any of the four schemas -> Question. UserError names the field."""
     if isinstance(row, ValueError):
-        raise UserError(f"{where}: not one JSON object in UTF-8 ({row})")
+        raise UserError(f"not one JSON object in UTF-8 ({row})")
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object with a question, choices and an answer, not {_shown(row)}")
+        raise UserError(f"expected a JSON object with a question, choices and an answer, not {shown(row)}")
     if row.keys() == {"train"} and isinstance(row["train"], dict):  # as some copies of MMLU hold auxiliary_train
         row = row["train"]
     stem = "question_stem" if "question_stem" in row else "question"
-    text = _field(row, stem, where)
+    text = _field(row, stem)
     if not isinstance(text, str) or not text.strip():
-        raise _bad(where, stem, "be a text that is not empty", text)
+        raise _bad(stem, "be a text that is not empty", text)
     if row.get("choices") is not None:
-        options, labels, gold = _multiple_choice(row, where)
+        options, labels, gold = _multiple_choice(row)
     elif row.get("answer") is not None and row.get("answerKey") is None:
-        options, labels, gold = [], [], _free_form(row["answer"], where)
+        options, labels, gold = [], [], _free_form(row["answer"])
     else:
-        raise UserError(f"{where}: the field 'choices' is missing (a free-form question has only an 'answer')")
+        raise UserError("the field 'choices' is missing (a free-form question has only an 'answer')")
     subject = row.get("subject") or ""
     if not isinstance(subject, str):
-        raise _bad(where, "subject", "be a text", subject)
-    identity = _label(row["id"]) if "id" in row else _content_id(text, options, subject)
+        raise _bad("subject", "be a text", subject)
+    content = json.dumps([text, options, subject], ensure_ascii=False).encode(errors="surrogatepass")
+    identity = _label(row["id"]) if "id" in row else hashlib.sha256(content).hexdigest()[:16]
     if not identity:
-        raise _bad(where, "id", "be a text or a number", row["id"])
+        raise _bad("id", "be a text or a number", row["id"])
     if any(_SURROGATE.search(part) for part in (text, *options, gold, identity, subject)):
-        raise UserError(f"{where}: a field holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
+        raise UserError("a field holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
     return Question(identity, text, tuple(options), tuple(labels), gold, subject)
 
 
-def _multiple_choice(row: dict[str, Any], where: str) -> tuple[list[str], list[str], str]:
+def _multiple_choice(row: dict[str, Any]) -> tuple[list[str], list[str], str]:
     """(options, labels, the right label) of a row with choices."""
     choices = row["choices"]
     if isinstance(choices, dict):
         for part in ("text", "label"):
             if not isinstance(choices.get(part), list):
-                raise _bad(where, f"choices.{part}", "be a list", choices.get(part))
+                raise _bad(f"choices.{part}", "be a list", choices.get(part))
         options, labels = choices["text"], [_label(label) for label in choices["label"]]
-        gold = _label(_field(row, "answerKey", where))
+        gold = _label(_field(row, "answerKey"))
     elif isinstance(choices, list):
         options, labels = choices, list(LETTERS[: len(choices)])
-        index = _field(row, "answer", where)
+        index = _field(row, "answer")
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(labels):
-            raise _bad(where, "answer", f"be a number from 0 to {len(labels) - 1}", index)
+            raise _bad("answer", f"be a number from 0 to {len(labels) - 1}", index)
         gold = labels[index]
     else:
-        raise _bad(where, "choices", "be {text, label} or a list of texts", choices)
+        raise _bad("choices", "be {text, label} or a list of texts", choices)
     if len(options) < 2 or len(options) != len(labels):
         found = f"{len(options)} texts and {len(labels)} labels"
-        raise UserError(f"{where}: the field 'choices' must hold two or more texts, each with a label, not {found}")
+        raise UserError(f"the field 'choices' must hold two or more texts, each with a label, not {found}")
     if not all(isinstance(option, str) for option in options):
-        raise _bad(where, "choices", "hold texts only", options)
+        raise _bad("choices", "hold texts only", options)
     words = all(re.fullmatch(r"\w+", label) for label in labels)
     if not words or len({label.lower() for label in labels}) < len(labels):
-        raise UserError(f"{where}: the labels in 'choices' must be different words (case aside), not {_shown(labels)}")
+        raise UserError(f"the labels in 'choices' must be different words (case aside), not {shown(labels)}")
     if gold not in labels:
-        raise _bad(where, "answerKey", f"be one of the labels {', '.join(labels)}", gold)
+        raise _bad("answerKey", f"be one of the labels {', '.join(labels)}", gold)
     return options, labels, gold
 
 
-def _free_form(answer: Any, where: str) -> str:
+def _free_form(answer: Any) -> str:
     """The answer alone: the text after the last `####`, which ends GSM8K's rationales; without that mark, all of it."""
     readable = isinstance(answer, str | int) or (isinstance(answer, float) and math.isfinite(answer))
     gold = str(answer).rpartition("####")[2].strip() if readable and not isinstance(answer, bool) else ""
     if not gold or len(gold.splitlines()) > 1:
-        raise _bad(where, "answer", "be a number or a text of one line, or end with a line '#### ANSWER'", answer)
+        raise _bad("answer", "be a number or a text of one line, or end with a line '#### ANSWER'", answer)
     return gold
 
 
-def _field(row: dict[str, Any], name: str, where: str) -> Any:
+def _field(row: dict[str, Any], name: str) -> Any:
     if row.get(name) is None:
-        raise UserError(f"{where}: the field {name!r} is missing")
+        raise UserError(f"the field {name!r} is missing")
     return row[name]
 
 
-def _bad(where: str, field: str, must: str, value: Any) -> UserError:
-    return UserError(f"{where}: the field {field!r} must {must}, not {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else shown[:57] + "..."
+def _bad(field: str, must: str, value: Any) -> UserError:
+    return UserError(f"the field {field!r} must {must}, not {shown(value)}")
 
 
 def _label(value: Any) -> str:
@@ -195,8 +182,3 @@ def _label(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value.strip() if isinstance(value, str) else ""
-
-
-def _content_id(text: str, options: list[str], subject: str) -> str:
-    content = json.dumps([text, options, subject], ensure_ascii=False)
-    return hashlib.sha256(content.encode(errors="surrogatepass")).hexdigest()[:16]

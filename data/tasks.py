@@ -8,8 +8,6 @@ minem/data/rows.py reads the rows. Splits are the hub's, except that MMLU has no
 and GSM8K no validation split (see `_gsm8k`). The test split only measures: nothing may be chosen by it.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json
@@ -56,8 +54,7 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Tas
 
     `limit` caps every split, to the questions with the lowest hashes of their ids: the same for every seed, and spread
     over a file that is sorted by subject. `seed` chooses MMLU's training sample and nothing else.
-    Raises UserError for an unknown name, a bad row (file, row number, field), an empty split, or an unreachable hub
-    repository.
+    Raises UserError for an unknown name, a bad row, an empty split, or an unreachable hub repository.
     """
     if limit is not None and limit < 1:
         raise UserError(f"task.limit must be at least 1, not {limit}")
@@ -135,8 +132,7 @@ def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], s
 
     auxiliary_train was collected from other benchmarks (ARC, OpenBookQA, RACE, MCTest), with repetitions. Repeated
     questions, those of MMLU's own splits and those of the multiple-choice tasks here are left out, compared word by
-    word, so that a model trained on "mmlu" has seen no test. (GSM8K is free-form and younger.) Unreadable rows are left
-    out too, and counted.
+    word, so that a model trained on "mmlu" has seen no test. Unreadable rows are left out too, and counted.
     """
     files, source = _hub_files("mmlu", ("auxiliary_train", "dev", "validation", "test"), revision)
     splits = {split: _read_all(files[split]) for split in ("dev", "validation", "test")}

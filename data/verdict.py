@@ -10,8 +10,6 @@ as a whole line if the right one is no number. A doubtful statement is None, "un
 article in "A plant", "18-20". The last statement counts, even if it cannot be read.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -117,9 +115,8 @@ def flexible(text: str, question: Question) -> str | None:
     agrees with `strict` wherever that finds an answer, unless another statement follows.
     """
     text = text.translate(_PLAIN)
-    statements = list(_statements(text, question))
-    if statements:
-        return max(statements, key=lambda statement: statement.start).answer
+    if last := max(_statements(text, question), key=lambda statement: statement.start, default=None):
+        return last.answer
     if not question.labels and _amount(question.gold) is not None:
         found = [match.group() for match in _FIGURE.finditer(text.rstrip().rpartition("\n")[2])]
         return _free_form(found[-1], question.gold) if found else None

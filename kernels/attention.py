@@ -3,9 +3,9 @@
     python -m pytest tests/kernels/test_attention.py
 
 Sequences drawn from one prompt are *siblings*: they share the prompt's keys and values (the prefix, stored once) and
-own only their new tokens (the suffix). The two segments are attended separately and merged by their log-sum-exp, so the
-prefix is read once for several siblings and nothing is copied. `prefix_rows` and `suffix_rows` give each sequence's
-place in the cache, so that one fixed launch (a CUDA graph) serves any slots.
+own only their new tokens (the suffix). The segments are attended separately and merged by their log-sum-exp, so the
+prefix is read once for several siblings. `prefix_rows` and `suffix_rows` give the places in the cache, so that one
+fixed launch (a CUDA graph) serves any slots.
 
 Bytes moved: each prefix once, each suffix once, 2 S H C values in and out. A decode step does 2 H/K operations for each
 key or value channel it reads (14 for Qwen2.5-0.5B), so bandwidth is the floor: at S=256 and 512 bf16 positions, 2 heads
@@ -19,6 +19,8 @@ R prefixes, T groups of at most n siblings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ from minem.kernels.backend import jit, pick, tl
 # Added to masked scores. Finite, so that an empty segment gives weight 0 in the merge instead of NaN.
 MASKED = -1e30
 
+Segment = tuple[Tensor, Tensor, Tensor]  # keys, values, lengths
 SPLIT = 256  # positions of the cache that one program of the Triton kernel reads
 ROWS = 16  # queries that one program answers: the smallest side of a tensor-core product, and more spill in fp32
 
@@ -67,44 +70,27 @@ def decode_attention(
             f"the query heads ({q.shape[1]}) must be a multiple of the key heads, the same in both segments "
             f"({prefix_k.shape[1]} and {suffix_k.shape[1]})"
         )
-    if pick(backend, q) == "triton":
-        cache = (prefix_k, prefix_v, suffix_k, suffix_v)
-        lengths, members, rows = (prefix_lengths, suffix_lengths), (siblings, sibling_index), (prefix_rows, suffix_rows)
-        return _decode_attention_triton(q, cache, lengths, members, rows)
-    if prefix_rows is not None:
-        prefix_k, prefix_v, prefix_lengths = (x[prefix_rows] for x in (prefix_k, prefix_v, prefix_lengths))
-    if suffix_rows is not None:
-        suffix_k, suffix_v = suffix_k[suffix_rows], suffix_v[suffix_rows]
-    return _decode_attention_eager(
-        q, prefix_k, prefix_v, prefix_lengths, siblings, sibling_index, suffix_k, suffix_v, suffix_lengths
-    )
+    attend = _decode_attention_triton if pick(backend, q) == "triton" else _decode_attention_eager
+    prefix, suffix = (prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)
+    return attend(q, prefix, suffix, (siblings, sibling_index), (prefix_rows, suffix_rows))
 
 
 def _decode_attention_eager(
-    q: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    prefix_lengths: Tensor,
-    siblings: Tensor,
-    sibling_index: Tensor,
-    suffix_k: Tensor,
-    suffix_v: Tensor,
-    suffix_lengths: Tensor,
+    q: Tensor, prefix: Segment, suffix: Segment, members: tuple[Tensor, Tensor], rows: Sequence[Tensor | None]
 ) -> Tensor:
-    sequences, heads, channels = q.shape
-    kv_heads = prefix_k.shape[1]
-    n = siblings.shape[1]
-    grouped = (q.to(torch.promote_types(q.dtype, torch.float32)) * channels**-0.5).view(
-        sequences, kv_heads, -1, channels
-    )  # [S, K, G, C]
+    siblings, sibling_index = members
+    of_prefix, of_suffix = (slice(None) if x is None else x for x in rows)
+    suffix_k, suffix_v, suffix_lengths = suffix
+    grouped = q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[2] ** -0.5
+    grouped = grouped.unflatten(1, (suffix_k.shape[1], -1))  # [S, K, G, C]
     shared = grouped[siblings].transpose(1, 2).flatten(2, 3)  # [T, K, nG, C]
-    prefix, prefix_mass = (
-        x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
-        for x in _segment(shared, prefix_k, prefix_v, prefix_lengths)
+    first, first_mass = (
+        x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
+        for x in _segment(shared, *(x[of_prefix] for x in prefix))
     )
-    own, own_mass = _segment(grouped, suffix_k, suffix_v, suffix_lengths[:sequences])
-    share = torch.sigmoid(prefix_mass - own_mass)  # of the prefix in the sum of both
-    return torch.lerp(own, prefix, share).to(q.dtype).view(sequences, heads, channels)
+    own, own_mass = _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)])
+    share = torch.sigmoid(first_mass - own_mass)  # of the prefix in the sum of both
+    return torch.lerp(own, first, share).to(q.dtype).view(q.shape)
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,23 +106,20 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, 
 
 
 def _decode_attention_triton(
-    q: Tensor,
-    cache: tuple[Tensor, Tensor, Tensor, Tensor],
-    lengths: tuple[Tensor, Tensor],
-    members: tuple[Tensor, Tensor],
-    rows: tuple[Tensor | None, Tensor | None],
+    q: Tensor, prefix: Segment, suffix: Segment, members: tuple[Tensor, Tensor], rows: Sequence[Tensor | None]
 ) -> Tensor:
     """Both segments cut into splits of SPLIT positions, one program each, then one merge over a sequence's splits.
 
     The split size is fixed, so that a sequence's sums are the same in any batch. members: siblings, sibling_index.
     """
-    prefix_k, prefix_v, suffix_k, suffix_v = cache
-    if any(x.stride(3) != 1 for x in cache) or prefix_k.stride() != prefix_v.stride():
+    prefix_k, prefix_v, prefix_lengths = prefix
+    suffix_k, suffix_v, suffix_lengths = suffix
+    cache = (prefix_k, prefix_v, suffix_k, suffix_v)
+    same = prefix_k.stride() == prefix_v.stride() and suffix_k.stride() == suffix_v.stride()
+    if any(x.stride(3) != 1 for x in cache) or not same:
         raise ValueError("the channels of the cache must lie side by side, keys and values with the same strides")
-    if suffix_k.stride() != suffix_v.stride():
-        raise ValueError("the suffix's keys and values must have the same strides")
-    prefix_lengths, suffix_lengths = (x.contiguous() for x in lengths)
-    siblings, sibling_index = (x.contiguous() for x in members)
+    vectors = (prefix_lengths, suffix_lengths, *members)
+    prefix_lengths, suffix_lengths, siblings, sibling_index = (x.contiguous() for x in vectors)
     tables = [siblings if x is None else x.contiguous() for x in rows]  # not read where None
     q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
     sequences, heads, channels = q.shape

@@ -27,8 +27,7 @@ except ImportError:  # triton is for Linux; elsewhere the kernels stay unused Py
 def pick(backend: str | None, tensor: torch.Tensor) -> str:
     """Return "eager" or "triton" for an operation on `tensor`; `backend` None means: by its device.
 
-    float64 is the eager references' own (they are checked in it); the kernels compute in fp32.
-    Raises ValueError for a name that is neither, and for "triton" where it cannot run.
+    float64 is for the eager references. Raises ValueError for another name, and for "triton" if it cannot run.
     """
     if backend not in ("eager", "triton", None):
         raise ValueError(f'backend must be "eager", "triton" or None (by device), not {backend!r}')

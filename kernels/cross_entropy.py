@@ -2,27 +2,26 @@
 
     loss = -sum_n weight_n * log softmax(hidden_n @ W.T)[target_n]
 
-The per-token weights (EM's responsibilities) are inputs, known in the forward pass. So the gradient of the logits,
-weight_n * (softmax - onehot), is known with each chunk of logits, and forward and backward together need three matrix
-products of 2 N V D operations: the logits, the gradient of `hidden`, and the gradient of `W`. An implementation that
-returns per-token losses first must compute the logits again in its backward pass: a fourth product.
+The per-token weights (EM's responsibilities) are known in the forward pass, so the gradient of a chunk of logits,
+weight_n * (softmax - onehot), is known with it. Forward and backward together need three products of 2 N V D
+operations; with per-token losses as results, the backward pass would have to compute the logits again: a fourth.
 
     one chunk of rows:  logits [C, V] = hidden @ W.T                                  product 1
-                        one row pass: log-probability of the target, entropy,
-                        and, in place over the logits, their gradient
+                        row pass: log-probability of the target, entropy, and the
+                        gradient of the logits in their place
                         grad_hidden [C, D] = grad_logits @ W                          product 2
                         grad_W [V, D] (fp32) += grad_logits.T @ hidden                product 3
 
-cuBLAS does the three products. The row pass is a Triton kernel: one program reads its row twice (statistics, then
-gradient) and writes it once. For bf16 the first reading and the writing move 2 N V bytes each; the second reading
-mostly finds the row in the L2 cache (132 rows of 151,936 bf16 numbers are 40 MB, the L2 is 50). At N=8192, V=151,936
-that is 5 GB, about 1.2 ms at 4.3 TB/s, beside 19.4 ms for the products.
+Triton: one program of the row pass reads its row twice (statistics, then gradient) and writes it once. For bf16 that
+moves 4 N V bytes; the second reading mostly finds the row in the L2 cache. At N=8192, V=151,936 these are 5 GB, about
+1.2 ms at 4.3 TB/s, beside 19.4 ms for the products, which cuBLAS does.
 
     python -m pytest tests/kernels/test_cross_entropy.py
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -32,6 +31,8 @@ from torch.autograd.function import once_differentiable
 
 from minem.kernels.backend import jit, pick, tl
 
+# Rows of logits in a chunk; whether hidden and weight get gradients; the function for a chunk's rows.
+Options = tuple[int, tuple[bool, bool], Callable[..., Tensor]]
 # Bytes of one chunk of logits, unless `chunk_rows` is given. Every chunk reads and writes the whole gradient of W once
 # more, so chunks are as large as memory comfortably allows.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
@@ -49,10 +50,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted negative log-likelihood of `targets` under softmax(hidden @ weight.T).
 
-    hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants without a
-    gradient; None: all 1). Rows with the target `ignore_index` or the weight 0 give 0 everywhere, if their hidden
-    states are finite (0 * NaN is NaN). chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows).
-    backend: "eager", "triton" or None (by device).
+    hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants; None: all
+    1). Rows with the target `ignore_index` or the weight 0 give 0 everywhere, if their hidden states are finite.
+    chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows). backend: "eager", "triton" or None (by
+    device).
 
     Returns (loss [], token_logprobs [N], token_entropy [N]) in float32 (float64 for float64 inputs), in nats.
     loss = -sum(token_weights * token_logprobs), undivided; the other two are detached. Gradients flow to hidden and
@@ -74,10 +75,10 @@ def linear_cross_entropy(
         chunk_rows = max(64, budget // (weight.shape[0] * weight.element_size()))
     grads = torch.is_grad_enabled()
     needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
+    row_pass = _row_pass_triton if pick(backend, hidden) == "triton" else _row_pass_eager
     # The inputs alone say which dtype is used, not autocast (which meta tensors, that only compile, do not know).
     with nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False):
-        result = _LinearCrossEntropy.apply(hidden, weight, targets, weights, chunk_rows, needs, pick(backend, hidden))
-    return result[0], result[1], result[2]
+        return _LinearCrossEntropy.apply(hidden, weight, targets, weights, (chunk_rows, needs, row_pass))
 
 
 def _check(
@@ -105,19 +106,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        weights: Tensor,
-        chunk_rows: int,
-        needs: tuple[bool, bool],
-        backend: str,
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor, options: Options
     ) -> tuple[Tensor, Tensor, Tensor]:
+        chunk_rows, needs, row_pass = options
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=weights.dtype, device=weight.device) if needs[1] else None
         logprobs, entropy = torch.empty_like(weights), torch.empty_like(weights)
-        row_pass = _row_pass_triton if backend == "triton" else _row_pass_eager
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = hidden[rows] @ weight.t()
@@ -144,7 +138,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_weight is not None:  # scaled and cast in one pass over [V, D]
             scaled = torch.empty_like(grad_weight, dtype=ctx.weight_grad_dtype)
             grad_weight = torch.mul(grad_weight, grad_loss, out=scaled)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _row_pass_eager(

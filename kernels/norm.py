@@ -31,7 +31,7 @@ def rms_norm(
     square. backend: "eager", "triton" or None (by device).
 
     Returns (normed [..., D], sum [..., D]), sum being x + residual rounded to the dtype, or x itself without one.
-    Differentiable in x, residual and weight. Raises ValueError for shapes or dtypes that do not fit.
+    Differentiable. Raises ValueError for shapes or dtypes that do not fit.
     """
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         shapes = [list(t.shape) for t in (x, weight, residual) if t is not None]

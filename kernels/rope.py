@@ -17,6 +17,8 @@ from torch import Tensor
 
 from minem.kernels.backend import jit, pick, tl
 
+Norms = tuple[Tensor | None, Tensor | None]  # weights for queries and for keys
+
 
 class CacheWrite(NamedTuple):
     """Where new keys and values go: token i to [rows[i], :, positions[i]] of k and v [S, K, L, C]; both int64 [N]."""
@@ -43,11 +45,10 @@ def rotary(
 
     cos, sin [N, C/2]; channel i turns with channel i + C/2 (Su et al. 2021, arXiv 2104.09864, in Llama's layout).
     heads: H. q_norm, k_norm [C]: weights of an RMSNorm of each head before the rotation, both or neither; eps is its
-    own. cache: also write k and v there. backend: "eager", "triton" or None: by device, and eager where gradients are
-    wanted (only the eager one is differentiable).
+    own. cache: also write k and v there. backend: "eager", "triton" (no gradients) or None: by device, eager if
+    gradients are wanted.
 
-    Returns (q, k, v); v is a view of qkv. Raises ValueError for shapes that do not fit, and for "triton" with
-    gradients.
+    Returns (q, k, v); v is a view of qkv. Raises ValueError for shapes that do not fit.
     """
     n, merged, channels = qkv.shape
     kv_heads = (merged - heads) // 2
@@ -62,7 +63,7 @@ def rotary(
     if backend == "triton" and differentiable:
         raise ValueError('backend "triton" of rotary gives no gradients; call it under no_grad, or pass "eager"')
     if pick("eager" if differentiable else backend, qkv) == "triton":
-        return _rotary_triton(qkv, cos, sin, heads, kv_heads, q_norm, k_norm, eps, cache)
+        return _rotary_triton(qkv, cos, sin, heads, (q_norm, k_norm), eps, cache)
     qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = qk.split((heads, kv_heads), dim=1)
@@ -78,28 +79,20 @@ def rotary(
 
 
 def _rotary_triton(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    heads: int,
-    kv_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
-    cache: CacheWrite | None,
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, norms: Norms, eps: float, cache: CacheWrite | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cache is not None and (cache.k.stride() != cache.v.stride() or cache.k.stride(3) != 1):
         raise ValueError("the key and value caches must have the same strides, channels side by side")
     qkv = qkv.contiguous()
     n, merged, channels = qkv.shape
+    kv_heads, half = (merged - heads) // 2, channels // 2
     q, k = qkv.new_empty(n, heads, channels), qkv.new_empty(n, kv_heads, channels)
-    half = channels // 2
     k_cache, v_cache, rows, positions = cache or (k, k, k, k)  # not touched without a cache
-    norms = (q if x is None else x.contiguous() for x in (q_norm, k_norm))  # not read where None
+    weights = (q if x is None else x.contiguous() for x in norms)  # not read where None
     _rotary_kernel[(n, -(-merged // 8))](
-        qkv, cos.contiguous(), sin.contiguous(), *norms, q, k, k_cache, v_cache, rows.contiguous(),
+        qkv, cos.contiguous(), sin.contiguous(), *weights, q, k, k_cache, v_cache, rows.contiguous(),
         positions.contiguous(), *(cache.k.stride()[:3] if cache is not None else (0, 0, 0)), heads, kv_heads, eps,
-        HAS_NORM=q_norm is not None, HAS_CACHE=cache is not None,
+        HAS_NORM=norms[0] is not None, HAS_CACHE=cache is not None,
         HALF=half, HALF_BLOCK=max(16, 1 << (half - 1).bit_length()), HEAD_BLOCK=8, num_warps=4,
     )  # fmt: skip
     return q, k, qkv[:, heads + kv_heads :]

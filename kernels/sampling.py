@@ -14,8 +14,8 @@ allowed at -inf), all filters together, as transformers applies them:
 
 The eager reference sorts. The Triton kernel, one program a row, finds thresholds by searching the ordered bit patterns
 of the logits nine parts at a time, each round one reading of the row. Bytes moved: a plain draw reads the row once from
-memory (2 V in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s) and about half of it again, from the L2 cache, to find the
-token; truncation reads it six (bf16) to twelve (fp32) times more, from that cache. At B=1 the one busy SM is the bound.
+memory (2 V in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s) and about half of it again, from the L2 cache; truncation
+reads it six (bf16) to twelve (fp32) times more, from that cache. At B=1 the one busy SM is the bound.
 
     python -m pytest tests/kernels/test_sampling.py
 """
@@ -140,11 +140,9 @@ def _peak(logits: Tensor) -> Tensor:
     return logits.amax(dim=-1).clamp_(min=torch.finfo(logits.dtype).min)
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, peak: Tensor, log_total: Tensor, divisor: Tensor | None = None) -> Tensor:
+def _logprobs(logits: Tensor, tokens: Tensor, peak: Tensor, log_total: Tensor, divisor: Tensor | float = 1.0) -> Tensor:
     """Log-probability of each row's token, [B] in the dtype of logits; -inf in a row without mass."""
-    x = _at(logits, tokens) - peak
-    if divisor is not None:
-        x /= divisor
+    x = (_at(logits, tokens) - peak) / divisor
     return (x - log_total).masked_fill_(log_total == -torch.inf, -torch.inf).to(logits.dtype)
 
 

@@ -156,7 +156,7 @@ def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
 
     def show() -> None:
         for columns, rows in dryrun.tables(result):
-            table(columns, rows, file=sys.stdout)
+            table(columns, rows)
         click.echo(result["advice"] or "it fits: memory and disk are enough for all of this")
 
     _print(result, as_json, show)

@@ -1,19 +1,15 @@
-"""Progress on stderr: one line per stage of a run.
+"""Progress on stderr, one line per stage of a run, and tables on stdout.
 
     minem train                     # a terminal: one live line, which stays when its stage is done
     minem train 2> train.log        # anything else: plain lines, at most one every ten seconds
 
-        progress = Progress()
-        with progress.stage("iteration 1/4 E-step", total=512) as line:
+        with Progress().stage("iteration 1/4 E-step", total=512) as line:
             line.update(120, accepted=percent(0.61), tokens_per_s=5300.0)
 
     iteration 1/4 E-step  ━━━━────────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
 
-Names, answers and texts come from files and models: `minem.text.clean` removes what a terminal would obey instead of
-print, and rich's markup is off.
+`minem.text.clean` removes what a terminal would act on in texts of files and models, and rich's markup is off.
 """
-
-from __future__ import annotations
 
 import sys
 import time
@@ -36,19 +32,13 @@ class Line:
     """The line of one running stage; `Progress.stage` makes it."""
 
     def __init__(self, name: str, total: int | None, clock: Callable[[], float]) -> None:
-        self.name = clean(name)
-        self.total = total
-        self.done = 0
+        self.name, self.total, self.done = clean(name), total, 0
         self.facts: dict[str, str | float] = {}
         self.on_update: Callable[[], None] = lambda: None
-        self._clock = clock
-        self.start = self.shown = clock()
+        self._clock, self._start = clock, clock()
 
     def update(self, done: int | None = None, **facts: str | float) -> None:
-        """Set how much is done (in the units of `total`) and the latest numbers; those not named stay as they are.
-
-        Facts are shown by their name ("tokens_per_s" as "tokens/s"): texts as given, numbers to three digits.
-        """
+        """Set how much of `total` is done, and numbers or texts by name; "tokens_per_s" is shown as "tokens/s"."""
         self.done = self.done if done is None else done
         self.facts |= facts
         self.on_update()
@@ -56,24 +46,19 @@ class Line:
     @property
     def elapsed(self) -> float:
         """Seconds since the stage began."""
-        return self._clock() - self.start
+        return self._clock() - self._start
 
-    def text(self, ending: str | None = None, bar: str = "") -> str:
+    def text(self, ending: str = "", bar: str = "") -> str:
         """The line as it stands, or with `ending` ("done", "stopped") the one that stays."""
-        elapsed = self.elapsed
-        parts = [part for part in (self.name, bar) if part]
-        if self.total is not None:
-            parts.append(f"{self.done:,}/{self.total:,}")
+        parts = [self.name, bar, "" if self.total is None else f"{self.done:,}/{self.total:,}"]
         for name, value in self.facts.items():
             parts.append(f"{clean(name).replace('_per_', '/').replace('_', ' ')} {_shown(value)}")
+        clock = duration(self.elapsed)
         if ending:
-            parts.append(f"{ending} after {duration(elapsed)}")
+            clock = f"{ending} after {clock}"
         elif self.total and 0 < self.done <= self.total:
-            left = elapsed * (self.total - self.done) / self.done
-            parts.append(f"{duration(elapsed)}, {duration(left)} left")
-        else:
-            parts.append(duration(elapsed))
-        return "  ".join(parts)
+            clock += f", {duration(self.elapsed * (self.total - self.done) / self.done)} left"
+        return "  ".join(part for part in (*parts, clock) if part)
 
     def __rich__(self) -> Text:
         filled = min(self.done, self.total) * BAR_WIDTH // self.total if self.total else 0
@@ -83,27 +68,30 @@ class Line:
 
 
 class Progress:
-    """The lines of a run, on stderr unless another stream is given.
-
-    interval: seconds between two plain lines of a stage; a terminal is refreshed four times a second. clock: seconds.
-    """
+    """The lines of a run, on stderr by default. interval: seconds between plain lines of a stage; clock: seconds."""
 
     def __init__(
         self, stream: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        stream = sys.stderr if stream is None else stream
+        stream = stream or sys.stderr
         self._console = _Console(stream)
         self._live = stream.isatty() and not self._console.is_dumb_terminal
-        self._interval = interval
-        self._clock = clock
+        self._interval, self._clock = interval, clock
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Line]:
         """Show a line while the block runs; `total` is how much there is to do, if that is known."""
-        line = Line(name, total, self._clock)
+        line, shown = Line(name, total, self._clock), 0.0
+
+        def show_again() -> None:
+            nonlocal shown
+            if line.elapsed - shown >= self._interval:
+                shown = line.elapsed
+                self.note(line.text())
+
         if not self._live:
             self.note(line.name + (f"  0/{total:,}" if total is not None else ""))
-            line.on_update = lambda: self._note_again(line)
+            line.on_update = show_again
         # stdout is for results, so rich must not redirect it.
         live = Live(line, console=self._console, transient=True, redirect_stdout=False, refresh_per_second=4)
         ending = "stopped"
@@ -115,31 +103,20 @@ class Progress:
             self.note(line.text(ending))
 
     def note(self, text: str) -> None:
-        """Print one line: a warning, or what was inferred or skipped.
-
-        If it cannot be printed (a closed pipe, a full disk), the work continues without it.
-        """
-        with suppress(OSError):
+        """Print one line: a warning, or what was inferred or skipped."""
+        with suppress(OSError):  # a closed pipe, a full disk: the work continues without it
             self._console.print(Text(redact(clean(text))), soft_wrap=True)
 
-    def _note_again(self, line: Line) -> None:
-        if self._clock() - line.shown >= self._interval:
-            line.shown = self._clock()
-            self.note(line.text())
 
-
-def table(
-    columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "", file: TextIO | None = None
-) -> None:
-    """Print a table to `file` (stderr by default): the first column to the left, the others to the right."""
-    stream = sys.stderr if file is None else file
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str = "") -> None:
+    """Print a table on stdout: the first column to the left, the others to the right."""
     made = Table(title=Text(clean(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
         made.add_column(Text(clean(column)), justify="right" if index else "left")
     for row in rows:
         made.add_row(*(Text(_shown(cell)) for cell in row))
     # A file has no width that a table would have to fit in.
-    _Console(stream, width=None if stream.isatty() else 500).print(made)
+    _Console(sys.stdout, width=None if sys.stdout.isatty() else 500).print(made)
 
 
 def percent(share: float, interval: tuple[float, float] | None = None) -> str:
@@ -160,7 +137,7 @@ class _Console(Console):
         super().__init__(file=file, markup=False, emoji=False, highlight=False, width=width)
 
     def on_broken_pipe(self) -> None:
-        """rich would end the process, and a run of hours with it, because its reader has gone."""
+        """Without this, rich would end the process, and a run of hours with it."""
         self.quiet = True
 
 

@@ -3,8 +3,6 @@
 minem doctor
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re
@@ -22,11 +20,10 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return 1 << 62  # unknown: not Linux
-    line = next(line for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
-    return int(line.split()[1]) * 1024
+    if sys.platform != "linux":
+        return 1 << 62  # unknown
+    (kilobytes,) = re.findall(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())
+    return int(kilobytes) * 1024
 
 
 def release_cached_memory(device: torch.device) -> None:
@@ -34,17 +31,12 @@ def release_cached_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
-        if trim is not None:
-            trim(0)
+    elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc alone
+        trim(0)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """The most bytes held, as {what is counted: bytes}.
-
-    On a GPU by tensors since `torch.cuda.reset_peak_memory_stats`; else resident since this process began.
-    """
+    """The most bytes held, by their kind: of tensors since the statistics were reset, or of this process so far."""
     if device.type == "cuda":
         return {"peak_gpu_memory": torch.cuda.max_memory_allocated(device)}
     unit = 1 if sys.platform == "darwin" else 1024
@@ -77,9 +69,7 @@ PEAK_FLOPS = (
 def peak_flops(device: torch.device | str) -> float | None:
     """The dense bfloat16 peak of a device, or of its CUDA name, in FLOP/s; None if it is not known (the CPU)."""
     if isinstance(device, torch.device):
-        if device.type != "cuda":
-            return None
-        device = torch.cuda.get_device_name(device)
+        device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     words = set(re.split(r"[\s\-]+", device))
     return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
 
@@ -93,9 +83,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the working weights: "auto" is bfloat16 on a GPU and float32 on the CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def set_deterministic(device: torch.device, wanted: bool) -> None:

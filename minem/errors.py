@@ -4,8 +4,6 @@ Every error that the user can correct is one of these, with one clear sentence; 
 exits with the code. Any other exception is a bug in minem and keeps its traceback. Below: helpers for such sentences.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 from collections.abc import Iterable, Sequence
@@ -40,10 +38,7 @@ class GuardError(MinemError):
 
 
 class NotFinite(GuardError):
-    """A loss or gradient is not finite.
-
-    dump: the step, its numbers, and the examples at fault with their token ids, as JSON values.
-    """
+    """A loss or gradient is not finite; `dump` has the step, its numbers and the examples at fault, as JSON values."""
 
     def __init__(self, message: str, dump: dict[str, Any]) -> None:
         super().__init__(message)

@@ -1,9 +1,7 @@
 """Files that survive a crash (atomic, flushed, known by their SHA-256), and JSON and TOML files of anyone, with limits.
 
-python -c "from pathlib import Path; from minem.files import manifest; print(manifest(Path('README.md')))"
+python -c "from pathlib import Path; from minem.files import manifest; print(manifest(Path('README.md'), 'README.md'))"
 """
-
-from __future__ import annotations
 
 import errno
 import hashlib
@@ -28,12 +26,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the lar
 SPARE = MEBIBYTE  # bytes that must stay free beside the announced ones, for a journal and the like
 
 
-def manifest(path: Path, name: str = "") -> dict[str, dict[str, Any]]:
-    """{name: {"bytes": size, "sha256": digest}} of a file, or of all files in a folder, `name` being its own name."""
-    if not path.is_dir():
-        return {name or path.name: entry(path)}
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return {f"{name or path.name}/{file.relative_to(path).as_posix()}": entry(file) for file in files}
+def manifest(path: Path, name: str) -> dict[str, dict[str, Any]]:
+    """{name: {"bytes": size, "sha256": digest}} of a file that gets this name, or of all files in such a folder."""
+    files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
+    return {(Path(name) / file.relative_to(path)).as_posix(): entry(file) for file in files}
 
 
 def entry(path: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@
 The token comes from the environment (HF_TOKEN) or from `hf auth login`; with HF_HUB_OFFLINE=1 only the cache is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from minem.errors import UserError
+from minem.errors import UserError, reason
 
 _CACHE_ONLY = ContextVar("cache_only", default=False)
 
@@ -32,8 +30,7 @@ def cache_only() -> Iterator[None]:
 def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str], revision: str | None = None) -> Path:
     """The local folder with the files of a repository that match `patterns`; what is not in the cache is downloaded.
 
-    Raises:
-        UserError: the repository is missing, gated or unreachable; the sentence gives the remedy.
+    Raises UserError with the remedy if the repository is missing, gated or unreachable.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import OfflineModeIsEnabled
@@ -71,7 +68,4 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
         error = error.__cause__  # the hub was reached and refused or failed
     elif isinstance(error, hub.HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
         return f"{what}: the hub does not know your token; set HF_TOKEN to a valid one"
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    reason = " ".join(f"{first_line} {getattr(error, 'server_message', None) or ''}".split())[:300]
-    reason = reason or type(error).__name__
-    return f"{what} could not be downloaded ({reason}); try again, or give the path of a local folder"
+    return f"{what} could not be downloaded ({reason(error)}); try again, or give the path of a local folder"

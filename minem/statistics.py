@@ -2,80 +2,58 @@
 
     python -c "from minem.statistics import wilson; print(wilson(150, 300))"
 
-    wilson      one model on n questions                  mcnemar   two models on the same questions
-    paired_t    two samplers over several seeds           holm      many such comparisons at once
-    pass_at_k   n draws for one question                  importance   p(y | x) from hinted draws
-
-Plain Python without scipy; the tests compare each with scipy or with exact enumeration. The standard library's module
-`statistics` is used nowhere in minem, so the name means this file.
+Plain Python, tested against scipy or exact enumeration. minem never imports the standard library's `statistics`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal: a two-sided 95 % interval
+from typing import Any
 
 
-def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0.
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0.
 
     Unlike the normal approximation it does not collapse to a point at 0 and n successes.
     """
     if n == 0:
         return 0.0, 1.0
-    share = successes / n
+    share, z = successes / n, 1.959963984540054  # the 97.5 % quantile of the standard normal
     scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     # At the ends the exact bound is 0 or 1, without rounding.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == n else centre + half
-    return low, high
+    return centre - half if successes else 0.0, centre + half if successes < n else 1.0
 
 
 def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p-value of McNemar's test for two models on the same questions.
+    """Exact two-sided p-value of McNemar's test: b questions that only one model got right, c that only the other did.
 
-    b and c count the questions that only the first, and only the second, got right. Under the null hypothesis
-    b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1. Integers until the last division.
+    Under the null hypothesis b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1.
     """
     n = b + c
-    tail = term = 1
+    tail = term = 1  # integers until the last division
     for k in range(min(b, c)):
         term = term * (n - k) // (k + 1)
         tail += term
     return min(1.0, 2 * tail / 2**n)
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """Mean of the differences of n pairs with its t-interval."""
+def paired_t(differences: Sequence[float]) -> dict[str, Any]:
+    """Student's 95 % interval and two-sided t-test for the mean of paired differences, as fractions.
 
-    n: int
-    mean: float
-    low: float | None  # None, like the other two, without a spread
-    high: float | None
-    p_value: float | None  # two-sided, of the null hypothesis that the mean is 0
-
-
-def paired_t(differences: Sequence[float], level: float = 0.95) -> PairedDifference:
-    """Student's t-interval and t-test for the mean of paired differences, as fractions.
-
-    One pair, and equal differences, have no spread: no interval and no p-value, rather than an interval of no width.
+    Returns n, mean, low, high and p_value; the last three are None without a spread (one pair, equal differences).
     """
     n, centre, spread = len(differences), mean(differences), standard_deviation(differences)
-    if not spread:
-        return PairedDifference(n, centre, None, None, None)
-    error = spread / math.sqrt(n)
-    half = t_quantile(level, n - 1) * error
-    return PairedDifference(n, centre, centre - half, centre + half, 1 - t_within(abs(centre) / error, n - 1))
+    found: dict[str, Any] = {"n": n, "mean": centre, "low": None, "high": None, "p_value": None}
+    if spread:
+        error = spread / math.sqrt(n)
+        half = t_quantile(0.95, n - 1) * error
+        found |= {"low": centre - half, "high": centre + half, "p_value": 1 - t_within(abs(centre) / error, n - 1)}
+    return found
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """The mean of at least one value."""
     return math.fsum(values) / len(values)
 
 
@@ -129,40 +107,25 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that at least one of k draws is right, estimated without bias from n draws of which `correct` are.
+    """The chance that one of k <= n draws is right, estimated without bias from n draws of which `correct` are.
 
-    1 - C(n - correct, k) / C(n, k), k <= n: the share of all choices of k among the n that hold a right one.
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-@dataclass(frozen=True)
-class ImportanceEstimate:
-    """Estimate from K hinted draws of p(y | x), the chance that the model reaches the answer unaided."""
+def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequence[bool]) -> tuple[float, float]:
+    """Importance sampling of p(y | x), the chance that the model reaches the answer unaided, from K hinted draws.
 
-    p_hat: float  # the mean weight: unbiased if the proposal can draw every right rationale
-    ess: float  # effective sample size, between 1 and K; 0 if all were rejected
-    any_accepted: bool
-    log_p_hat: float | None  # if q always accepts, on average a lower bound of log p(y | x); None: all rejected
-
-
-def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequence[bool]) -> ImportanceEstimate:
-    """Importance sampling of p(y | x) from K draws of the hinted proposal q, K fixed in advance.
-
-    Args:
-        log_q: log q(z, y | x, y*) of each draw, from the prompt and policy that it was drawn with.
-        log_p: log pi(z, y | x) of the same token ids, from the plain prompt.
-        accepted: r, whether the draw reached y*.
-    Returns:
-        p_hat = mean of w_k = r_k exp(log_p_k - log_q_k), with (sum w)^2 / sum w^2 as the effective sample size. The
-        draws of a lazy search must not be used: stopping at the first accepted one makes the mean too large.
+    log_q: log q(z, y | x, y*) of each draw, under its own prompt. log_p: log pi(z, y | x) of the same token ids, under
+        the plain prompt. accepted: r, whether the draw reached y*.
+    Returns p_hat, the mean of w = r exp(log_p - log_q), unbiased if q can draw every right rationale and K is fixed in
+        advance, not by the first success; and the effective sample size (sum w)^2 / sum w^2, 0 if all were rejected.
     """
     logs = [p - q for p, q, right in zip(log_p, log_q, accepted, strict=True) if right]
     if not logs:
-        return ImportanceEstimate(0.0, 0.0, False, None)
+        return 0.0, 0.0
     largest = max(logs)  # taken out, so that no weight overflows and the sum does not vanish
     scaled = [math.exp(log - largest) for log in logs]
     total = math.fsum(scaled)
-    log_p_hat = largest + math.log(total / len(log_q))
-    return ImportanceEstimate(math.exp(log_p_hat), total * total / math.fsum(w * w for w in scaled), True, log_p_hat)
+    return math.exp(largest + math.log(total / len(log_q))), total * total / math.fsum(w * w for w in scaled)

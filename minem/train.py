@@ -31,18 +31,18 @@ from minem.em import diagnostics
 from minem.em.checkpoints import restore
 from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep
-from minem.em.evaluate import Evaluation, answer_file
+from minem.em.evaluate import Evaluation, answer_file, summarise_answers
 from minem.em.loop import Experiment
 from minem.em.mstep import MStep
 from minem.em.samplers import altered, make_sampler, uses_hints
 from minem.em.samples_file import read_samples
 from minem.errors import GuardError, UserError
-from minem.files import read_rows
 from minem.generation.generator import DEFAULT_SLOTS, Generator
 from minem.model.weights import load, load_model, resolve
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 from minem.plugins import hash_source
+from minem.report.reader import read_run
 from minem.runs.folder import default_path, folder_name
 from minem.runs.record import fingerprint, hash_prompts, hash_tokenizer, model_card
 from minem.runs.stages import Run
@@ -263,12 +263,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
 def summarise(run: Run) -> dict[str, Any]:
     """The numbers that a finished run ends with, read from its journal and its evaluation files."""
     last = run.config.run.iterations
-    test = {}
-    for name, iteration in (("base", 0), ("last", last)):
-        rows = read_rows(run.path / f"iter-{iteration:02d}" / "eval.test.jsonl")
-        test[name] = {row["id"]: row["status"] == "accepted" for row in rows}
-    lost = sum(right and not test["last"][i] for i, right in test["base"].items())
-    won = sum(right and not test["base"][i] for i, right in test["last"].items())
+    lost, won = map(len, read_run(run.path).flips)
     iterations = [
         {
             "iteration": i,
@@ -342,7 +337,7 @@ def evaluate(
         with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
             answers = evaluation.answers(questions, line.update, known, append)
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
-    return named | evaluation.summary(questions, answers)
+    return named | summarise_answers(questions, answers, samples)
 
 
 def make_generator(name: str, device: str, progress: Progress) -> Generator:

@@ -17,12 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 LINKS = ("kernels", "data", "configs")
-# A child that runs `body` and then names the heavy packages that came with it.
-HEAVY = """
-import sys
-{body}
-print(sorted({{"torch", "triton", "transformers", "pyarrow", "matplotlib"}} & set(sys.modules)))
-"""
+HEAVY = {"torch", "triton", "transformers", "pyarrow", "matplotlib"}
 
 
 def python(code: str, *, path: Path, cwd: Path | None = None) -> str:
@@ -35,18 +30,19 @@ def python(code: str, *, path: Path, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        "import minem",
-        "from click.testing import CliRunner\nfrom minem.cli import main\n"
-        "result = CliRunner().invoke(main, ['--help'])\nassert result.exit_code == 0, result.output\n"
-        "assert 'train' in result.output",
-    ],
-    ids=["import", "help"],
-)
-def test_importing_minem_and_its_help_load_nothing_heavy(body):
-    assert python(HEAVY.format(body=body), path=ROOT).splitlines()[-1] == "[]"
+def test_importing_minem_its_config_and_its_help_load_nothing_heavy():
+    code = f"""
+import sys
+import minem, minem.config
+from click.testing import CliRunner
+from minem.cli import main
+for arguments in (["--help"], ["config"]):
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert ("train" if arguments == ["--help"] else "pack_tokens") in result.output
+print(sorted({HEAVY} & set(sys.modules)))
+"""
+    assert python(code, path=ROOT).splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("name", LINKS)
@@ -62,16 +58,16 @@ def test_the_source_tree_works_by_pythonpath_alone(tmp_path):
     assert int(questions) > 0
 
 
-@pytest.mark.parametrize("name", LINKS)
-def test_lint_refuses_the_bare_names(name):
+def test_lint_refuses_the_bare_names():
     def lint(code: str) -> str:
         command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "minem/new.py", "--output-format=concise"]
         return subprocess.run([*command, "-"], input=code, cwd=ROOT, capture_output=True, text=True).stdout
 
-    refused = f'"""New."""\n\nimport {name}\n\nprint({name})\n'
-    assert "TID251" in lint(refused)
-    assert "TID251" in lint(f'"""New."""\n\nfrom {name} import x\n\nprint(x)\n')
-    assert "All checks passed" in lint(refused.replace(f"import {name}", f"from minem import {name}"))
+    uses = "".join(f"print({name})\n" for name in sorted(LINKS))
+    bare = "".join(f"import {name}\n" for name in sorted(LINKS))
+    members = "".join(f"from {name} import {name[0]}\n" for name in sorted(LINKS))
+    assert lint(f'"""New."""\n\n{bare}{members}\n{uses}').count("TID251") == 2 * len(LINKS)
+    assert "All checks passed" in lint(f'"""New."""\n\nfrom minem import {", ".join(sorted(LINKS))}\n\n{uses}')
 
 
 def test_every_file_opens_with_what_it_is():
@@ -88,25 +84,35 @@ def docstring(path: Path) -> str | None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_everything_and_works(tmp_path):
-    """Built from a copy, so that no `build/` of another day gets into it; installed where no source tree is near."""
+    """That all files of all rooms are packed, and run if no source tree is near: no quick test builds a wheel.
+
+    Built from a copy, so that no `build/` of another day gets into it.
+    """
     source, wheels, site = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
-    skipped = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, symlinks=True, ignore=skipped)
+    clutter = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    results = {"runs", "evals"}  # at the top alone: minem/runs is a room
+    shutil.copytree(
+        ROOT,
+        source,
+        symlinks=True,
+        ignore=lambda at, names: clutter(at, names) | (results if at == str(ROOT) else set()),
+    )
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "-q", "-w", wheels, source], check=True)
     (wheel,) = wheels.iterdir()
     packed = set(zipfile.ZipFile(wheel).namelist())
     expected = {"minem/py.typed", "minem/data/toy/model/model.safetensors", "minem/data/toy/model/tokenizer.json"}
     for top, patterns in {
-        "minem": ["*.py", "page.*"],
+        "minem": ["*.py", "report/page.*"],
         "kernels": ["*.py"],
         "data": ["*.py", "toy/*.jsonl"],
         "configs": ["*.toml"],
     }.items():
         for pattern in patterns:
-            found = {path.relative_to(ROOT).as_posix() for path in (ROOT / top).glob(pattern)}
+            found = {path.relative_to(ROOT).as_posix() for path in (ROOT / top).rglob(pattern)}
             assert found, f"{top}/{pattern}"
             expected |= found if top == "minem" else {f"minem/{name}" for name in found}
+    assert {"minem/em/loop.py", "minem/runs/stages.py", "minem/report/page.css"} <= expected
     assert expected - packed == set()
     assert not [name for name in packed if not name.startswith(("minem/", "minem-"))]
 
@@ -124,6 +130,7 @@ def test_the_wheel_holds_everything_and_works(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_of_the_generator_runs():
+    """That the command of bench/README.md ends with all its rows: no quick test runs a benchmark."""
     command = [sys.executable, "bench/generate.py", *["--questions", "8", "--repeats", "1", "--json"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr

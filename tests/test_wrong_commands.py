@@ -134,7 +134,7 @@ WRONG = {
     "compare --samplers rms:8": "(did you mean rsm?)",
     "compare --samplers rsm:many": "the budget of rsm must be a whole number",
     "compare --samplers rsm:8,": "--samplers 'rsm:8,': give one or more different values with commas",
-    "compare --seeds 0,x": "'x' is no seed",
+    "compare --seeds 0,x": "--seeds '0,x': give one or more different values",
     "compare --seeds 0,1,01": "--seeds '0,1,01': give one or more different values",
     "compare --match kepd": "did you mean kept?",
     "compare --set sampler.budget=4": "--set sampler.budget: compare takes it from --samplers",

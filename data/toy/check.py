@@ -5,8 +5,6 @@
 A right answer can be reached by a false step, which the filter cannot see; on the toy a program can.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 
@@ -26,10 +24,8 @@ def apply(symbol: str, value: int, operand: int) -> int:
 
 def asked_steps(question: Question) -> tuple[int, list[tuple[str, int]]]:
     """The starting value and the (symbol, operand) of each step that the question's text asks for."""
-    start = re.search(r"start with (\d)", question.text)
-    if start is None:
-        raise ValueError(f"{question.id} is not a question of the toy: {question.text!r}")
-    return int(start[1]), [(OPERATIONS[name], int(operand)) for name, operand in _ASKED.findall(question.text)]
+    (start,) = re.findall(r"start with (\d)", question.text)
+    return int(start), [(OPERATIONS[name], int(operand)) for name, operand in _ASKED.findall(question.text)]
 
 
 def valid_steps(text: str, question: Question) -> bool:

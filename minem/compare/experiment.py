@@ -3,28 +3,25 @@
     minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2,3,4
     minem compare --samplers rsm:4,star:4,pps:4 --seeds 0,1,2 --match kept
 
-    runs/compare.toy.rsm8-star2-pps1.toy-llama/
-      plan.json                                  what is compared: declared before any run
-      toy.rsm8.toy-llama.s0/  ...                the runs, as `minem train` makes them
-      comparison.json  comparison.md  comparison.png  report.html
+Its folder has plan.json (what is compared, declared before any run), the runs as `minem train` makes them, and
+comparison.json, .md, .png and report.html.
 
 The base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
-for every run of a seed. With --match, the runs of a seed take turns, since what one of them trains on depends on what
-all have drawn (`minem.compare.results.matched`): each continues until its M-step needs the E-step of another. All state
-is in the run directories, so the same command resumes a comparison that was stopped.
+for every run of a seed. With --match, what a run trains on depends on what all runs of its seed have drawn (`matched`):
+each continues until its M-step needs the E-step of another. All state is in the run directories, so the same command
+resumes a comparison that was stopped.
 """
-
-from __future__ import annotations
 
 import gc
 import json
 import os
-import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from functools import partial
+from itertools import groupby, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from minem.compare.results import Cell, Match, markdown, matched, read_comparison
 from minem.config import Config, load_config
@@ -32,7 +29,7 @@ from minem.em.loop import Experiment
 from minem.em.sample import Sample
 from minem.em.samplers import SAMPLERS, make_sampler
 from minem.errors import GuardError, UserError
-from minem.files import read_rows, write_atomic
+from minem.files import write_atomic
 from minem.model.weights import resolve
 from minem.plugins import hash_source
 from minem.runs.directory import read_journal, remove_run
@@ -44,8 +41,6 @@ from minem.train import LAST_STAGE, Session, build, conclude, opened
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
-NUMBER = re.compile(r"[0-9]{1,99}")  # Python reads none of thousands of digits
-T = TypeVar("T")
 
 
 class _Waiting(Exception):
@@ -62,36 +57,34 @@ class Plan:
     match: Match = "none"
 
     @classmethod
-    def parse(cls, tasks: str, samplers: str, seeds: str, match: Match = "none") -> Plan:
-        """From the texts of the command line, lists with commas. UserError names the flag and what would be right."""
+    def parse(cls, tasks: str, samplers: str, seeds: str, match: Match = "none") -> Self:
+        """From the lists with commas of the command line. UserError names the flag and what would be right."""
         names = (tasks,) if os.path.exists(tasks) else _listed("--task", tasks, "toy or arc-easy,openbookqa", str)
         chosen = _listed("--samplers", samplers, "rsm:8,star:2,pps:1", _sampler)
-        return cls(names, chosen, _listed("--seeds", seeds, "0,1,2", _seed), match)
+        return cls(names, chosen, _listed("--seeds", seeds, "0,1,2", int), match)
 
 
-def _listed(flag: str, text: str, example: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+def _listed(flag: str, text: str, example: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
     parts = [part.strip() for part in text.split(",")]
-    values = tuple(map(parse, parts)) if all(parts) else ()
+    try:
+        values = tuple(map(parse, parts)) if all(parts) else ()
+    except ValueError:
+        values = ()
     if not values or len(set(values)) < len(values):
         raise UserError(f"{flag} {text!r}: give one or more different values with commas between them, like {example}")
     return values
 
 
-def _seed(text: str) -> int:
-    if not NUMBER.fullmatch(text):
-        raise UserError(f"--seeds: {text!r} is no seed; give whole numbers with commas, like 0,1,2")
-    return int(text)
-
-
 def _sampler(text: str) -> tuple[str, int]:
     """ "rsm:8" -> ("rsm", 8); without a budget the sampler's default; "module:Class:4" for a user's."""
     name, _, budget = text.rpartition(":")
-    if not (name and NUMBER.fullmatch(budget)):
+    if not (name and budget.isdecimal()):
         if name in SAMPLERS:
             raise UserError(f"--samplers {text}: the budget of {name} must be a whole number, like {name}:8")
         name, budget = text, ""
+    flags = {"sampler.name": name, "sampler.budget": int(budget) if budget else None}
     try:
-        section = load_config(flags={"sampler.name": name, "sampler.budget": int(budget) if budget else None}).sampler
+        section = load_config(flags=flags).sampler
         make_sampler(section.name, section.budget)
     except UserError as error:
         raise UserError(f"--samplers {text}: {error}") from error
@@ -99,23 +92,20 @@ def _sampler(text: str) -> tuple[str, int]:
 
 
 def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
-    """Make or resume the comparison in `config.run.out`; everything else of the config is common to all runs.
+    """Make or resume the comparison in `config.run.out`. Returns what comparison.json holds, and `out`.
 
-    Returns what comparison.json holds, and `out`; `stopped` in it has the runs that a guard stopped, {name: why}.
     Raises UserError for bad input, or a folder that holds another comparison.
     """
-    out = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else _default_out(config, plan)
+    out = Path(os.path.expanduser(config.run.out)) if config.run.out else _default_out(config, plan)
     runs = _runs(config, plan, out)
     for cell, own in runs.items():  # bad input is found before the folder is made
         if cell.seed == plan.seeds[0]:
             build(own, weights=False)
     with hold_folder(out, "plan.json", "comparison", _settings(config, plan), _clear if session.overwrite else None):
-        comparison = _Comparison(
-            runs, plan.match, replace(session, overwrite=False, origins={**session.origins, **OWN_KEYS})
-        )
-        for key in dict.fromkeys((cell.task, cell.seed) for cell in runs):  # so that complete seeds are there early
-            group = [cell for cell in runs if (cell.task, cell.seed) == key]
-            for together in [[cell] for cell in group] if plan.match == "none" else [group]:
+        session = replace(session, overwrite=False, origins={**session.origins, **OWN_KEYS})
+        comparison = _Comparison(runs, plan.match, session)
+        for _, group in groupby(runs, lambda cell: (cell.task, cell.seed)):  # complete seeds are there early
+            for together in [[cell] for cell in group] if plan.match == "none" else [list(group)]:
                 comparison.finish(together)
         result = {**read_comparison(list(runs), plan.match), "stopped": comparison.stopped}
         _write(out, result)
@@ -133,19 +123,18 @@ class _Comparison:
 
     def finish(self, group: Sequence[Cell]) -> None:
         """Run a group in turn until all are finished, or a guard stops one that the others wait for."""
-        waiting = list(group)
+        waiting = deque(group)
         while waiting:
-            for cell in list(waiting):
-                self.session.stop.check(cell.folder.name)
-                try:
-                    self._advance(cell, group)
-                    waiting.remove(cell)
-                except _Waiting:
-                    pass
-                except GuardError as error:
-                    self.stopped[cell.folder.name] = str(error)
-                    self.session.progress.note(f"{cell.folder.name} is stopped: {error}")
-                    return
+            cell = waiting.popleft()
+            self.session.stop.check(cell.folder.name)
+            try:
+                self._advance(cell, group)
+            except _Waiting:
+                waiting.append(cell)
+            except GuardError as error:
+                self.stopped[cell.folder.name] = str(error)
+                self.session.progress.note(f"{cell.folder.name} is stopped: {error}")
+                return
 
     def _advance(self, cell: Cell, group: Sequence[Cell]) -> None:
         """Build a run, resume it, and conclude it. Raises _Waiting if it needs another run of the group first."""
@@ -154,48 +143,42 @@ class _Comparison:
             return
         gc.collect()  # of the run before: two models at once might not fit
         match = {"match": f"{self.match} of {', '.join(c.sampler for c in group)}"} if self.match != "none" else {}
-        config = self.runs[cell]
-        experiment = build(config, self.session)
+        experiment = build(self.runs[cell], self.session)
 
         def select(iteration: int) -> list[Sample] | None:
             if self.match == "none" or experiment.run.finished(iteration, "mstep"):
                 return None
-            rows = self._share(cell, group, iteration)
+            if not all(f"iter-{iteration:02d}/estep" in read_journal(other.folder) for other in group):
+                raise _Waiting
+            rows = matched(group, iteration, self.match)[group.index(cell)].rows
+            if not rows:
+                raise GuardError(f"iteration {iteration}: --match {self.match} leaves no accepted rationale")
             kept = experiment.run.read(iteration, "accepted.jsonl", Sample)
             return [sample for sample in kept if (sample.id, sample.attempt) in rows]
 
-        with opened(config, experiment, self.session, **match) as run:
+        with opened(self.runs[cell], experiment, self.session, **match) as run:
             self._take_over(cell, experiment)
             experiment.train(select)
             conclude(run)
 
-    def _share(self, cell: Cell, group: Sequence[Cell], iteration: int) -> frozenset[tuple[str, int]]:
-        """(question id, attempt) of what a run of a matched group trains on."""
-        if not all(f"iter-{iteration:02d}/estep" in read_journal(other.folder) for other in group):
-            raise _Waiting
-        rows = matched(group, iteration, self.match)[group.index(cell)].rows
-        if not rows:
-            raise GuardError(f"iteration {iteration}: --match {self.match} leaves no accepted rationale to train on")
-        return rows
-
     def _take_over(self, cell: Cell, experiment: Experiment) -> None:
         """The evaluations of the base model, from another run of the task that has them."""
-        for split, questions in (("validation", experiment.task.validation), ("test", experiment.task.test)):
-            name = f"iter-00/eval.{split}"
-            donors = [c for c in self.runs if c.task == cell.task and is_intact(c.folder, self.runs[c], name)]
-            if not donors or name in experiment.run.results:
+        others = [other for other in self.runs if other.task == cell.task]
+        others.sort(key=lambda other: other.seed != cell.seed)  # of the same seed, if there is one
+        for split in ("validation", "test"):
+            name = f"eval.{split}"
+            donor = next((c for c in others if is_intact(c.folder, self.runs[c], f"iter-00/{name}")), cell)
+            if donor == cell or experiment.run.finished(0, name):
                 continue
-            donor = min(donors, key=lambda other: other.seed != cell.seed)  # of the same seed, if there is one
-            rows = list(read_rows(donor.folder / f"{name}.jsonl"))
-
-            def copy(stage: Stage, split: str = split, rows: list[Any] = rows, donor: Cell = donor) -> None:
-                stage.write(f"eval.{split}.jsonl", rows)
-                stage.report(**read_journal(donor.folder)[f"iter-00/eval.{split}"])
-
             if donor.seed == cell.seed:
-                experiment.run.do(0, f"eval.{split}", copy)
+                experiment.run.do(0, name, partial(_copy, donor, name))
             else:
-                experiment.evaluate(0, split, questions, rows)
+                experiment.evaluate(0, split, getattr(experiment.task, split), donor.rows(0, name))
+
+
+def _copy(donor: Cell, name: str, stage: Stage) -> None:
+    stage.write(f"{name}.jsonl", donor.rows(0, name))
+    stage.report(**read_journal(donor.folder)[f"iter-00/{name}"])
 
 
 def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
@@ -214,7 +197,7 @@ def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
 def _settings(config: Config, plan: Plan) -> dict[str, dict[str, Any]]:
     """What plan.json declares; the same command must declare the same to resume."""
     own = {"task": {"name"}, "sampler": {"name", "budget"}, "run": {"seed", "out"}}
-    names = [name for name in (config.task.verdict, *(name for name, _ in plan.samplers)) if name and ":" in name]
+    names = [name for name in (config.task.verdict, *dict(plan.samplers)) if name and ":" in name]
     declared = {
         "tasks": ",".join(plan.tasks),
         "samplers": ",".join(f"{name}:{budget}" for name, budget in plan.samplers),
@@ -237,9 +220,8 @@ def _clear(out: Path) -> None:
     """Remove an earlier comparison: its results, and of its run directories what a run writes."""
     for name in ("comparison.json", "comparison.md", "comparison.png", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for folder in sorted(out.iterdir()):
-        if (folder / "run.json").exists():
-            remove_run(folder)
+    for facts in sorted(out.glob("*/run.json")):
+        remove_run(facts.parent)
 
 
 def _write(out: Path, comparison: dict[str, Any]) -> None:

@@ -2,18 +2,15 @@
 
     minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2      # ends with these tables
 
-The outcome, declared before any run: accuracy of the last model on the test split, greedy. Samplers are compared
-within a seed, where base model, questions and random streams are the same, and the differences of all seeds make a
-t-interval. McNemar's test is per seed: pooled over seeds it would find equal samplers different far too often.
+The outcome, declared before any run: greedy accuracy of the last model on the test split. Samplers are compared within
+a seed, where base model, questions and random streams are the same; the differences of all seeds make a t-interval.
+McNemar's test is per seed: pooled over seeds it would find equal samplers different far too often.
 """
 
-from __future__ import annotations
-
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, combinations
 from pathlib import Path
@@ -21,8 +18,9 @@ from typing import Any, Literal
 
 from minem.files import read_rows
 from minem.generation.request import stream_seed
+from minem.report.reader import Run, flips
 from minem.runs.directory import read_journal
-from minem.statistics import holm, mcnemar, paired_t, standard_deviation
+from minem.statistics import holm, mcnemar, mean, paired_t, standard_deviation
 from minem.text import clean
 
 Match = Literal["none", "kept", "cost"]
@@ -45,6 +43,10 @@ class Cell:
     def rows(self, iteration: int, name: str) -> list[dict[str, Any]]:
         return list(read_rows(self.folder / f"iter-{iteration:02d}" / f"{name}.jsonl"))
 
+    def statuses(self, iteration: int) -> dict[str, str]:
+        """{question id: status} on the test split."""
+        return {row["id"]: row["status"] for row in self.rows(iteration, "eval.test")}
+
 
 @dataclass(frozen=True)
 class Share:
@@ -60,11 +62,11 @@ def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
 
     Questions come in a random order, the same for the whole group, fixed by seed, iteration and id.
     "kept": every run takes its first n accepted rows in that order, n being the fewest that a run of the group has.
-    "cost": every run takes the first questions whose attempts fit into the tokens of the thriftiest run, and the
-        accepted rows among them: what an E-step over these questions alone would have found. Tokens drawn ahead of
-        time and cancelled belong to the schedule, not to the sampler, and are not counted.
+    "cost": every run takes the first questions whose attempts fit into the tokens of the thriftiest run, and their
+        accepted rows: what an E-step over these questions alone would have found. Cancelled tokens belong to the
+        schedule, not to the sampler, and are not counted.
     """
-    costs: list[Counter[str]] = [Counter() for _ in group]
+    costs = [Counter[str]() for _ in group]
     for cell, cost in zip(group, costs, strict=True):
         for row in cell.rows(iteration, "samples"):
             cost[row["id"]] += len(row["token_ids"])
@@ -85,44 +87,36 @@ def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
 
 def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
     """The numbers of one finished run: accuracies, the parts of its gain, its costs and its curve."""
-    journal = {line["stage"]: line for line in read_rows(cell.folder / "journal.jsonl")}
-
-    def results(name: str, first: int = 1) -> list[dict[str, Any]]:
-        return [journal[f"iter-{i:02d}/{name}"]["result"] for i in range(first, cell.iterations + 1)]
-
-    esteps, msteps, validation = results("estep"), results("mstep"), results("eval.validation", 0)
-    base, last = (journal[f"iter-{i:02d}/eval.test"]["result"] for i in (0, cell.iterations))
+    run, iterations = Run(cell.folder, {}, {}, read_journal(cell.folder)), range(1, cell.iterations + 1)
+    base, test = run.result(0, "eval.test"), run.result(cell.iterations, "eval.test")
+    esteps = [run.result(i, "estep") for i in iterations]
     spent = [estep["tokens"] for estep in esteps]
     if match == "cost":
-        spent = [matched(group, i, match)[group.index(cell)].tokens for i in range(1, cell.iterations + 1)]
+        spent = [matched(group, i, match)[group.index(cell)].tokens for i in iterations]
     sums = {key: sum(estep[key] for estep in esteps) for key in SUMMED}
+    journal = read_rows(cell.folder / "journal.jsonl")
     return {
         **{"run": cell.folder.name, "task": cell.task, "sampler": cell.sampler, "seed": cell.seed},
-        **{"n": last["n"], "base": base["accuracy"], "accuracy": last["accuracy"], "sampled": last["sampled"]},
+        **{"n": test["n"], "base": base["accuracy"], "accuracy": test["accuracy"], "sampled": test["sampled"]},
         **_gain(cell),
         **sums,
         "accepted_share": sum(estep["statuses"].get("accepted", 0) for estep in esteps) / sums["attempts"],
-        "trained": sum(mstep["examples"] for mstep in msteps),
-        "steps": sum(mstep["steps"] for mstep in msteps),
+        "trained": sum(run.series("mstep", "examples").values()),
+        "steps": sum(run.series("mstep", "steps").values()),
         "kept_length": sum((estep["kept_length"] or 0) * estep["kept"] for estep in esteps) / sums["kept"],
         "counted_tokens": sum(spent),
-        "seconds": sum(line["seconds"] for stage, line in journal.items() if STEPS.search(stage)),
-        "curve": [[sum(spent[:i]), found["accuracy"]] for i, found in enumerate(validation)],
+        "seconds": sum(line["seconds"] for line in journal if STEPS.search(line["stage"])),
+        "curve": [[sum(spent[:i]), share] for i, share in run.series("eval.validation", "accuracy").items()],
     }
 
 
 def _gain(cell: Cell) -> dict[str, float]:
-    """Of what kind the change from the base to the last model is; gain = format + reasoning - lost, as shares."""
-    before, after = _statuses(cell, 0), _statuses(cell, cell.iterations)
-    won = [before[i] for i in before if after[i] == "accepted" != before[i]]
-    lost = sum(before[i] == "accepted" != after[i] for i in before)
-    reasoning = won.count("wrong")
-    parts = {"gain": len(won) - lost, "format": len(won) - reasoning, "reasoning": reasoning, "lost": lost}
+    """The parts of the change from the base to the last model, as shares; gain = format + reasoning - lost."""
+    before = cell.statuses(0)
+    lost, won = flips(before, cell.statuses(cell.iterations))
+    reasoning = sum(before[i] == "wrong" for i in won)
+    parts = {"gain": len(won) - len(lost), "format": len(won) - reasoning, "reasoning": reasoning, "lost": len(lost)}
     return {part: count / len(before) for part, count in parts.items()}
-
-
-def _statuses(cell: Cell, iteration: int) -> dict[str, str]:
-    return {row["id"]: row["status"] for row in cell.rows(iteration, "eval.test")}
 
 
 def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -134,13 +128,15 @@ def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]])
     for task in dict.fromkeys(cell.task for cell in cells):
         of = {(c.sampler, c.seed): c for c in cells if c.task == task and c in runs}
         for first, second in combinations(dict.fromkeys(c.sampler for c in cells), 2):
-            both = [s for s in dict.fromkeys(c.seed for c in cells) if (first, s) in of and (second, s) in of]
-            tests = {str(seed): _mcnemar(of[first, seed], of[second, seed]) for seed in both}
-            # From counts: equal counts give differences that are equal to the last bit.
-            differences = {
-                s: (t["only_first"] - t["only_second"]) / runs[of[first, int(s)]]["n"] for s, t in tests.items()
-            }
-            interval = asdict(paired_t(list(differences.values()))) if both else None
+            tests, differences = {}, {}
+            for seed in dict.fromkeys(c.seed for c in cells):
+                if (first, seed) in of and (second, seed) in of:
+                    one, two = of[first, seed], of[second, seed]
+                    a, b = map(len, flips(one.statuses(one.iterations), two.statuses(two.iterations)))
+                    tests[str(seed)] = {"only_first": a, "only_second": b, "p": mcnemar(a, b)}
+                    # From counts: equal counts give differences that are equal to the last bit.
+                    differences[str(seed)] = (a - b) / runs[one]["n"]
+            interval = paired_t(list(differences.values())) if tests else None
             found = {"task": task, "first": first, "second": second, "differences": differences}
             pairs.append({**found, "interval": interval, "mcnemar": tests})
     raw = [_of_interval(pair, "p_value") for pair in pairs]
@@ -149,15 +145,8 @@ def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]])
     return pairs
 
 
-def _of_interval(pair: Mapping[str, Any], key: str) -> float | None:
-    return None if pair["interval"] is None else pair["interval"][key]
-
-
-def _mcnemar(*cells: Cell) -> dict[str, Any]:
-    one, two = (_statuses(cell, cell.iterations) for cell in cells)
-    only_first = sum(one[i] == "accepted" != two[i] for i in one)
-    only_second = sum(two[i] == "accepted" != one[i] for i in one)
-    return {"only_first": only_first, "only_second": only_second, "p": mcnemar(only_first, only_second)}
+def _of_interval(pair: Mapping[str, Any], key: str) -> Any:
+    return (pair["interval"] or {}).get(key)
 
 
 def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
@@ -167,13 +156,12 @@ def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
     # The shares of a matched group need all of its runs.
     complete = [c for c in cells if c in finished and (match == "none" or finished.issuperset(groups[c]))]
     runs = {cell: read_run(cell, groups[cell], match) for cell in complete}
-    cases: dict[tuple[str, str], list[dict[str, Any]]] = {(cell.task, cell.sampler): [] for cell in cells}
-    for run in runs.values():
-        cases[run["task"], run["sampler"]].append(run)
+    cases = dict.fromkeys((cell.task, cell.sampler) for cell in runs)
+    same = [[run for cell, run in runs.items() if (cell.task, cell.sampler) == case] for case in cases]
     comparison = {
         "match": match,
         "unfinished": [cell.folder.name for cell in cells if cell not in runs],
-        "samplers": [_summary(same) for same in cases.values() if same],
+        "samplers": [_summary(case) for case in same],
         "pairs": compare_pairs(cells, runs),
         "runs": list(runs.values()),
     }
@@ -182,13 +170,10 @@ def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of one sampler on one task: means over the seeds, and the standard deviation of the accuracy; None if unknown."""
-    means = {key: _mean([run[key] for run in runs]) for key in runs[0] if key not in NOT_AVERAGED}
+    values = {key: [run[key] for run in runs] for key in runs[0] if key not in NOT_AVERAGED}
+    means = {key: None if None in own else mean(own) for key, own in values.items()}
     about = {"task": runs[0]["task"], "sampler": runs[0]["sampler"], "seeds": [run["seed"] for run in runs]}
-    return {**about, **means, "spread": standard_deviation([run["accuracy"] for run in runs])}
-
-
-def _mean(values: Sequence[Any]) -> float | None:
-    return None if None in values else math.fsum(values) / len(values)
+    return {**about, **means, "spread": standard_deviation(values["accuracy"])}
 
 
 def _points(share: float | None, sign: str = "") -> str:
@@ -200,17 +185,18 @@ def _p(value: float | None) -> str:
 
 
 def _span(pair: Mapping[str, Any]) -> str:
-    low, high = (_of_interval(pair, bound) for bound in ("low", "high"))
-    return "-" if low is None else f"{_signed(low)} to {_signed(high)}"
+    low = _of_interval(pair, "low")
+    return "-" if low is None else f"{_signed(low)} to {_signed(pair['interval']['high'])}"
 
 
-def _only(test: Mapping[str, Any] | None) -> str:
+def _only(seed: str, pair: Mapping[str, Any]) -> str:
+    test = pair["mcnemar"].get(seed)
     return "-" if test is None else f"{test['only_first']} : {test['only_second']} (p {_p(test['p'])})"
 
 
 _signed = partial(_points, sign="+")
 _pair = "{0[first]} - {0[second]}".format
-Columns = dict[str, Callable[[Mapping[str, Any]], str]]
+Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
 ACCURACY: Columns = {
     "sampler": "{0[sampler]}".format,
     "seeds": lambda s: str(len(s["seeds"])),
@@ -269,9 +255,8 @@ def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     cost = {name: show for name, show in COST.items() if match == "cost" or name != "that count"}
     fewest = min((_of_interval(pair, "n") or 0 for pair in pairs), default=0)
     claims = NOTES["descriptive"].format(needed=ENOUGH_SEEDS, fewest=fewest) if fewest < ENOUGH_SEEDS else ""
-    tests: Columns = {"pair": _pair}
-    for seed in dict.fromkeys(seed for pair in pairs for seed in pair["mcnemar"]):
-        tests[f"seed {seed}"] = lambda pair, seed=seed: _only(pair["mcnemar"].get(seed))  # type: ignore[misc]
+    seeds = dict.fromkeys(seed for pair in pairs for seed in pair["mcnemar"])
+    tests: Columns = {"pair": _pair, **{f"seed {seed}": partial(_only, seed) for seed in seeds}}
     made = [
         _table("accuracy on the test split, in %", NOTES["accuracy"] + left_out, samplers, ACCURACY),
         _table("what it cost, all iterations together, mean per run", NOTES["costs"] + NOTES[match], samplers, cost),
@@ -288,7 +273,6 @@ def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _table(title: str, note: str, found: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, Any]:
-    """One row for each sampler or pair that was found."""
     rows = [[one["task"], *(show(one) for show in columns.values())] for one in found]
     return {"title": title, "note": note, "columns": ["task", *columns], "rows": rows}
 
@@ -297,8 +281,8 @@ def markdown(comparison: Mapping[str, Any]) -> str:
     """The tables as Markdown."""
     parts = []
     for table in comparison["tables"]:
-        lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
-        cells = [[clean(str(cell)).replace("|", "\\|") for cell in line] for line in lines]
-        body = "\n".join("| " + " | ".join(line) + " |" for line in cells)
-        parts.append(f"### {clean(table['title'])}\n\n{clean(table['note'])}\n\n{body}\n")
+        parts.append(f"### {clean(table['title'])}\n\n{clean(table['note'])}\n")
+        for line in (table["columns"], ["---"] * len(table["columns"]), *table["rows"]):
+            parts.append("| " + " | ".join(clean(cell).replace("|", "\\|") for cell in line) + " |")
+        parts.append("")
     return "\n".join(parts).replace("<", "&lt;")

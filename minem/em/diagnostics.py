@@ -1,19 +1,17 @@
-"""Diagnostics of an iteration: what hinted draws on a few fixed questions say about the model. They change nothing.
+"""Diagnostics of an iteration: what hinted draws on a few fixed questions show of the model. They change nothing.
 
     minem train --set eval.diagnostics=32 --set eval.hinted_draws=4     # the defaults; eval.diagnostics=0: off
 
-Between the E-step and the M-step, so at theta_old, each of the same few training questions gets K hinted draws, K
-fixed in advance, and one plain draw, all at temperature 1 from random streams of their own. A hinted draw (z, y) that
-is accepted has the importance weight w = pi(z, y | x) / q(z, y | x, y*), a rejected one has 0: log q is the
-log-probability under the hinted prompt as drawn, log pi that of the very same token ids under the plain prompt, from
-one teacher-forced pass. The mean of w estimates p(y* | x) without bias where q covers the posterior. The lazy attempts
-of a sampler cannot serve: they stop at a success, so their mean would be too high.
+Between the E-step and the M-step, so at theta_old, the same few training questions get K hinted draws, K fixed in
+advance, and one plain draw each, all at temperature 1. A hinted draw (z, y) that is accepted has the importance weight
+w = pi(z, y | x) / q(z, y | x, y*), a rejected one has 0: log q is the log-probability under the hinted prompt as drawn,
+log pi that of the same token ids under the plain prompt, from one teacher-forced pass. The mean of w estimates
+p(y* | x) without bias if q covers the posterior. A sampler stops at a success, so its mean would be too high.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,38 +26,20 @@ from minem.em.sample import Prompt, Sample
 from minem.em.scoring import score
 from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
-from minem.statistics import importance
+from minem.statistics import importance, mean, standard_deviation
 
-# What each number is called and says, wherever it is shown.
+# The name and the meaning of each number.
 EXPLAINED: dict[str, tuple[str, str]] = {
     "p_hat": (
         "p-hat",
-        "Estimate of p(y*|x), the chance that a plain draw is right, from hinted draws weighted by pi/q; unbiased "
-        "where the hint can lead to every rationale that the model would find by itself.",
+        "Estimate of p(y*|x) by hinted draws weighted by pi/q; unbiased if hints exclude no rationale.",
     ),
-    "plain": ("plain acceptance", "The same chance counted directly, from one plain draw per question."),
-    "all_rejected": (
-        "all rejected",
-        "Share of the questions whose hinted draws were all rejected, so that p-hat knows nothing of them and is 0.",
-    ),
-    "ess": (
-        "effective sample size",
-        "How many of the hinted draws of a question count in its p-hat, over questions with an accepted one: near 1 a "
-        "single weight decides.",
-    ),
-    "hinted": (
-        "hinted acceptance",
-        "Share of the hinted draws that reach the given answer; training on plain prompts can unteach the use of a "
-        "hint.",
-    ),
-    "early": (
-        "answer stated early",
-        "Share of the kept rationales that state the answer in their first fifth: reasoning after the fact.",
-    ),
-    "entropy": (
-        "entropy",
-        "Mean entropy of the policy per token of its plain draws, in nats; near 0 all draws are the same.",
-    ),
+    "plain": ("plain acceptance", "p(y*|x), the chance that a plain draw is right, counted: one draw per question."),
+    "all_rejected": ("all rejected", "Share of questions without an accepted hinted draw: their p-hat is 0."),
+    "ess": ("effective sample size", "Hinted draws that count in the p-hat of a question; near 1 one weight decides."),
+    "hinted": ("hinted acceptance", "Share of hinted draws that reach the answer; training can unteach using a hint."),
+    "early": ("answer stated early", "Share of kept rationales that state the answer in their first fifth."),
+    "entropy": ("entropy", "Mean entropy of the policy per token of plain draws, in nats; near 0 all draws are equal."),
 }
 FALLING_RULE = "its mean change over the questions, each compared with itself, is more than two standard errors below 0"
 
@@ -83,15 +63,11 @@ def choose(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The draws that a run's diagnostics make in every iteration.
-
-    policy, proposal: the generators of plain and of hinted draws; two if hinted draws come from the base model.
-    pack_tokens: most tokens of a teacher-forced pass (memory only).
-    """
+    """The draws that a run's diagnostics make in every iteration. pack_tokens: as of `EStep`."""
 
     questions: Sequence[Question]
-    policy: Generator
-    proposal: Generator
+    policy: Generator  # of plain draws
+    proposal: Generator  # of hinted draws; another one if they come from the base model
     verdict: Verdict
     hint: str
     hinted_draws: int
@@ -114,83 +90,64 @@ class Diagnosis:
         requests = [request for question in questions for request in self._requests(iteration, question)]
         for request in requests:
             (self.policy if request.tag[1] == "plain" else self.proposal).submit(request)
-        finished: dict[int, Completion] = {}
+        finished: dict[Request | None, Completion] = {}
         while len(finished) < len(requests):
             for generator in dict.fromkeys((self.policy, self.proposal)):
-                finished |= {id(completion.request): completion for completion in generator.step()}
+                finished |= {completion.request: completion for completion in generator.step()}
             show(len(finished))
-        completions = [finished[id(request)] for request in requests]
+        completions = [finished[request] for request in requests]
         examples = [Example(r.tag[0].id, r.tag[2], c.token_ids) for r, c in zip(requests, completions, strict=True)]
         scored = score(self.policy.model, examples, self.pack_tokens)
-        return [
-            Draw(
-                id=request.tag[0].id,
-                prompt=request.tag[1],
-                accepted=judge(completion, request.tag[0], self.verdict)[1] == "accepted",
-                log_q=math.fsum(completion.proposal_logprobs),
-                log_p=math.fsum(logprobs),
-                entropies=tuple(entropies),
-            )
-            for request, completion, (logprobs, entropies) in zip(requests, completions, scored, strict=True)
-        ]
+        draws = []
+        for request, completion, (logprobs, entropies) in zip(requests, completions, scored, strict=True):
+            question, prompt, _ = request.tag
+            accepted = judge(completion, question, self.verdict)[1] == "accepted"
+            log_q, log_p = math.fsum(completion.proposal_logprobs), math.fsum(logprobs)
+            draws.append(Draw(question.id, prompt, accepted, log_q, log_p, tuple(entropies)))
+        return draws
 
     def _requests(self, iteration: int, question: Question) -> list[Request]:
         plain, hinted = (encode_prompt(self.policy.tokenizer, question, hint) for hint in (None, self.hint))
         if len(hinted) + self.max_new_tokens > self.proposal.max_length:
             return []
         params = SamplingParams(max_new_tokens=self.max_new_tokens)
-        streams = [
-            stream_seed(self.seed, "diagnostics", iteration, question.id, k) for k in range(self.hinted_draws + 1)
-        ]
-        return [
-            *(Request(hinted, params, stream, tag=(question, "hinted", plain)) for stream in streams[1:]),
-            Request(plain, params, streams[0], tag=(question, "plain", plain)),
-        ]
+        requests = []
+        for k in (*range(1, self.hinted_draws + 1), 0):
+            prompt, ids = ("hinted", hinted) if k else ("plain", plain)
+            stream = stream_seed(self.seed, "diagnostics", iteration, question.id, k)
+            requests.append(Request(ids, params, stream, tag=(question, prompt, plain)))
+        return requests
 
     def summary(
-        self,
-        draws: Sequence[Draw],
-        samples: Sequence[Sample],
-        kept: Sequence[Sample],
-        task: Task,
-        first: Mapping[str, Any] | None,
+        self, draws: list[Draw], samples: list[Sample], kept: list[Sample], task: Task, first: Mapping[str, Any] | None
     ) -> dict[str, Any]:
-        """`summarise` of the draws, what the samples of the iteration show, and whether hinted acceptance is falling.
-
-        first: the summary of iteration 1, None in that iteration.
-        """
+        """The numbers of an iteration that the journal keeps. first: those of iteration 1, None in that iteration."""
         questions = {question.id: question for question in task.train}
         found = summarise(draws)
-        found["early"] = _mean([float(states_early(sample.text, questions[sample.id])) for sample in kept])
+        found["early"] = _mean([states_early(sample.text, questions[sample.id]) for sample in kept])
         found["attempts"] = acceptance(samples)
         return found | {"falling": falling(first or found, found)}
 
 
 def summarise(draws: Iterable[Draw]) -> dict[str, Any]:
-    """The numbers of EXPLAINED, but for "early", and the accepted hinted draws of each question, as the journal keeps.
-
-    None where there is nothing to know it from.
-    """
-    by_question: dict[str, list[Draw]] = {}
-    plain = []
+    """The numbers of EXPLAINED except "early", and the accepted hinted draws of each question. None: not known."""
+    hinted: dict[str, list[Draw]] = {}
+    plain: list[Draw] = []
     for one in draws:
-        if one.prompt == "plain":
-            plain.append(one)
-        else:
-            by_question.setdefault(one.id, []).append(one)
+        (plain if one.prompt == "plain" else hinted.setdefault(one.id, [])).append(one)
     estimates = [
         importance([d.log_q for d in group], [d.log_p for d in group], [d.accepted for d in group])
-        for group in by_question.values()
+        for group in hinted.values()
     ]
-    accepted = {id_: sum(d.accepted for d in group) for id_, group in by_question.items()}
-    hinted_draws = len(next(iter(by_question.values()), ()))
+    accepted = {id_: sum(d.accepted for d in group) for id_, group in hinted.items()}
+    hinted_draws = len(next(iter(hinted.values()), ()))
     return {
         "questions": len(estimates),
         "hinted_draws": hinted_draws,
-        "p_hat": _mean([e.p_hat for e in estimates]),
-        "plain": _mean([float(d.accepted) for d in plain]),
-        "all_rejected": _mean([float(not e.any_accepted) for e in estimates]),
-        "ess": _mean([e.ess for e in estimates if e.any_accepted]),
+        "p_hat": _mean([p_hat for p_hat, _ in estimates]),
+        "plain": _mean([d.accepted for d in plain]),
+        "all_rejected": _mean([ess == 0 for _, ess in estimates]),
+        "ess": _mean([ess for _, ess in estimates if ess]),
         "hinted": _mean([count / hinted_draws for count in accepted.values()]),
         "entropy": _mean([entropy for d in plain for entropy in d.entropies]),
         "hinted_accepted": accepted,
@@ -199,32 +156,23 @@ def summarise(draws: Iterable[Draw]) -> dict[str, Any]:
 
 def acceptance(samples: Iterable[Sample]) -> list[dict[str, Any]]:
     """Acceptance by stage: how many samples were drawn and accepted at each prompt and attempt."""
-    drawn: Counter[tuple[str, int]] = Counter()
-    right: Counter[tuple[str, int]] = Counter()
+    stages: dict[tuple[bool, int, str], list[bool]] = {}  # plain ones first
     for sample in samples:
-        stage = sample.prompt, sample.attempt
-        drawn[stage] += 1
-        right[stage] += sample.status == "accepted"
+        stage = sample.prompt != "plain", sample.attempt, sample.prompt
+        stages.setdefault(stage, []).append(sample.status == "accepted")
     return [
-        {"prompt": prompt, "attempt": attempt, "drawn": drawn[prompt, attempt], "accepted": right[prompt, attempt]}
-        for prompt, attempt in sorted(drawn, key=lambda stage: (stage[0] != "plain", stage[1]))
+        {"prompt": prompt, "attempt": attempt, "drawn": len(accepted), "accepted": sum(accepted)}
+        for (_, attempt, prompt), accepted in sorted(stages.items())
     ]
 
 
 def falling(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether hinted acceptance fell from one `summarise` to another by more than its noise: see FALLING_RULE.
-
-    Draws of one question are alike, so the question is the unit: its change in accepted draws, paired, with the usual
-    standard error of a mean. Never with fewer than 8 questions.
-    """
+    """Whether hinted acceptance fell from one `summarise` to another by FALLING_RULE, over at least 8 questions."""
+    # Draws of one question are alike, so the question is the unit.
     before, after = first["hinted_accepted"], now["hinted_accepted"]
     changes = [after[id_] - before[id_] for id_ in before.keys() & after.keys()]
-    n = len(changes)
-    if n < 8:
-        return False
-    mean = sum(changes) / n
-    error = math.sqrt(sum((change - mean) ** 2 for change in changes) / (n - 1) / n)
-    return mean + 2 * error < 0
+    error = (standard_deviation(changes) or 0.0) / math.sqrt(max(1, len(changes)))
+    return len(changes) >= 8 and mean(changes) + 2 * error < 0
 
 
 def shown(summary: Mapping[str, Any], key: str) -> str:
@@ -243,4 +191,4 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    return mean(values) if values else None

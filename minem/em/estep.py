@@ -1,4 +1,4 @@
-"""The E-step: a sampler meets the generator. Samples come out.
+"""The E-step: a sampler decides what to try, a generator draws it, and samples come out.
 
     minem sample --sampler rsm --budget 8          # the E-step alone
 
@@ -8,9 +8,9 @@ ones before them fail. Attempts are *decided* in the order of their index, which
 above the accepted one is cancelled and forgotten: accepting the earliest finisher instead would prefer short
 rationales. So the samples are those of drawing one attempt after the other, for any number of slots.
 
-Towards the end slots run empty, and the answers that begin last decide how long that lasts: those that are expected to
-be longest begin first. (Not the hardest: the attempts they have left can run side by side.) A long E-step is drawn in
-blocks of questions, each on the disk before the next begins; every block has such an end, so it must be long.
+Towards the end slots run empty, for as long as the answers that began last take: those that are expected to be longest
+begin first. (Not the hardest: the attempts they have left can run side by side.) A long E-step is drawn in blocks of
+questions, each on the disk before the next begins; every block has such an end, so it must be long.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minem.config import SamplerSection
+from minem.console import percent
 from minem.data.prompts import encode_prompt
 from minem.data.tasks import Question, Task
 from minem.data.toy.check import valid_share
@@ -33,6 +34,7 @@ from minem.errors import UserError
 from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
 from minem.model.tokenizer import Tokenizer
+from minem.statistics import mean
 
 BLOCK_ROUNDS = 16  # questions of a block for each slot, at least: its end, when slots run empty, is some 5 % of it
 
@@ -48,12 +50,10 @@ def minibatch(questions: Sequence[Question], size: int | None, seed: int, iterat
     stream: list[int] = []  # positions in `questions`, pass after pass
     while len(stream) < iteration * size:
         begun = set(stream[len(stream) // size * size :])
-        pass_ = len(stream) // len(questions)
-        keys = [stream_seed(seed, "minibatch", pass_, question.id) for question in questions]
+        keys = [stream_seed(seed, "minibatch", len(stream) // len(questions), question.id) for question in questions]
         order = sorted(range(len(questions)), key=keys.__getitem__)
         first = [i for i in order if i not in begun][: size - len(begun)]
-        taken = set(first)
-        stream += first + [i for i in order if i not in taken]
+        stream += dict.fromkeys(first + order)  # those first, and each once
     return [questions[i] for i in sorted(stream[(iteration - 1) * size : iteration * size])]
 
 
@@ -87,35 +87,23 @@ class EStep:
     seed: int
     score_plain: bool = False
     pack_tokens: int = 8192
-    iteration: int = field(default=0, init=False)
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.generators["plain"].tokenizer
 
-    @property
-    def params(self) -> SamplingParams:
-        keys = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
-        return SamplingParams(**{key: getattr(self.section, key) for key in keys})
-
-    def begin(
-        self, iteration: int, questions: Sequence[Question] = (), earlier: Iterable[Sequence[Sample]] = ()
-    ) -> None:
-        """Start an iteration, counted from 1.
-
-        earlier: the samples of the iterations before, the newest first. Questions whose answers were longest when they
-            were last drawn begin first, which changes nothing else.
-        """
+    def begin(self, iteration: int, questions: Sequence[Question] = (), earlier: Iterable[list[Sample]] = ()) -> None:
+        """Start an iteration, counted from 1. earlier: samples of those before, the newest first, for `expected`."""
         self.iteration = iteration
-        self.counts: Counter[str] = Counter()  # of all that this process draws, for the line of progress
-        self.lengths: dict[str, float] = {}  # by question id, mean tokens of its last draws
+        self.progress: Counter[str] = Counter()  # of all `run`s
         self.unchecked = iteration == 1
+        self.lengths: dict[str, float] = {}  # by question id, mean tokens of its last draws
         unknown = {question.id for question in questions}
         for samples in earlier:
             lengths: dict[str, list[int]] = {}
             for sample in samples:
                 lengths.setdefault(sample.id, []).append(len(sample.token_ids))
-            self.lengths = {id_: sum(tokens) / len(tokens) for id_, tokens in lengths.items()} | self.lengths
+            self.lengths |= {id_: mean(lengths[id_]) for id_ in unknown & lengths.keys()}
             unknown -= lengths.keys()
             if not unknown:
                 break
@@ -130,34 +118,32 @@ class EStep:
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the M-step trains on it: the filter, r(y, y*)."""
-        if self.section.filter == "none":
-            return True
-        return sample.status == "accepted" and not (sample.leak and self.section.drop_leaks)
+        right = sample.status == "accepted" and not (sample.leak and self.section.drop_leaks)
+        return right or self.section.filter == "none"
 
     def run(
         self, questions: Sequence[Question], show: Callable[..., None] = lambda done, **facts: None
     ) -> tuple[list[Sample], dict[str, float]]:
         """Attempt every question.
 
-        show: called after every decoding step with the decided questions and the facts of the line of progress.
-        Returns the decided attempts by question and attempt, and the counts of what the generators did: tokens (all
-        that were drawn), cancelled_tokens, prefill_tokens.
+        show: called after every decoding step with the number of decided questions and facts for the line of progress.
+        Returns the decided attempts in order, and counts: tokens (all that were drawn), cancelled_ and prefill_tokens.
         """
         search = _Search(self, questions)
         try:
             search.attempt_all(show)
         except BaseException:
-            search.cancel_all()  # or the next E-step would receive what is left of this one
+            for state in search.states:  # or the next E-step would receive what is left of this one
+                search.cancel(state)
             raise
         samples = [sample for state in search.states for sample in state.samples]
         model = self.generators["plain"].model
         if self.score_plain:
-            kept = [i for i, sample in enumerate(samples) if self.keeps(sample)]
+            kept = [sample for sample in samples if self.keeps(sample)]
             by_id = {question.id: question for question in questions}
-            scored = plain_logprobs([samples[i] for i in kept], by_id, model, self.tokenizer, self.pack_tokens)
-            for i, sample in zip(kept, scored, strict=True):
-                samples[i] = sample
-        if self.unchecked and search.checked:
+            scored = iter(plain_logprobs(kept, by_id, model, self.tokenizer, self.pack_tokens))
+            samples = [next(scored) if self.keeps(sample) else sample for sample in samples]
+        if search.checked:
             found = agreement(model, search.checked, self.pack_tokens)
             found.require(model.dtype)
             search.counts |= {"logprob_difference": found.difference, "policy_kl": found.kl}
@@ -175,7 +161,7 @@ class EStep:
             "solved": len({sample.id for sample in accepted}),
             "attempts": len(samples),
             "kept": len(kept),
-            "kept_length": sum(len(sample.token_ids) for sample in kept) / len(kept) if kept else None,
+            "kept_length": mean([len(sample.token_ids) for sample in kept]) if kept else None,
             "leaks": sum(sample.leak for sample in samples),
             **counts,
             "statuses": dict(sorted(Counter(sample.status for sample in samples).items())),
@@ -185,26 +171,111 @@ class EStep:
         }
 
     def next(self, question: Question, attempts: Sequence[Attempt]) -> Prompt | None:
-        """What the sampler wants next, within the budget.
-
-        Raises UserError if it fails, or wants something that is no prompt.
-        """
+        """What the sampler wants next, within the budget. UserError if it fails, or returns what is no prompt."""
         if len(attempts) >= self.section.budget:
             return None
         try:
             wanted = self.sampler.next(question, attempts)
         except Exception as error:  # a user's sampler may raise anything
             raise UserError(f"the sampler raised {error!r} on question {question.id!r}") from error
-        if wanted is not None and wanted not in ("plain", "hinted"):
+        if wanted not in ("plain", "hinted", None):
             raise UserError(f"the sampler asked for {wanted!r}; next() must return 'plain', 'hinted' or None")
         return wanted
 
-    def sample(self, completion: Completion, question: Question, prompt: Prompt, index: int) -> Sample:
-        answer, status = judge(completion, question, self.verdict)
-        return Sample(
+
+@dataclass(eq=False)
+class _State:
+    """A question and its attempts, decided or in flight. Some of those in flight may have finished."""
+
+    question: Question
+    attempts: list[Attempt] = field(default_factory=list)  # decided, as the sampler sees them
+    samples: list[Sample] = field(default_factory=list)  # the same
+    in_flight: dict[Request, Prompt] = field(default_factory=dict)  # in the order of their index
+    finished: dict[Request, Completion] = field(default_factory=dict)
+    prompt_ids: dict[Prompt, list[int]] = field(default_factory=dict)
+
+
+class _Search:
+    """The questions of one `EStep.run` and what is in flight for them."""
+
+    def __init__(self, step: EStep, questions: Sequence[Question]) -> None:
+        self.step = step
+        keys = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
+        self.params = SamplingParams(**{key: getattr(step.section, key) for key in keys})
+        self.generators = list(dict.fromkeys(step.generators.values()))
+        self.counts: dict[str, float] = {"questions": len(questions), "tokens": 0, "cancelled_tokens": 0}
+        self.checked: list[Completion] = []  # to compare with the trainer
+        self.states = [_State(question) for question in questions]
+        self.open = dict.fromkeys(self.states)  # those that are not decided
+
+    def attempt_all(self, show: Callable[..., None]) -> None:
+        prefilled = sum(generator.prefill_tokens for generator in self.generators)
+        for state in sorted(self.states, key=lambda state: -self.step.expected(state.question)):
+            self._advance(state)
+        while self.open:
+            self._fill_idle_slots()
+            for generator in self.generators:
+                for completion in generator.step():
+                    self._receive(completion)
+            self._show(show)
+        for generator in self.generators:  # what was cancelled last still has to come out
+            for completion in generator:
+                self._receive(completion)
+        self.counts["prefill_tokens"] = sum(generator.prefill_tokens for generator in self.generators) - prefilled
+        self._show(show)
+
+    def cancel(self, state: _State) -> None:
+        """Give up all attempts in flight."""
+        for request, prompt in state.in_flight.items():
+            if request in state.finished:
+                self.counts["cancelled_tokens"] += len(state.finished.pop(request).token_ids)
+            else:
+                self.step.generators[prompt].cancel(request)
+        state.in_flight.clear()
+
+    def _show(self, show: Callable[..., None]) -> None:
+        """Show what all `run`s of the step have come to so far."""
+        counts = self.step.progress
+        solved = percent(counts["solved"] / max(1, counts["done"]))
+        accepted = percent(counts["accepted"] / max(1, counts["attempts"]))
+        show(len(self.states) - len(self.open), solved=solved, accepted=accepted, tokens=counts["tokens"])
+
+    def _receive(self, completion: Completion) -> None:
+        request, drawn = completion.request, len(completion.token_ids)
+        assert request is not None
+        self.counts["tokens"] += drawn
+        self.step.progress["tokens"] += drawn
+        if request in request.tag.in_flight:
+            request.tag.finished[request] = completion
+            self._advance(request.tag)
+        else:
+            self.counts["cancelled_tokens"] += drawn
+
+    def _advance(self, state: _State) -> None:
+        """Decide what can be decided, in the order of attempts, and start the next attempt if it is not under way."""
+        while wanted := self.step.next(state.question, state.attempts):
+            request = next(iter(state.in_flight), None)
+            if request is None or state.in_flight[request] != wanted:  # the assumption that it began on did not hold
+                self.cancel(state)
+                request = self._start(state, wanted, first=len(state.attempts) > 0)
+            if request not in state.finished:
+                return
+            self._decide(state, request)
+        self.cancel(state)
+        del self.open[state]
+        self.step.progress.update(done=1, solved=any(attempt.status == "accepted" for attempt in state.attempts))
+
+    def _decide(self, state: _State, request: Request) -> None:
+        step, question = self.step, state.question
+        completion, prompt = state.finished.pop(request), state.in_flight.pop(request)
+        own = step.generators[prompt] is step.generators["plain"]  # not a copy of the base model
+        if own and step.unchecked and len(self.checked) < DRAWS:
+            self.checked.append(completion)
+        answer, status = judge(completion, question, step.verdict)
+        sample = Sample(
             id=question.id,
-            iteration=self.iteration,
-            attempt=index + 1,
+            iteration=step.iteration,
+            attempt=len(state.attempts) + 1,
             prompt=prompt,
             token_ids=completion.token_ids,
             logprob_q=sum(completion.proposal_logprobs),
@@ -215,147 +286,35 @@ class EStep:
             status=status,
             leak=prompt == "hinted" and cites_hint(completion.text),
         )
-
-
-@dataclass(eq=False)
-class _State:
-    """The attempts at one question: decided ones first, then those in flight (some of which may have finished)."""
-
-    question: Question
-    attempts: list[Attempt] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
-    prompts: dict[int, Prompt] = field(default_factory=dict)
-    in_flight: dict[int, Request] = field(default_factory=dict)
-    finished: dict[int, Completion] = field(default_factory=dict)
-    prompt_ids: dict[Prompt, list[int]] = field(default_factory=dict)
-    done: bool = False
-
-
-class _Search:
-    """The questions of one `EStep.run` and what is in flight for them."""
-
-    def __init__(self, step: EStep, questions: Sequence[Question]) -> None:
-        self.step = step
-        self.counts: dict[str, float] = {
-            "questions": len(questions),
-            "tokens": 0,
-            "cancelled_tokens": 0,
-            "prefill_tokens": 0,
-        }
-        self.checked: list[Completion] = []
-        self.states = [_State(question) for question in questions]
-        self.generators = list(dict.fromkeys(step.generators.values()))
-        self.decided = 0  # questions
-
-    def attempt_all(self, show: Callable[..., None]) -> None:
-        prefilled = sum(generator.prefill_tokens for generator in self.generators)
-        for state in sorted(self.states, key=lambda s: -self.step.lengths.get(s.question.id, 0.0)):
-            self._advance(state)
-        while self.decided < len(self.states):
-            self._fill_idle_slots()
-            for generator in self.generators:
-                for completion in generator.step():
-                    self._receive(completion)
-            show(self.decided, **self._facts())
-        for generator in self.generators:  # what was cancelled last still has to come out
-            for completion in generator:
-                self._receive(completion)
-        self.counts["prefill_tokens"] = sum(generator.prefill_tokens for generator in self.generators) - prefilled
-        show(self.decided, **self._facts())
-
-    def cancel_all(self) -> None:
-        for state in self.states:
-            self._cancel_from(state, 0)
-
-    def _facts(self) -> dict[str, str | float]:
-        """The line of progress: what all `run`s of the step have come to so far."""
-        counts = self.step.counts
-        return {
-            "solved": f"{100 * counts['solved'] / max(1, counts['done']):.1f} %",
-            "accepted": f"{100 * counts['accepted'] / max(1, counts['attempts']):.1f} %",
-            "tokens": counts["tokens"],
-        }
-
-    def _receive(self, completion: Completion) -> None:
-        assert completion.request is not None
-        state, index = completion.request.tag
-        self.counts["tokens"] += len(completion.token_ids)
-        self.step.counts["tokens"] += len(completion.token_ids)
-        if state.in_flight.get(index) is not completion.request:
-            self.counts["cancelled_tokens"] += len(completion.token_ids)
-            return
-        state.finished[index] = completion
-        self._advance(state)
-
-    def _advance(self, state: _State) -> None:
-        """Decide what can be decided, in the order of attempts, and start the next attempt if it is not under way."""
-        while True:
-            index = len(state.attempts)
-            wanted = self.step.next(state.question, state.attempts)
-            if wanted is None:
-                self._cancel_from(state, index)
-                state.done = True
-                self.decided += 1
-                self.step.counts["done"] += 1
-                self.step.counts["solved"] += any(a.status == "accepted" for a in state.attempts)
-                return
-            if state.prompts.get(index) != wanted:  # not started, or started on an assumption that did not hold
-                self._cancel_from(state, index)
-                self._start(state, index, wanted, first=index > 0)
-            if index not in state.finished:
-                return
-            self._decide(state, index)
-
-    def _decide(self, state: _State, index: int) -> None:
-        completion, prompt = state.finished.pop(index), state.prompts[index]
-        del state.in_flight[index]
-        own = self.step.generators[prompt] is self.step.generators["plain"]  # not a copy of the base model
-        if own and self.step.unchecked and len(self.checked) < DRAWS:
-            self.checked.append(completion)
-        sample = self.step.sample(completion, state.question, prompt, index)
         state.samples.append(sample)
-        state.attempts.append(Attempt(prompt, self.step.keeps(sample), sample.answer, sample.status, sample.text))
-        self.step.counts["attempts"] += 1
-        self.step.counts["accepted"] += sample.status == "accepted"
+        state.attempts.append(Attempt(prompt, step.keeps(sample), answer, status, completion.text))
+        step.progress.update(attempts=1, accepted=status == "accepted")
 
-    def _start(self, state: _State, index: int, prompt: Prompt, first: bool) -> None:
-        step, generator = self.step, self.step.generators[prompt]
+    def _start(self, state: _State, prompt: Prompt, first: bool = False) -> Request:
+        step, question = self.step, state.question
         if prompt not in state.prompt_ids:
             hint = step.section.hint if prompt == "hinted" else None
-            state.prompt_ids[prompt] = encode_prompt(generator.tokenizer, state.question, hint)
-        seed = stream_seed(step.seed, step.iteration, state.question.id, index + 1)
-        request = Request(state.prompt_ids[prompt], step.params, seed, tag=(state, index))
-        try:
-            generator.submit(request, first=first)
-        except UserError as error:
-            raise UserError(f"question {state.question.id!r}: {error}") from error
-        state.in_flight[index] = request
-        state.prompts[index] = prompt
-
-    def _cancel_from(self, state: _State, index: int) -> None:
-        """Give up all attempts from `index` on."""
-        for later in [i for i in state.in_flight if i >= index]:
-            request, prompt = state.in_flight.pop(later), state.prompts.pop(later)
-            if later in state.finished:
-                self.counts["cancelled_tokens"] += len(state.finished.pop(later).token_ids)
-            else:
-                self.step.generators[prompt].cancel(request)
+            state.prompt_ids[prompt] = encode_prompt(step.tokenizer, question, hint)
+        attempt = len(state.attempts) + len(state.in_flight) + 1
+        seed = stream_seed(step.seed, step.iteration, question.id, attempt)
+        request = Request(state.prompt_ids[prompt], self.params, seed, tag=state)
+        step.generators[prompt].submit(request, first=first)
+        state.in_flight[request] = prompt
+        return request
 
     def _fill_idle_slots(self) -> None:
         """Start attempts ahead of time if slots would be idle, one more for each open question in turn."""
         idle = {generator: generator.idle_slots for generator in self.generators}
         if not all(idle.values()):  # of two generators the second may have nothing to do yet: that is no reason
             return
-        waiting = sorted((s for s in self.states if not s.done), key=lambda s: len(s.in_flight))
+        waiting = sorted(self.open, key=lambda state: len(state.in_flight))
         while waiting and any(idle.values()):
             still = []
             for state in waiting:
-                index = len(state.attempts) + len(state.in_flight)
-                assumed = [Attempt(state.prompts[i], accepted=False) for i in range(len(state.attempts), index)]
-                prompt = self.step.next(state.question, [*state.attempts, *assumed])
-                if prompt is None or not idle[self.step.generators[prompt]]:
-                    continue
-                self._start(state, index, prompt, first=False)
-                idle[self.step.generators[prompt]] -= 1
-                still.append(state)
+                assumed = [Attempt(prompt, accepted=False) for prompt in state.in_flight.values()]
+                wanted = self.step.next(state.question, [*state.attempts, *assumed])
+                if wanted and idle[self.step.generators[wanted]]:
+                    self._start(state, wanted)
+                    idle[self.step.generators[wanted]] -= 1
+                    still.append(state)
             waiting = still

@@ -5,8 +5,7 @@
 Greedy accuracy is what a user of the model sees; the mean at temperature 1 is what EM raises. The interval is Wilson's
 at 95 %. Unparsed and truncated answers count as wrong and are reported apart, since they are failures of form.
 
-Of n draws also pass@k, the chance that one of k is right, and the majority vote: the answer that most draws state wins,
-those without one abstain, and of answers with equally many votes the one that was drawn first wins.
+Of n draws also pass@k, the chance that one of k is right, and the accuracy of the majority vote.
 """
 
 from __future__ import annotations
@@ -52,22 +51,24 @@ class Evaluation:
         questions: Sequence[Question],
         show: Callable[..., None] = lambda done, **facts: None,
         known: Iterable[Mapping[str, Any]] = (),
-        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        on_row: Callable[[dict[str, Any]], object] = lambda row: None,
     ) -> list[dict[str, Any]]:
         """Answer every question greedily, and `samples` times at temperature 1.
 
-        Args:
-            show: called with the number of finished draws and the accuracy so far, after every decoding step.
-            known: answers that need not be drawn again, as this function returns them.
-            on_row: called with each new answer as it finishes.
-        Returns:
-            rows of eval.*.jsonl (FIELDS) with `draw` beside them: 0 for the greedy answer, 1 and up for those at
-            temperature 1. Their order means nothing.
+        show: called with the number of finished draws and the accuracy so far, after every decoding step.
+        known: rows that need not be drawn again, as returned here or without `draw`, which is then 0.
+        on_row: called with each new row as it finishes.
+        Returns unordered rows of eval.*.jsonl (FIELDS) with `draw`: 0 is the greedy answer, 1 and up at temperature 1.
         """
         wanted = {(question.id, k) for question in questions for k in range(1 + self.samples)}
         answers = {key: {**row, "draw": key[1]} for row in known if (key := (row["id"], row.get("draw", 0))) in wanted}
         for question in questions:
-            self._submit(question, [k for k in range(1 + self.samples) if (question.id, k) not in answers])
+            draws = [k for k in range(1 + self.samples) if (question.id, k) not in answers]
+            ids = encode_prompt(self.generator.tokenizer, question) if draws else []
+            for k in draws:
+                params = SamplingParams(temperature=1.0 if k else 0.0, max_new_tokens=self.max_new_tokens)
+                stream = stream_seed(self.seed, "eval", question.id, k)  # without effect on a greedy answer
+                self.generator.submit(Request(ids, params, stream, tag=(question, k)))
         greedy = [row["status"] == "accepted" for (_, k), row in answers.items() if k == 0]
         while len(answers) < len(wanted):
             for completion in self.generator.step():
@@ -78,20 +79,6 @@ class Evaluation:
                 on_row(row)
             show(len(answers), accuracy=percent(sum(greedy) / max(1, len(greedy))))
         return list(answers.values())
-
-    def _submit(self, question: Question, draws: Sequence[int]) -> None:
-        ids = encode_prompt(self.generator.tokenizer, question) if draws else []
-        for k in draws:
-            params = SamplingParams(temperature=1.0 if k else 0.0, max_new_tokens=self.max_new_tokens)
-            stream = stream_seed(self.seed, "eval", question.id, k) if k else 0
-            try:
-                self.generator.submit(Request(ids, params, stream, tag=(question, k)))
-            except UserError as error:
-                raise UserError(f"question {question.id!r}: {error}") from error
-
-    def summary(self, questions: Sequence[Question], answers: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        """The numbers of a split: `summarise_answers`."""
-        return summarise_answers(questions, answers, self.samples)
 
 
 def facts(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -108,12 +95,10 @@ def greedy_rows(questions: Sequence[Question], answers: Iterable[Mapping[str, An
 def summarise_answers(questions: Sequence[Question], rows: Iterable[Mapping[str, Any]], samples: int) -> dict[str, Any]:
     """The numbers of a split, from nothing but its answers (the rows of `Evaluation.answers`).
 
-    Returns:
-        n, correct, accuracy, low and high (95 %), flexible (accuracy under the lenient reading), unparsed and truncated
-        shares and tokens per answer, all of the greedy answers; sampled, the mean accuracy at temperature 1 (None
-        without draws). With two or more draws per question also pass_at_k ({"1": share, "2": ...}, k = 1, 2, 4, ... up
-        to their number), majority (accuracy of the vote) and sampled_tokens. With subjects, `subjects`: {name: {n,
-        correct, accuracy, low, high}}.
+    Of the greedy answers: n, correct, accuracy, low and high (95 %), flexible (accuracy under the lenient reading),
+    shares that are unparsed and truncated, tokens per answer; the first five also for each of the `subjects`, if any.
+    Of the draws at temperature 1: sampled (mean accuracy, None without draws); of two or more per question also
+    pass_at_k ({"1": share, "2": ...}, k = 1, 2, 4, ... up to their number), majority and sampled_tokens.
     """
     answers = {(row["id"], row["draw"]): row for row in rows}
     greedy = [(question, answers[question.id, 0]) for question in questions]
@@ -135,18 +120,14 @@ def summarise_answers(questions: Sequence[Question], rows: Iterable[Mapping[str,
         votes = [majority(rows) == question.gold for question, rows in zip(questions, draws, strict=True)]
         summary["majority"] = sum(votes) / n
         summary["sampled_tokens"] = sum(row["tokens"] for rows in draws for row in rows) / (n * samples)
-    subjects = sorted({question.subject for question in questions} - {""})
-    if subjects:
+    if subjects := sorted({question.subject for question in questions} - {""}):
         groups = {name: [row for question, row in greedy if question.subject == name] for name in subjects}
         summary["subjects"] = {name: _accuracy(rows) for name, rows in groups.items()}
     return summary
 
 
 def majority(draws: Sequence[Mapping[str, Any]]) -> str | None:
-    """The answer that most of the draws state; of several with equally many, the one that was drawn first.
-
-    Draws that were cut off or state no answer abstain; None if all do.
-    """
+    """The answer that most draws state, of equally many the first drawn. Draws without one abstain; None if all do."""
     votes = Counter(row["answer"] for row in draws if row["status"] in ("accepted", "wrong"))
     # A Counter lists answers by their first vote, and most_common keeps that order among equals.
     return votes.most_common(1)[0][0] if votes else None
@@ -155,29 +136,22 @@ def majority(draws: Sequence[Mapping[str, Any]]) -> str | None:
 @contextmanager
 def answer_file(
     folder: Path, settings: Mapping[str, Any], overwrite: bool = False
-) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], None]]]:
+) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], object]]]:
     """The answers of one evaluation on disk, appended as they finish: FOLDER/answers.jsonl, FOLDER/settings.json.
 
-    settings: what the answers depend on. The folder is resumed with equal ones only, else UserError names what
-        differs. The number of draws is none of them: asking for more continues from those that are there.
+    settings: what the answers depend on, except the number of draws. UserError names what differs from the folder's.
     Yields (the answers that are there already, a function that appends one). A last line that was cut off when the
     evaluation was killed is dropped.
     """
-
-    def clear(path: Path) -> None:
-        (path / "answers.jsonl").unlink(missing_ok=True)
-
-    with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear if overwrite else None):
-        rows = complete_rows(folder / "answers.jsonl", repair=True)
+    path = folder / "answers.jsonl"
+    clear = (lambda _: path.unlink(missing_ok=True)) if overwrite else None
+    with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear):
+        rows = complete_rows(path, repair=True)
         kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
         if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
-            raise UserError(f"{folder / 'answers.jsonl'} is damaged; give --overwrite to repeat the evaluation")
-        with open(folder / "answers.jsonl", "ab", buffering=0) as file:
-
-            def append(row: dict[str, Any]) -> None:
-                file.write(json_line(row))
-
-            yield rows, append
+            raise UserError(f"{path} is damaged; give --overwrite to repeat the evaluation")
+        with open(path, "ab", buffering=0) as file:
+            yield rows, lambda row: file.write(json_line(row))
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -188,11 +162,5 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _row(completion: Completion, question: Question, verdict: Verdict) -> dict[str, Any]:
     answer, status = judge(completion, question, verdict)
-    return {
-        "id": question.id,
-        "answer": answer,
-        "gold": question.gold,
-        "status": status,
-        "text": completion.text,
-        "tokens": len(completion.token_ids),
-    }
+    values = (question.id, answer, question.gold, status, completion.text, len(completion.token_ids))
+    return dict(zip(FIELDS, values, strict=True))

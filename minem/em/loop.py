@@ -19,9 +19,7 @@ from minem.config import RunSection
 from minem.data.tasks import Question, Task
 from minem.em import diagnostics, evaluate, warnings
 from minem.em.checkpoints import Checkpoints, export, export_bytes, make_room
-from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep, minibatch
-from minem.em.evaluate import Evaluation, greedy_rows
 from minem.em.mstep import MStep
 from minem.em.sample import Sample
 from minem.em.weighting import make_examples
@@ -36,8 +34,8 @@ class Experiment:
     task: Task
     estep: EStep  # a sampler and the generator, which shares its weights with `mstep`
     mstep: MStep
-    evaluation: Evaluation
-    diagnosis: Diagnosis
+    evaluation: evaluate.Evaluation
+    diagnosis: diagnostics.Diagnosis
     model_id: str
     card: Callable[[int], str]  # the model card after an iteration
     run: Run = field(init=False)  # set when its directory is open
@@ -112,9 +110,9 @@ class Experiment:
 
         def measure(stage: Stage) -> None:
             answers = stage.sharded(questions, partial(self.evaluation.answers, known=known))
-            found = self.evaluation.summary(questions, answers)
+            found = evaluate.summarise_answers(questions, answers, self.evaluation.samples)
             stage.show(**evaluate.facts(found))
-            stage.write(f"eval.{split}.jsonl", greedy_rows(questions, answers))
+            stage.write(f"eval.{split}.jsonl", evaluate.greedy_rows(questions, answers))
             stage.report(**found)
 
         total, writes = self.evaluation.total(questions), row_bytes(len(questions), self.evaluation.max_new_tokens)

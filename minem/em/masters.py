@@ -46,10 +46,8 @@ def trainable(model: Model, lora: LoRA | None) -> dict[str, nn.Parameter]:
 class Masters(dict[str, Tensor]):
     """The float32 masters, by the names of the parameters.
 
-    Args:
-        model: the generator's model. One rank trains it in place; several train a second model, which is replicated
-            or sharded (`minem.parallel.sharding`).
-        strategy: "ddp" or "fsdp"; for several ranks only.
+    model: the generator's model. One rank trains it in place; several train a second model, which is replicated or
+        sharded (`minem.parallel.sharding`) by the strategy, "ddp" or "fsdp".
     """
 
     def __init__(self, model: Model, config: MStepSection, lora: LoRA | None, ranks: Ranks, strategy: str) -> None:
@@ -80,10 +78,8 @@ class Masters(dict[str, Tensor]):
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """While open, each working gradient moves to its float32 master as soon as autograd has finished it.
-
-        So micro-batches are summed in float32, and no complete set of low-precision gradients ever exists.
-        """
+        """While open, each working gradient moves to its float32 master as soon as autograd has finished it."""
+        # So micro-batches are summed in float32, and no complete set of low-precision gradients ever exists.
         self.clear_gradients()
         hooks = [p.register_post_accumulate_grad_hook(partial(_move_gradient, master)) for p, master in self._rounded()]
         try:
@@ -107,8 +103,7 @@ class Masters(dict[str, Tensor]):
         """Clip the gradients (`norm` is their total norm), update the masters, round them into the working weights."""
         if self.config.clip > 0:
             nn.utils.clip_grads_with_norm_(self.values(), self.config.clip, norm)
-        if self.optimizer is None:
-            self.optimizer = self._adamw()
+        self.optimizer = self.optimizer or self._adamw()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -146,12 +141,9 @@ class Masters(dict[str, Tensor]):
         """Names of the masters that are not finite, of which this rank sees its own shard."""
         return [name for name, master in self.items() if not local(master).isfinite().all()]
 
-    # ------------------------------------------------------------------------------------------------ on the disk
-
     def save(self, folder: Path | None, history: Sequence[Sequence[float]]) -> None:
         """Write masters, AdamW's moments if there are any, and a row of numbers for each update so far.
-
-        Every rank must call it, since shards are gathered; all but the first give no folder.
+        A collective, since shards are gathered; all ranks but the first give no folder.
         """
         state, files = self._state(), 0
         last = next(reversed(state))
@@ -184,10 +176,7 @@ class Masters(dict[str, Tensor]):
             raise UserError(f"{folder}: master weights of another model; these names differ: {some(odd)}")
         for file in files:
             for key in file.keys():  # noqa: SIM118
-                value, part = file.get_tensor(key), state[key]
-                if value.shape != part.shape:
-                    raise UserError(f"{folder}: {key} has the shape {tuple(value.shape)}, not {tuple(part.shape)}")
-                assign(part, value)
+                assign(state[key], file.get_tensor(key))
         self._publish()
         return saved["history"]
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 from minem.config import MStepSection
 from minem.device import free_memory, out_of_memory, peak_flops, peak_memory
 from minem.em.masters import MOMENTS, Masters, trainable
-from minem.em.packing import Example, MicroBatch, Step, pack, plan
+from minem.em.packing import Example, Step, pack, plan
 from minem.errors import GuardError, Interrupted, NotFinite, some
 from minem.model.decoder import Model
 from minem.model.lora import LoRA
@@ -47,8 +47,7 @@ def loss_divisor(examples: Sequence[Example], steps_per_epoch: int) -> float:
     return sum(len(example.token_ids) for example in examples) / steps_per_epoch
 
 
-@dataclass(frozen=True)
-class Totals:
+class Totals(NamedTuple):
     """Sums over the supervised tokens of one optimizer step, or over several steps."""
 
     loss: float = 0.0  # -sum(weight * logprob), not divided
@@ -59,18 +58,13 @@ class Totals:
     grad_norm: float = 0.0  # before clipping
     seconds: float = 0.0
 
-    def __add__(self, other: Totals) -> Totals:
-        return Totals(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
-
 
 class MStep:
     """Trains a model in place, and keeps float32 masters (`minem.em.masters`) from one iteration to the next.
 
     Frozen parameters (requires_grad False) stay as they are. With `lora_rank` adapters are trained, which `run` merges
     into the model's weights. Several ranks train a second model, of which `model` gets the weights at the end of `run`.
-
-    Args:
-        seed: of new adapters. base: the folder of the weights that the model holds now. LoRA and `restart` need it.
+    seed: of new adapters. base: the folder of the weights that the model holds now. LoRA and `restart` need it.
     """
 
     def __init__(
@@ -79,12 +73,10 @@ class MStep:
         self.model, self.config, self.ranks, self.base = model, section, ranks, base
         self.lora: LoRA | None = None
         if section.lora_rank:
-            assert base is not None, "adapters are merged into the base weights, which are read from `base`"
+            assert base is not None
             self.lora = LoRA(model, section.lora_rank, section.lora_alpha, section.lora_targets, seed, base)
         self.trained_parameters = sum(p.numel() for p in trainable(model, self.lora).values())
         self.master_bytes = self.trained_parameters * torch.float32.itemsize
-        moments = len(MOMENTS) if section.optimizer_state == "keep" else 0
-        self.state_bytes = self.master_bytes * (1 + moments)  # that `save` writes between two M-steps, about
         self.strategy = "alone"
         if ranks.size > 1:
             self.strategy = section.parallel if section.parallel != "auto" else self._fitting_strategy()
@@ -109,10 +101,7 @@ class MStep:
         return int(SAFE_SHARE * free_memory(self.model.device) / share)
 
     def memory_needed(self, checkpointed: int = 0) -> int:
-        """Bytes that a full micro-batch takes beside weights and masters: gradients, AdamW's state, activations, loss.
-
-        checkpointed: blocks that recompute their activations in the backward pass.
-        """
+        """Bytes of a full micro-batch beside weights and masters, if `checkpointed` blocks recompute activations."""
         config, tokens, kind = self.model.config, self.config.pack_tokens, self.model.device.type
         state = (1 + len(MOMENTS)) * self.master_bytes // (self.ranks.size if self.strategy == "fsdp" else 1)
         kept = activation_bytes(config, tokens, tokens, checkpointed, self.model.dtype, kind)
@@ -134,13 +123,15 @@ class MStep:
         return next((n for n in range(blocks) if self.memory_needed(n) <= room), blocks)
 
     @property
-    def state_needed(self) -> bool:
-        """Whether the next M-step needs more than the model's weights, so that a run has to `save` it."""
-        return self.model.dtype.itemsize < 4 or self.lora is not None or self.config.optimizer_state == "keep"
+    def state_bytes(self) -> int:
+        """About what `save` writes between two M-steps; 0 if the next one needs no more than the model's weights."""
+        moments = len(MOMENTS) if self.config.optimizer_state == "keep" else 0
+        needed = moments or self.lora is not None or self.model.dtype.itemsize < 4
+        return self.master_bytes * (1 + moments) if needed else 0
 
     def save(self, folder: Path) -> None:
         """Write the masters, AdamW's state if there is one, and the steps of an unfinished M-step; on all ranks."""
-        self.masters.save(folder if self.ranks.first else None, [astuple(totals) for totals in self.history])
+        self.masters.save(folder if self.ranks.first else None, self.history)
 
     def load(self, folder: Path) -> None:
         """Take what `save` wrote on any number of ranks. UserError if it is of another model."""
@@ -155,15 +146,12 @@ class MStep:
         iteration: int,
         on_step: Callable[[dict[str, Any]], None] = lambda row: None,
     ) -> dict[str, Any]:
-        """Train on the examples for the configured epochs; after `load`, from the step that it was saved after.
+        """Train on the examples (at least one) for all epochs; after `load`, from the step that it was saved after.
 
         on_step: called after every update with its `_metrics`, lr and grad_norm (before clipping). It may call `save`.
         Returns the metrics of all updates together, grad_norm as the mean, the first and the last loss, and counts.
-        Raises GuardError if there is nothing to train on, or if a loss or gradient is not finite (before the weights
-        are touched); Interrupted if memory runs out.
+        Raises GuardError for what is not finite, before the weights are touched; Interrupted if memory runs out.
         """
-        if not examples:
-            raise GuardError("no sample was accepted, so there is nothing to train on")
         config, lengths = self.config, [len(example) for example in examples]
         cut = {"batch_size": config.batch_size, "pack_tokens": config.pack_tokens, "epochs": config.epochs}
         steps = plan(lengths, **cut, seed=seed, iteration=iteration, ranks=self.ranks.size)
@@ -201,17 +189,16 @@ class MStep:
             raise Interrupted(f"out of memory in the M-step; resume with {keys}") from error
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # or the update would count as a part of the next step
-        return replace(totals, grad_norm=grad_norm, seconds=time.perf_counter() - started)
+        return totals._replace(grad_norm=grad_norm, seconds=time.perf_counter() - started)
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:
-        """Add the gradient of loss / divisor to the masters' `.grad`, outside `run` to the working weights'.
-        Returns the sums over the micro-batches of all ranks.
-        """
-        model, own = self.masters.trained, step.share(self.ranks.rank, self.ranks.size)
+        """Add the gradient of loss / divisor to the masters' `.grad`. Returns sums over all ranks' micro-batches."""
+        model, ranks = self.masters.trained, self.ranks
+        own = [[examples[i] for i in micro_batch] for micro_batch in step.share(ranks.rank, ranks.size)]
         losses, entropies, weight = [], [], 0.0
-        for number, micro_batch in enumerate(own):
-            members = [examples[i] for i in micro_batch]
-            packed = (pack(members) if members else _zero_weight_batch(examples)).to(self.model.device)
+        for number, members in enumerate(own):
+            # A rank without work takes part with weight zero, since the others wait for it to exchange gradients.
+            packed = pack(members or [replace(min(examples, key=len), weight=0.0)]).to(self.model.device)
             if isinstance(model, FSDPModule):  # replicas need each other's gradients once only
                 model.set_requires_all_reduce(number + 1 == len(own))
             loss, _, entropy = model(**vars(packed))
@@ -220,9 +207,9 @@ class MStep:
                 losses.append(loss.detach().double())
                 entropies.append(entropy.double().sum())
                 weight += sum(example.weight * len(example.token_ids) for example in members)
-        mine = [examples[i] for micro_batch in own for i in micro_batch]
+        mine = [example for members in own for example in members]
         counts = [sum(map(len, mine)), sum(len(example.token_ids) for example in mine)]
-        sums = self.ranks.total([float(sum(losses)), float(sum(entropies)), *counts, weight])
+        sums = ranks.total([float(sum(losses)), float(sum(entropies)), *counts, weight])
         return Totals(sums[0], sums[1], int(sums[2]), int(sums[3]), sums[4])
 
     def _not_finite(self, examples: Sequence[Example], step: Step, loss: float, norm: float) -> NotFinite:
@@ -230,11 +217,8 @@ class MStep:
         culprits = [i for i in step.examples if not self._finite_alone(examples, i)] or step.examples
         dump = {"loss": repr(loss), "gradient_norm": repr(norm), "step": len(self.history) + 1}
         dump |= {"all_of_step": len(culprits) == len(step.examples), "examples": [vars(examples[i]) for i in culprits]}
-        return NotFinite(
-            f"loss {loss:g} and gradient norm {norm:g} are not both finite, so the weights were not updated; "
-            f"examples at fault: {some([examples[i].id for i in culprits])}",
-            dump,
-        )
+        sentence = f"loss {loss:g} and gradient norm {norm:g} are not both finite, so the weights were not updated; "
+        return NotFinite(f"{sentence}examples at fault: {some([examples[i].id for i in culprits])}", dump)
 
     def _finite_alone(self, examples: Sequence[Example], index: int) -> bool:
         self.masters.clear_gradients()
@@ -243,20 +227,27 @@ class MStep:
 
     def _finish(self, examples: int, steps: Sequence[Step]) -> dict[str, Any]:
         """The summary of a finished M-step."""
-        history, self.history = self.history, []
-        self.losses = [totals.loss / totals.weight for totals in history]
+        totals = Totals(*map(sum, zip(*self.history, strict=True)))
+        self.losses = [step.loss / step.weight for step in self.history]
+        self.history = []
         if self.config.optimizer_state == "reset":
             self.masters.optimizer = None
-        totals = sum(history, Totals())
-        counts = {"examples": examples, "steps": len(steps), "micro_batches": sum(len(s.micro_batches) for s in steps)}
-        counts |= {"checkpointed": self.masters.trained.checkpointed}
-        means = {"loss_first": self.losses[0], "loss_last": self.losses[-1], "grad_norm": totals.grad_norm / len(steps)}
-        return {**counts, "seconds": totals.seconds, **means, **self._metrics(totals)}
+        return {
+            "examples": examples,
+            "steps": len(steps),
+            "micro_batches": sum(len(step.micro_batches) for step in steps),
+            "checkpointed": self.masters.trained.checkpointed,
+            "seconds": totals.seconds,
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "grad_norm": totals.grad_norm / len(steps),
+            **self._metrics(totals),
+        }
 
     def _metrics(self, totals: Totals) -> dict[str, Any]:
-        """Loss and entropy per supervised token (nats; the loss weighted as the examples are), speed and memory.
+        """Loss (weighted as the examples are) and entropy per supervised token, in nats; speed and memory.
 
-        An entropy that is not finite is None. tokens: prompts included. mfu: FLOP/s over the peak, if that is known.
+        entropy: None if not finite. tokens: prompts included. mfu: FLOP/s over the peak, if that is known.
         """
         entropy, peak = totals.entropy / totals.supervised, peak_flops(self.model.device)
         work = flops(self.model.config, totals.tokens, totals.supervised)
@@ -269,9 +260,3 @@ class MStep:
             "mfu": None if peak is None else work / totals.seconds / (peak * self.ranks.size),
             **peak_memory(self.model.device),
         }
-
-
-def _zero_weight_batch(examples: Sequence[Example]) -> MicroBatch:
-    """A zero-weight batch, so that idle ranks still join the collectives."""
-    packed = pack([min(examples, key=len)])
-    return replace(packed, token_weights=torch.zeros_like(packed.token_weights))

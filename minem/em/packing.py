@@ -16,26 +16,18 @@ from dataclasses import dataclass
 
 import torch
 
-from minem.errors import UserError
-
 
 @dataclass(frozen=True)
 class Example:
     """A plain prompt and the very token ids that were sampled for it, EOS included.
 
-    `weight` multiplies the log-probability of every sampled token. `id` is for messages only and may repeat.
+    `weight`, finite and above 0, multiplies the log-probability of every sampled token. `id` is for messages only.
     """
 
     id: str
     prompt_ids: list[int]
     token_ids: list[int]
     weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not (self.prompt_ids and self.token_ids):
-            raise UserError(f"example {self.id!r}: it needs a prompt and sampled tokens, EOS included")
-        if not 0 < self.weight < math.inf:
-            raise UserError(f"example {self.id!r}: weight is {self.weight}; it must be a positive finite number")
 
     def __len__(self) -> int:
         """Tokens that enter the model: the last sampled token is a target, never an input."""
@@ -54,20 +46,14 @@ class Step:
         return sorted(index for micro_batch in self.micro_batches for index in micro_batch)
 
     def share(self, rank: int, ranks: int) -> tuple[tuple[int, ...], ...]:
-        """The micro-batches of one rank, of a step planned for `ranks`: as many as every other rank's; () is no work.
-
-        The ranks' k-th micro-batches are about equally large, for ranks that train in lockstep wait for the largest.
-        """
+        """The micro-batches of one rank in a step planned for `ranks`, each of which has as many; () is no work."""
         return self.micro_batches[rank::ranks]
 
 
 def shuffle(n: int, seed: int, iteration: int, epoch: int) -> list[int]:
     """A permutation of range(n): sorted by a hash, hence the same on every machine and for every library version."""
-
-    def key(index: int) -> bytes:
-        return hashlib.blake2b(f"{seed}/{iteration}/{epoch}/{index}".encode(), digest_size=16).digest()
-
-    return sorted(range(n), key=key)
+    digests = [hashlib.blake2b(f"{seed}/{iteration}/{epoch}/{i}".encode(), digest_size=16).digest() for i in range(n)]
+    return sorted(range(n), key=digests.__getitem__)
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -94,7 +80,7 @@ def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[in
 
     A search finds the smallest capacity that needs no more bins (MULTIFIT: Coffman, Garey, Johnson 1978). Missing bins
     are split off the fullest ones; they are empty only if no bin has two items left. Bins come in rounds of one for
-    each rank, the fullest round first.
+    each rank, about equally full, since ranks that train in lockstep wait for the largest.
     """
 
     def load(one: list[int]) -> int:
@@ -118,20 +104,16 @@ def plan(
 ) -> list[Step]:
     """The optimizer steps of one M-step, in order; a pure function of its arguments.
 
-    Args:
-        lengths: tokens that each example brings into the model.
-        batch_size: the most examples in one optimizer step. The steps of an epoch are equal to within one example,
-            so that no epoch ends with a step of a few stragglers.
-        pack_tokens: capacity of a micro-batch in tokens. Sequences are never split.
-        ranks: processes that share each step (`Step.share`), with equally many micro-batches for each.
+    lengths: tokens that each example brings into the model. batch_size: the most examples in one step.
+    pack_tokens: capacity of a micro-batch in tokens. ranks: processes that share each step (`Step.share`).
     """
-    steps_per_epoch = math.ceil(len(lengths) / batch_size)
+    # The steps of an epoch are equal to within one example, so that none has a few stragglers only.
+    count = math.ceil(len(lengths) / batch_size)  # steps of an epoch
     steps = []
     for epoch in range(epochs):
         order = shuffle(len(lengths), seed, iteration, epoch)
-        for k in range(steps_per_epoch):
-            first, last = (len(order) * j // steps_per_epoch for j in (k, k + 1))
-            members = order[first:last]
+        for k in range(count):
+            members = order[len(order) * k // count : len(order) * (k + 1) // count]
             sizes = [lengths[i] for i in members]
             bins = best_fit_decreasing(sizes, pack_tokens) if ranks == 1 else even_bins(sizes, pack_tokens, ranks)
             steps.append(Step(epoch, tuple(tuple(members[position] for position in one) for one in bins)))
@@ -155,16 +137,15 @@ class MicroBatch:
 
 def pack(examples: Sequence[Example]) -> MicroBatch:
     """Lay examples end to end. Prompts are not supervised: only positions that predict a target are rows."""
-    input_ids: list[int] = []
     rows: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    for example in examples:
-        # The last prompt token predicts the first sampled one, and so on up to the last one (EOS).
-        start, own = len(input_ids) + len(example.prompt_ids) - 1, example.token_ids
-        rows += range(start, start + len(own))
-        input_ids += [*example.prompt_ids, *own[:-1]]
-        targets += own
-        weights += [example.weight] * len(own)
-    ints = [torch.tensor(values, dtype=torch.int64) for values in (input_ids, rows, targets)]
-    return MicroBatch(ints[0], [len(e) for e in examples], ints[1], ints[2], torch.tensor(weights, dtype=torch.float32))
+    end = 0
+    for example in examples:  # its last prompt token predicts the first sampled one, and so on up to the last (EOS)
+        end += len(example)
+        rows += range(end - len(example.token_ids), end)
+    return MicroBatch(
+        input_ids=torch.tensor([i for e in examples for i in (*e.prompt_ids, *e.token_ids[:-1])]),
+        lengths=[len(e) for e in examples],
+        rows=torch.tensor(rows),
+        targets=torch.tensor([i for e in examples for i in e.token_ids]),
+        token_weights=torch.tensor([e.weight for e in examples for _ in e.token_ids], dtype=torch.float32),
+    )

@@ -12,9 +12,9 @@ time to keep the hardware busy, and asks again once the truth is known.
     star   1 plain, then hinted if it was rejected   the model, else the model shown the answer (Zelikman et al. 2022)
     pps    hinted                                    the model shown the answer
 
-Source: "Learning to Reason in LLMs by Expectation Maximization", arXiv 2512.20169v1. `budget` is the most attempts a
-question may cost in one iteration. With draws="all" the budget is spent and every accepted draw is kept; star then
-still stops at an accepted plain draw, since it hints only if the model failed.
+Source: "Learning to Reason in LLMs by Expectation Maximization", arXiv 2512.20169v1. `budget` is the most attempts at a
+question in one iteration. With draws="all" it is spent and every accepted draw is kept; only star still stops at an
+accepted plain draw, since it hints only if the model failed.
 """
 
 from __future__ import annotations
@@ -62,16 +62,14 @@ class Budgeted:
         return self.propose(question, attempts)
 
     def propose(self, question: Question, attempts: Sequence[Attempt]) -> Prompt | None:
-        raise NotImplementedError
+        """As `next`, for an open question: unless a subclass decides otherwise, the first of its prompts each time."""
+        return self.prompts[0]
 
 
 class RejectionSampling(Budgeted):
     """rsm: rejection sampling with a budget of M plain draws."""
 
     prompts = ("plain",)
-
-    def propose(self, question: Question, attempts: Sequence[Attempt]) -> Prompt:
-        return "plain"
 
 
 class SelfTaughtReasoner(Budgeted):
@@ -88,28 +86,20 @@ class PromptPosteriorSampling(Budgeted):
 
     prompts = ("hinted",)
 
-    def propose(self, question: Question, attempts: Sequence[Attempt]) -> Prompt:
-        return "hinted"
-
 
 SAMPLERS = {"rsm": RejectionSampling, "star": SelfTaughtReasoner, "pps": PromptPosteriorSampling}
 
 
 def make_sampler(name: str, budget: int, draws: Literal["first", "all"] = "first") -> Sampler:
-    """The sampler called `name`, or the user's own class by "module:Class", built as Class(budget=..., draws=...).
-
-    Raises:
-        UserError: no such sampler, or the class cannot be imported or built.
-    """
+    """The sampler called `name`, or the user's own class by "module:Class". UserError if it cannot be built."""
     if name in SAMPLERS:
         return SAMPLERS[name](budget, draws)
     made = import_object(name, "sampler.name", ", ".join(SAMPLERS))
     try:
         sampler = made(budget=budget, draws=draws)
     except Exception as error:  # a user's code may raise anything
-        raise UserError(
-            f"sampler.name {name!r} cannot be built as {name}(budget={budget}, draws={draws!r}): {error}"
-        ) from error
+        built = f"{name}(budget={budget}, draws={draws!r})"
+        raise UserError(f"sampler.name {name!r} cannot be built as {built}: {error}") from error
     if not callable(getattr(sampler, "next", None)):
         raise UserError(f"sampler.name {name!r} has no method next(question, attempts)")
     return sampler
@@ -125,7 +115,6 @@ def altered(section: SamplerSection) -> list[str]:
 
     The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer.
     """
-    keys = ("temperature", "top_k", "top_p", "min_p", "filter", "drop_leaks")
     usual = SamplerSection()
-    changed = [key for key in keys if getattr(section, key) != getattr(usual, key)]
-    return [f"sampler.{key} = {getattr(section, key)}" for key in changed]
+    values = {key: getattr(section, key) for key in ("temperature", "top_k", "top_p", "min_p", "filter", "drop_leaks")}
+    return [f"sampler.{key} = {value}" for key, value in values.items() if value != getattr(usual, key)]

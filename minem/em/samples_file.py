@@ -26,13 +26,9 @@ def read_samples(
 ) -> list[Sample]:
     """The rows with status "accepted", and those without a status.
 
-    Args:
-        max_length: positions of the model. vocab_size: its token ids.
-        weights: as `mstep.weights`; "importance" needs both log-probabilities of each row.
-        drop_leaks: leave out rows that are marked as leaks.
-    Raises:
-        UserError: a row has no such question in the training split, no token ids, ids of another tokenizer, or more of
-            them than the model has positions; or it lacks a log-probability that is needed.
+    max_length, vocab_size: of the model, in tokens. drop_leaks: leave out rows that are marked as leaks.
+    weights: as `mstep.weights`; "importance" needs both log-probabilities of each row.
+    Raises UserError for a row without a training question, fitting token ids or a log-probability that is needed.
     """
     questions = {question.id: question for question in task.train}
     samples = []

@@ -19,6 +19,7 @@ from minem.em.packing import Example, best_fit_decreasing, pack
 from minem.errors import GuardError
 from minem.generation.request import Completion
 from minem.model.decoder import Model
+from minem.statistics import mean
 
 DRAWS = 64  # that are compared
 LARGEST_DIFFERENCE = 1e-4  # nats, of any token, in float32
@@ -48,39 +49,24 @@ class Agreement:
 
 
 def agreement(model: Model, draws: Sequence[Completion], pack_tokens: int) -> Agreement:
-    """Compare the draws' own log-probabilities with those of the trainer's forward pass.
-
-    Args:
-        draws: completions of this very model, with their requests; empty ones are left out.
-        pack_tokens: most tokens of a pass (memory only).
-    """
-    drawn = [draw for draw in draws if draw.request is not None and draw.token_ids]
-    examples = [Example("", d.request.prompt_ids, d.token_ids) for d in drawn if d.request is not None]
+    """Compare the log-probabilities of draws of this model, at least one, with those of the trainer's forward pass."""
+    examples = [Example("", draw.request.prompt_ids, draw.token_ids) for draw in draws if draw.request is not None]
     differences = [
         trainer - generator
-        for draw, (logprobs, _) in zip(drawn, score(model, examples, pack_tokens), strict=True)
+        for draw, (logprobs, _) in zip(draws, score(model, examples, pack_tokens), strict=True)
         for trainer, generator in zip(logprobs, draw.logprobs, strict=True)
     ]
-    n = len(differences)
-    return Agreement(
-        tokens=n,
-        difference=max(map(abs, differences), default=0.0),
-        kl=math.fsum(math.expm1(d) - d for d in differences) / max(1, n),
-    )
+    kl = mean([math.expm1(difference) - difference for difference in differences])
+    return Agreement(tokens=len(differences), difference=max(map(abs, differences)), kl=kl)
 
 
 @torch.no_grad()
 def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[tuple[list[float], list[float]]]:
-    """Log-probability and entropy (nats) of the policy at each supervised token: the forward pass of training, alone.
-
-    pack_tokens: most tokens of a pass (memory only).
-    """
+    """Log-probability and entropy (nats) of the policy at each supervised token, by the forward pass of training."""
     scored: dict[int, tuple[list[float], list[float]]] = {}
     for members in best_fit_decreasing([len(example) for example in examples], pack_tokens):
         packed = pack([examples[i] for i in members]).to(model.device)
-        _, logprobs, entropies = model(
-            packed.input_ids, lengths=packed.lengths, rows=packed.rows, targets=packed.targets
-        )
+        _, logprobs, entropies = model(packed.input_ids, packed.lengths, packed.rows, packed.targets)
         sizes = [len(examples[i].token_ids) for i in members]
         for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):
             scored[i] = own.tolist(), spread.tolist()

@@ -2,7 +2,7 @@
 
     minem train          # prints them as "warning ...", keeps them in journal.jsonl, and shows them in report.html
 
-Each rule is one function of the numbers that the journal and the metrics have: a sentence, or None if all is well.
+Each rule is a function of the numbers that the journal and the metrics have.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minem.console import percent
 from minem.em.diagnostics import FALLING_RULE
 from minem.em.sample import Sample
 from minem.errors import GuardError
@@ -19,9 +20,9 @@ from minem.statistics import mean, standard_deviation
 
 ALL_ACCEPTED = 0.99  # share of the attempts from which on rejection selects nothing
 FEW_SOLVED = 0.05  # share of the questions below which hardly anything is learned from
-FEWEST_STEPS = 8  # of an M-step whose losses say anything
+FEWEST_STEPS = 8  # of an M-step that are enough to judge its losses
 LEAST_FALL = 0.02  # of the loss, from the first half of the steps to the second
-COLLAPSED = 0.25  # of the first iteration's entropy: where 10,000 rationales were likely, 10,000^(1/4) = 10 are
+COLLAPSED = 0.25  # of the first iteration's entropy: of 10,000 likely rationales 10,000^(1/4) = 10 are left
 UNSOLVED = 0.1  # share of the questions that other draws would still be needed for
 
 
@@ -30,15 +31,8 @@ def of_draws(estep: Mapping[str, Any]) -> list[str]:
     return [sentence for sentence in (everything_accepted(estep), almost_nothing_accepted(estep)) if sentence]
 
 
-def of_training(
-    losses: Sequence[float], entropy: float | None, iteration: int, results: Mapping[str, Mapping[str, Any]]
-) -> list[str]:
-    """What an M-step warns of.
-
-    Args:
-        losses: of its steps, in order. entropy: of the policy in it, in nats per token; None if not known.
-        results: of the stages before it.
-    """
+def of_training(losses: list[float], entropy: float | None, iteration: int, results: Mapping[str, Any]) -> list[str]:
+    """What an M-step warns of. losses: of its steps. entropy: nats per token, if known. results: of earlier stages."""
     entropies = [results[f"iter-{i:02d}/mstep"]["entropy"] for i in range(1, iteration)] + [entropy]
     drawn = results.get(f"iter-{iteration:02d}/estep")  # there is none if the M-step is done alone
     solved = drawn["solved"] / drawn["questions"] if drawn else None
@@ -49,13 +43,11 @@ def of_diagnostics(found: Mapping[str, Any], first: Mapping[str, Any] | None) ->
     """What the diagnostics warn of. first: those of iteration 1."""
     if first is None or not found["falling"]:
         return []
-    before, now = (f"{100 * one['hinted']:.1f} %" for one in (first, found))
+    before, now = percent(first["hinted"]), percent(found["hinted"])
     return [f"hinted acceptance fell from {before} to {now} since iteration 1: {FALLING_RULE}"]
 
 
-def stop_if_empty(
-    kept: Sequence[Sample], iteration: int, results: Mapping[str, Mapping[str, Any]], folder: Path
-) -> None:
+def stop_if_empty(kept: Sequence[Sample], iteration: int, results: Mapping[str, Any], folder: Path) -> None:
     """Raises GuardError, with what to do next, if there is nothing to train on. folder: of the run."""
     if not kept:
         drawn = results.get(f"iter-{iteration:02d}/estep")
@@ -70,25 +62,24 @@ def everything_accepted(estep: Mapping[str, Any]) -> str | None:
     accepted = estep["statuses"].get("accepted", 0) / max(1, estep["attempts"])
     if accepted < ALL_ACCEPTED:
         return None
-    said = f"{100 * accepted:.1f} % of the draws were accepted, so rejecting the others teaches next to nothing: "
-    if estep["acceptance"].get("plain") is None:
-        return said + (
-            "reading some (minem show) tells whether they reason or repeat the answer that they were shown; "
-            'sampler.hint = "derive" asks for a derivation, and rsm draws without a hint'
-        )
-    return said + "the model knows these questions; train on harder ones, or stop here"
+    found = f"{percent(accepted)} of the draws were accepted, so rejecting the others teaches next to nothing: "
+    if "plain" in estep["acceptance"]:
+        return found + "the model knows these questions; train on harder ones, or stop here"
+    return found + (
+        "read some (minem show): do they reason, or repeat the answer that they were shown? "
+        'sampler.hint = "derive" asks for a derivation, and rsm draws without a hint'
+    )
 
 
 def almost_nothing_accepted(estep: Mapping[str, Any]) -> str | None:
-    """Where nothing at all was accepted a guard stops the run, with the same advice."""
-    solved = estep["solved"] / max(1, estep["questions"])
-    if solved >= FEW_SOLVED or not estep["solved"]:
+    """If nothing at all was accepted, `stop_if_empty` stops the run with the same advice."""
+    if not estep["solved"] or estep["solved"] / estep["questions"] >= FEW_SOLVED:
         return None
     return f"only {estep['solved']} of {estep['questions']} questions have an accepted draw: {advice(estep)}"
 
 
 def advice(estep: Mapping[str, Any]) -> str:
-    """What to do where draws are rejected, by the reason that most of them were rejected for."""
+    """What to do about rejected draws, by the reason that most of them were rejected for."""
     rejected = {status: n for status, n in estep["statuses"].items() if status != "accepted"}
     reason = max(rejected, key=rejected.__getitem__, default="wrong")
     if reason == "truncated":
@@ -108,15 +99,14 @@ def loss_not_falling(losses: Sequence[float]) -> str | None:
     half = len(losses) // 2
     if len(losses) < FEWEST_STEPS:
         return None
-    first, second = losses[:half], losses[-half:]
-    before, after = mean(first), mean(second)
-    error = math.hypot(standard_deviation(first) or 0.0, standard_deviation(second) or 0.0) / math.sqrt(half)
-    if before - after + 2 * error >= LEAST_FALL * before:
+    before, after = mean(losses[:half]), mean(losses[-half:])
+    spreads = [standard_deviation(part) or 0.0 for part in (losses[:half], losses[-half:])]
+    if before - after + 2 * math.hypot(*spreads) / math.sqrt(half) >= LEAST_FALL * before:
         return None
     return (
         f"the loss did not fall: {before:.4f} in the first half of the steps, {after:.4f} in the second, which is "
-        f"{100 * LEAST_FALL:.0f} % less at most, even with two standard errors in its favour; where it rises or jumps, "
-        "lower mstep.lr, and where it stays as it is, raise it"
+        f"{100 * LEAST_FALL:.0f} % less at most, even with two standard errors in its favour; lower mstep.lr if it "
+        "rises or jumps, raise it if it stays as it is"
     )
 
 

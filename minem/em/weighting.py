@@ -33,18 +33,14 @@ SMALLEST = 2.0**-126  # of normal float32, which the loss computes in: beside a 
 
 def make_examples(samples: Sequence[Sample], task: Task, tokenizer: Tokenizer, section: MStepSection) -> list[Example]:
     """What is trained of the kept samples: the *plain* prompt of the question with the ids as drawn, weighed."""
-    prompts = {question.id: question for question in task.train}
-    return [
-        Example(sample.id, encode_prompt(tokenizer, prompts[sample.id]), sample.token_ids, weight)
-        for sample, weight in zip(samples, weigh(samples, section.weights), strict=True)
-    ]
+    questions = {question.id: question for question in task.train}
+    weights = weigh(samples, section.weights)
+    prompts = [encode_prompt(tokenizer, questions[sample.id]) for sample in samples]
+    return [Example(s.id, prompt, s.token_ids, w) for s, prompt, w in zip(samples, prompts, weights, strict=True)]
 
 
 def weigh(samples: Sequence[Sample], weights: str) -> list[float]:
-    """The weight of each kept sample. Those of a question sum to 1, unless all are "equal".
-
-    "importance" needs both log-probabilities of each sample.
-    """
+    """The weight of each kept sample. Those of a question sum to 1, unless all are "equal"."""
     if weights == "equal":
         return [1.0] * len(samples)
     logs = [_log_ratio(sample) if weights == "importance" else 0.0 for sample in samples]
@@ -67,28 +63,21 @@ def _log_ratio(sample: Sample) -> float:
 
 
 def plain_logprobs(
-    samples: Sequence[Sample],
-    questions: Mapping[str, Question],
-    model: Model,
-    tokenizer: Tokenizer,
-    pack_tokens: int,
+    samples: Sequence[Sample], questions: Mapping[str, Question], model: Model, tokenizer: Tokenizer, pack_tokens: int
 ) -> list[Sample]:
     """The kept samples, each with its logprob_plain: hinted ones get it by one teacher-forced pass of the model.
 
     model: at theta_old, as it is during the E-step. pack_tokens: most tokens of a pass (memory only).
     Raises GuardError if a log-probability is not finite.
     """
-    lacking = [i for i, sample in enumerate(samples) if sample.logprob_plain is None]
-    examples = [
-        Example(samples[i].id, encode_prompt(tokenizer, questions[samples[i].id]), samples[i].token_ids)
-        for i in lacking
-    ]
-    found = list(samples)
-    for i, (logprobs, _) in zip(lacking, score(model, examples, pack_tokens), strict=True):
-        found[i] = replace(samples[i], logprob_plain=sum(logprobs))
-        if not math.isfinite(sum(logprobs)):
+    lacking = [sample for sample in samples if sample.logprob_plain is None]
+    examples = [Example(s.id, encode_prompt(tokenizer, questions[s.id]), s.token_ids) for s in lacking]
+    scored = [sum(logprobs) for logprobs, _ in score(model, examples, pack_tokens)]
+    for sample, logprob in zip(lacking, scored, strict=True):
+        if not math.isfinite(logprob):
             raise GuardError(
-                f"question {samples[i].id!r}: the log-probability of a kept rationale under the plain prompt is "
-                f"{sum(logprobs)}, so it cannot be weighed"
+                f"question {sample.id!r}: the log-probability of a kept rationale under the plain prompt is {logprob}, "
+                "so it cannot be weighed"
             )
-    return found
+    missing = iter(scored)
+    return [s if s.logprob_plain is not None else replace(s, logprob_plain=next(missing)) for s in samples]

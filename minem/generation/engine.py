@@ -5,13 +5,11 @@
     engine.admit([slot], [request])               # the slot starts from that last token
     engine.start([slot], [row], 256, 1).read()    # one token for each slot; each further start draws the next one
 
-A step feeds itself: it reads and updates tokens, positions and what has ended in tables on the device, so the host may
-start the next step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch
-sizes, captured on first use; weights, cache and tables keep their places in memory, so a graph stays valid when the
-model is trained in place. On the CPU the same function runs eagerly.
+A step reads and updates tokens, positions and what has ended in tables on the device, so the host may start the next
+step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch sizes, captured on
+first use; weights, cache and tables keep their places in memory, so a graph stays valid when the model is trained in
+place. On the CPU the same function runs eagerly.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +26,9 @@ from minem.model.decoder import Model, upload
 
 PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens
 
-# Rows of the tables, which have a column for each slot. ENDED sequences stay as they are.
-TOKEN, POSITION, DRAWN, ENDED, LIMIT, TOP_K, SEED, MIN_TOKENS = range(8)  # ints
-TEMPERATURE, TOP_P, MIN_P = range(3)  # floats
+# Two rows of the tables, which have a column for each slot. A sequence that has ended stays as it is.
+ENDED = 3  # of the whole numbers: token, position, drawn, ended, limit, top-k, seed, least tokens
+MIN_P = 2  # of the others: temperature, top-p, min-p
 
 
 class Step(NamedTuple):
@@ -48,7 +46,7 @@ class Step(NamedTuple):
 
 @dataclass
 class _Graph:
-    """A captured step, the memory that it reads its sequences from, and the memory that it writes its draws to."""
+    """A captured step, the memory that it writes its draws to, and the memory that it reads its sequences from."""
 
     replay: Callable[[], None]
     drawn: Tensor
@@ -57,14 +55,13 @@ class _Graph:
 
 
 class Engine:
-    """See the head of this file."""
+    """The slots of one generator.
+
+    stop_ids: the tokens that end a sequence.
+    prefix, suffix: the longest prompt without its last token, and the most new tokens.
+    """
 
     def __init__(self, model: Model, stop_ids: Sequence[int], slots: int, prefix: int, suffix: int):
-        """
-        Args:
-            stop_ids: the tokens that end a sequence.
-            prefix, suffix: the longest prompt without its last token, and the most new tokens.
-        """
         device = model.device
         self.model = model
         self.cache = KVCache(model.config, slots, prefix, suffix, device, model.dtype)
@@ -73,14 +70,12 @@ class Engine:
         self.ints[ENDED] = 1
         self.floats[MIN_P] = 0  # else drawing padding would take another pass over its logits
         self.stop_ids = upload(stop_ids, device)
-        self.graphs: dict[int, _Graph] | None = None  # by batch size; None: run eagerly
-        self._stream: Any = None
-        self._pool: Any = None
-        if device.type == "cuda":
-            # A stream of this engine's own: cuBLAS's workspace for a stream is freed with a graph captured on it, which
-            # other engines would still use. A pool of its own: no capture can use one whose graphs are all gone.
-            self.graphs, self._stream = {}, torch.cuda.Stream(device)
-            self._pool = torch.cuda.graph_pool_handle()
+        gpu = device.type == "cuda"
+        self.graphs: dict[int, _Graph] | None = {} if gpu else None  # by batch size; None: run eagerly
+        # A stream of this engine's own: cuBLAS's workspace for a stream is freed with a graph captured on it, which
+        # other engines would still use. A pool of its own: no capture can use one whose graphs are all gone.
+        self._stream = torch.cuda.Stream(device) if gpu else None
+        self._pool = torch.cuda.graph_pool_handle() if gpu else None
         self._composition: tuple[list[int], list[int]] = ([], [])  # of the eager steps' groups
         self._groups: Groups
 
@@ -88,9 +83,7 @@ class Engine:
         """Write all but the last token of each prompt to its row of the cache. Returns the number of those tokens."""
         for pack in _packs(prompts):
             texts = [prompt[:-1] for prompt in pack]
-            missing = MIN_ROWS - sum(map(len, texts))
-            if missing > 0:
-                texts.append((0,) * missing)
+            texts.append((0,) * (MIN_ROWS - sum(map(len, texts))))  # padding, if there are fewer
             attend = Prefill(self.cache, [prompts[p] for p in pack], [len(text) for text in texts])
             ids = upload([i for text in texts for i in text], self.model.device)
             self.model.hidden(ids, attend.positions, attend)
@@ -116,7 +109,9 @@ class Engine:
                 self._groups, self._composition = Groups.compact(self.cache, slots, rows), composition
             return Step(self._decode(self._groups, longest_prefix, longest_suffix), None)
         batch = _bucket(len(slots), self.cache.padding_slot)
-        graph = self.graphs.get(batch) or self._capture(batch)
+        if batch not in self.graphs:
+            self.graphs[batch] = self._capture(batch)
+        graph = self.graphs[batch]
         if composition != graph.composition:
             graph.groups.copy_(Groups.fixed(self.cache, batch, slots, rows))
             graph.composition = composition
@@ -125,34 +120,27 @@ class Engine:
 
     def _decode(self, groups: Groups, longest_prefix: int, longest_suffix: int) -> Tensor:
         """The whole step: the model, its head, the draw, and the update of the table. Returns `Step.drawn`."""
+        state = self.ints[:, groups.slots]
+        token, position, drawn = state[:3]
+        attend = Decode(self.cache, groups, drawn, longest_prefix, longest_suffix)
+        hidden = self.model.hidden(token, position, attend)
         attended = groups.slots[: len(groups.sibling_index)]
-        state, knobs = self.ints[:, groups.slots], self.floats[:, attended]
-        attend = Decode(self.cache, groups, state[DRAWN], longest_prefix, longest_suffix)
-        hidden = self.model.hidden(state[TOKEN], state[POSITION], attend)
-        state = state[:, : len(attended)]
+        _, position, drawn, ended, limit, top_k, seeds, min_tokens = state[:, : len(attended)]
+        temperature, top_p, min_p = self.floats[:, attended]
+        logits = self.model.head(hidden)[: len(attended)]
         tokens, logprobs, proposal_logprobs = sample(
-            self.model.head(hidden)[: len(attended)],
-            knobs[TEMPERATURE],
-            state[TOP_K],
-            knobs[TOP_P],
-            knobs[MIN_P],
-            state[SEED],
-            state[DRAWN],
-            stop_ids=self.stop_ids,
-            min_tokens=state[MIN_TOKENS],
+            logits, temperature, top_k, top_p, min_p, seeds, drawn, stop_ids=self.stop_ids, min_tokens=min_tokens
         )
-        ended = (tokens.unsqueeze(1) == self.stop_ids).any(1) | (state[DRAWN] + 1 >= state[LIMIT]) | (state[ENDED] != 0)
-        on = (~ended).long()
-        self.ints[: ENDED + 1, attended] = torch.stack((tokens, state[POSITION] + on, state[DRAWN] + on, 1 - on))
+        ends = (tokens.unsqueeze(1) == self.stop_ids).any(1) | (drawn + 1 >= limit) | (ended != 0)
+        on = (~ends).long()
+        self.ints[: ENDED + 1, attended] = torch.stack((tokens, position + on, drawn + on, 1 - on))
         return torch.stack((tokens.double(), logprobs.double(), proposal_logprobs.double()))
 
     def _capture(self, batch: int) -> _Graph:
         """The step for `batch` sequences as a graph, recorded on padding alone, which changes nothing."""
-        assert self.graphs is not None
         groups = Groups.fixed(self.cache, batch, [], [])
         step = partial(self._decode, groups, self.cache.prefix, self.cache.suffix)
-        self.graphs[batch] = graph = _Graph(*record(step, self._pool, self._stream), groups)
-        return graph
+        return _Graph(*record(step, self._pool, self._stream), groups)
 
 
 def _packs(prompts: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:

@@ -11,8 +11,6 @@ by its tokens (`minem.kernels.sample`). Scheduling depends on tokens only, never
 the same schedule. The device side is minem/generation/engine.py.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -50,10 +48,9 @@ class _Sequence:
 class Generator:
     """Draws completions from a model, whose weights it uses in place: train them, and the next draws are from the new.
 
-    Args:
-        slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. Fewer are taken, and
-            `on_note` is called with a sentence, if the cache for them does not fit into free memory.
-        max_length: the longest prompt plus completion in tokens; the model's number of positions by default.
+    slots: the most sequences decoded at once; 96 on the CPU, 256 on a GPU by default. Fewer are taken, and `on_note`
+    is called with a sentence, if the cache for them does not fit into free memory.
+    max_length: the longest prompt plus completion in tokens; the model's number of positions by default.
     """
 
     def __init__(
@@ -87,23 +84,20 @@ class Generator:
     def generate(
         self, prompts: Sequence[str] | Sequence[list[int]], params: SamplingParams | None = None
     ) -> list[list[Completion]]:
-        """Draw `params.n` completions for each prompt.
+        """Draw `params.n` completions for each prompt, in order.
 
-        Args:
-            prompts: token ids, used as given, or texts, encoded with exactly one BOS if the tokenizer has one.
-        Returns:
-            for each prompt its n completions, in order. They depend on the seed and the prompt alone, not on its
-            place in the list; a prompt that is listed twice gets further draws, not the same ones again.
-        Raises:
-            UserError: a prompt is empty, or does not fit max_length together with max_new_tokens. Nothing is drawn.
+        prompts: token ids, used as given, or texts, encoded with exactly one BOS if the tokenizer has one.
+        The draws depend on the seed and the prompt alone, not on its place in the list; a prompt that is listed twice
+        gets further draws, not the same ones again.
+        Raises UserError if a prompt is empty or does not fit max_length together with max_new_tokens; nothing is drawn.
         """
         requests = self._requests(prompts, params or SamplingParams())
-        own = {request for group in requests for request in group}
         for request in (request for group in requests for request in group):
             self.submit(request)
         done = {completion.request: completion for completion in self}
-        self._finished = [completion for request, completion in done.items() if request not in own]
-        return [[done[request] for request in group] for group in requests]
+        drawn = [[done.pop(request) for request in group] for group in requests]
+        self._finished = list(done.values())  # of requests that were submitted before
+        return drawn
 
     def _requests(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[list[Request]]:
         """The requests for each prompt, once all prompts are known to be valid."""
@@ -122,11 +116,7 @@ class Generator:
         return requests
 
     def submit(self, request: Request, first: bool = False) -> None:
-        """Queue one draw, ahead of all waiting ones if `first`. Its completion comes out of `step` or iteration.
-
-        Raises:
-            UserError: the prompt is empty, or does not fit max_length together with max_new_tokens.
-        """
+        """Queue one draw, ahead of all waiting ones if `first`, or raise UserError as `generate`."""
         self._check(request)
         prefix, suffix = self._room
         self._room = max(prefix, len(request.prompt_ids) - 1), max(suffix, request.params.max_new_tokens)
@@ -159,10 +149,8 @@ class Generator:
 
         Any exception drops all requests in flight or waiting; the generator is then empty and may be used again.
 
-        Raises:
-            Interrupted: memory ran out.
-            GuardError: the model's logits are not finite.
-            UserError: not even one sequence fits into memory.
+        Raises Interrupted if memory runs out, GuardError if the model's logits are not finite, and UserError if not
+        even one sequence fits into memory.
         """
         try:
             self._advance()
@@ -178,39 +166,25 @@ class Generator:
         return finished
 
     def reserve(self, prompt: int, new: int) -> str:
-        """Make room now for prompts of `prompt` tokens with `new` drawn ones. Returns the plan in words.
-
-        Raises:
-            UserError: not even one such sequence fits into memory.
-        """
+        """Make room now for prompts of `prompt` tokens with `new` drawn ones, or raise UserError; the plan in words."""
         self._room = max(self._room[0], prompt - 1), max(self._room[1], new)
-        cache = self._make_room().cache
-        free = free_memory(self.model.device)
-        return (
-            f"{self.slots} slots of {cache.prefix} + {cache.suffix} positions, "
-            f"{cache.bytes / 1e9:.2f} GB of cache, {free / 1e9:.1f} GB free beside it"
-        )
+        cache, free = self._make_room().cache, free_memory(self.model.device)
+        memory = f"{cache.bytes / 1e9:.2f} GB of cache, {free / 1e9:.1f} GB free beside it"
+        return f"{self.slots} slots of {cache.prefix} + {cache.suffix} positions, {memory}"
 
-    def release(self) -> int:
-        """Free the cache and the graphs, and return the bytes of the cache; the next request makes them again."""
+    def release(self) -> None:
+        """Free the cache and the graphs; the next request makes them again."""
         assert not self._active, "draws are in flight"
-        size = self._engine.cache.bytes if self._engine is not None else 0
         self._engine = None
         self._rows.clear()
         self._started.clear()
         release_cached_memory(self.model.device)
-        return size
 
     def _make_room(self) -> Engine:
-        """The engine, made again if it lacks room for a request, and with fewer slots if memory is short."""
-        if self._engine is None or not self._engine.cache.holds(*self._room):
-            self.release()  # the old cache must be free before the new one is planned
-            self._plan_slots()
-            self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, *self._room)
-        return self._engine
-
-    def _plan_slots(self) -> None:
-        """Take as many slots as fit into free memory. UserError: not even one does."""
+        """The engine, made again if it lacks room for a request, with as many slots as fit into free memory."""
+        if self._engine is not None and self._engine.cache.holds(*self._room):
+            return self._engine
+        self.release()  # the old cache must be free before the new one is planned
         config, dtype, free = self.model.config, self.model.dtype, free_memory(self.model.device)
 
         def need(slots: int) -> str:
@@ -224,15 +198,16 @@ class Generator:
         if slots < self.slots:
             self.on_note(f"{need(self.slots)}: taking {slots} slot(s)")
             self.slots = slots
+        self._engine = Engine(self.model, sorted(self.tokenizer.eos_ids), self.slots, *self._room)
+        return self._engine
 
     def _check(self, request: Request) -> None:
         length, new = len(request.prompt_ids), request.params.max_new_tokens
         if not length:
             raise UserError("a prompt is empty; it needs at least one token")
         if length + new > self.max_length:
-            raise UserError(
-                f"a prompt of {length} tokens and max_new_tokens = {new} do not fit max_length = {self.max_length}"
-            )
+            limit = f"max_length = {self.max_length}"
+            raise UserError(f"a prompt of {length} tokens and max_new_tokens = {new} do not fit {limit}")
         vocabulary = self.model.config.vocab_size
         if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
             raise UserError(f"a prompt holds a token id outside the model's vocabulary of {vocabulary}")
@@ -250,20 +225,20 @@ class Generator:
         assert engine is not None
         if engine.cache.holds(*self._room):  # else requests wait for the slots to empty: then the cache is made again
             self._admit(engine)
-        self._started.append((self._active, self._start(engine)))
+        slots, rows = [s.slot for s in self._active], [s.row for s in self._active]
+        longest_prefix = max(len(s.request.prompt_ids) for s in self._active)
+        longest_suffix = max(len(s.token_ids) for s in self._active) + 1 + len(self._started)
+        self._started.append((self._active, engine.start(slots, rows, longest_prefix, longest_suffix)))
         if len(self._started) > self._lag:
             self._read(*self._started.popleft())
         self._retire()
 
     def _retire(self) -> None:
         """Turn finished sequences into completions."""
-        done = [sequence for sequence in self._active if sequence.finish_reason is not None]
-        if done:
-            self._active = [sequence for sequence in self._active if sequence.finish_reason is None]
-            self._finished += map(self._complete, done)
+        self._finished += [self._complete(s) for s in self._active if s.finish_reason is not None]
+        self._active = [s for s in self._active if s.finish_reason is None]
 
-    def _complete(self, sequence: _Sequence) -> Completion:
-        s = sequence
+    def _complete(self, s: _Sequence) -> Completion:
         assert s.finish_reason is not None
         text = self.tokenizer.decode(s.token_ids) if s.stop_text is None else s.stop_text
         return Completion(s.token_ids, text, s.logprobs, s.finish_reason, s.proposal_logprobs, s.request)
@@ -293,12 +268,6 @@ class Generator:
                 new[prompt] = self._rows[prompt] = next(free)
             sequence.row = self._rows[prompt]
         return new
-
-    def _start(self, engine: Engine) -> Step:
-        longest_prompt = max(len(sequence.request.prompt_ids) for sequence in self._active)
-        longest_suffix = max(len(sequence.token_ids) for sequence in self._active) + 1 + len(self._started)
-        slots, rows = [sequence.slot for sequence in self._active], [sequence.row for sequence in self._active]
-        return engine.start(slots, rows, longest_prompt, longest_suffix)
 
     def _read(self, sequences: Sequence[_Sequence], step: Step) -> None:
         """Append what a step drew, except for sequences that had finished before it was known."""

@@ -10,11 +10,10 @@ not prefilled, so that every drawn token, the first included, is sampled in one 
 `Groups` lists those of a decode step, in a fixed shape on a GPU (for CUDA graphs) and as plain slices on the CPU.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -51,22 +50,18 @@ class KVCache:
         self, config: ModelConfig, slots: int, prefix: int, suffix: int, device: torch.device, dtype: torch.dtype
     ):
         """prefix, suffix: the least positions of a row and of a slot; both are rounded up to whole blocks."""
+        self.device = device
         self.padding_slot = slots  # one row and one slot more: padding is written there and never read
         self.prefix, self.suffix = _whole_blocks(prefix), _whole_blocks(suffix)
+        self.bytes = cache_bytes(config, dtype, slots, prefix, suffix)
         # Siblings whose queries fill a tile of the attention kernel.
         self.group_width = max(1, ROWS * config.num_key_value_heads // config.num_attention_heads)
-        sizes = [
-            (config.num_hidden_layers, slots + 1, config.num_key_value_heads, positions, config.head_dim)
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = (
+            _zeros((layers, slots + 1, heads, positions, config.head_dim), device, dtype)
             for positions in (self.prefix, self.prefix, self.suffix, self.suffix)
-        ]
-        tensors = [_zeros(size, device, dtype) for size in sizes]
-        self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = tensors
-        self.bytes = sum(x.nbytes for x in tensors)
+        )
         self.prefix_lengths = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.prefix_k.device
 
     def holds(self, prefix: int, suffix: int) -> bool:
         """Whether prompts and suffixes of these lengths fit."""
@@ -90,16 +85,14 @@ def _whole_blocks(positions: int) -> int:
 class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
-    def __init__(self, cache: KVCache, rows: Sequence[int], lengths: Sequence[int]):
-        """rows[i] is the row of the i-th packed prompt; packed sequences beyond the listed rows are padding."""
-        device = cache.device
-        self.cache = cache
-        targets = [*rows, *[cache.padding_slot] * (len(lengths) - len(rows))]
-        sizes = torch.tensor(lengths)
-        self.rows = upload(torch.tensor(targets).repeat_interleave(sizes), device)
+    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int]):
+        """rows: one for each prompt. lengths: of each prompt, then of the padding; 0 is allowed."""
+        self.cache, device = cache, cache.device
+        targets = torch.tensor([*rows, cache.padding_slot])
+        self.rows = upload(targets.repeat_interleave(torch.tensor(lengths)), device)
         self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
-        self.packed = PackedAttention([n for n in lengths if n], device)  # a prompt of one token has no prefix
-        cache.prefix_lengths[upload(list(rows), device)] = upload(list(lengths[: len(rows)]), device)
+        self.packed = PackedAttention([n for n in lengths if n], device)
+        cache.prefix_lengths[upload(rows, device)] = upload(lengths[:-1], device)
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
@@ -122,7 +115,7 @@ class Groups:
     suffix_rows: Tensor | None  # int64 [S]; None: sequence s reads slot s
 
     @classmethod
-    def compact(cls, cache: KVCache, slots: Sequence[int], rows: Sequence[int]) -> Groups:
+    def compact(cls, cache: KVCache, slots: Sequence[int], rows: Sequence[int]) -> Self:
         """The smallest shapes, for the CPU: slices if the slots and rows in use are 0, 1, 2, ...
 
         slots, rows: for each sequence its slot and the row of its prompt.
@@ -132,7 +125,7 @@ class Groups:
         # A group for every row needs no gather of keys and values, unless one crowded prompt leaves most places empty.
         crowded = len(by_row) * width > 2 * len(rows) + MIN_ROWS
         groups = _split(by_row, 4) if crowded else list(enumerate(by_row))
-        siblings, places = _places(groups)
+        siblings, places = _places(groups, min(width, 4) if crowded else width)
         in_order = list(slots) == list(range(len(slots)))
         padding = [cache.padding_slot] * (MIN_ROWS - len(slots))
         return cls(
@@ -144,7 +137,7 @@ class Groups:
         )
 
     @classmethod
-    def fixed(cls, cache: KVCache, batch: int, slots: Sequence[int], rows: Sequence[int]) -> Groups:
+    def fixed(cls, cache: KVCache, batch: int, slots: Sequence[int], rows: Sequence[int]) -> Self:
         """Of one shape for any sequences: S = B = T = `batch`, in groups of `cache.group_width`, the rest padding."""
         width, device = cache.group_width, cache.device
         groups = _split(_by_row(rows), width)
@@ -160,7 +153,7 @@ class Groups:
             suffix_rows=padded_slots,
         )
 
-    def copy_(self, other: Groups) -> None:
+    def copy_(self, other: Self) -> None:
         """Copy another of the same shape into the same memory."""
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             mine.copy_(theirs)
@@ -179,9 +172,8 @@ def _split(by_row: Sequence[list[int]], width: int) -> list[tuple[int, list[int]
     return [(row, every[i : i + width]) for row, every in enumerate(by_row) for i in range(0, len(every), width)]
 
 
-def _places(groups: Sequence[tuple[int, list[int]]], width: int | None = None) -> tuple[list[list[int]], list[int]]:
+def _places(groups: Sequence[tuple[int, list[int]]], width: int) -> tuple[list[list[int]], list[int]]:
     """The groups filled up to one width, and each sequence's place in them, counted row by row."""
-    width = width or max(len(members) for _, members in groups)
     places = {s: t * width + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
     return [members + [0] * (width - len(members)) for _, members in groups], [places[s] for s in range(len(places))]
 
@@ -190,11 +182,7 @@ class Decode:
     """Attention of one new token for each sequence of `groups` over its prompt's prefix and its own suffix."""
 
     def __init__(self, cache: KVCache, groups: Groups, drawn: Tensor, longest_prefix: int, longest_suffix: int):
-        """
-        Args:
-            drawn: int64 [B], the suffix positions that each sequence held before this step.
-            longest_prefix, longest_suffix: no sequence reads positions beyond these.
-        """
+        """drawn: int64 [B], the suffix positions that each sequence held before. None reads beyond the longest ones."""
         self.cache, self.groups, self.drawn = cache, groups, drawn
         self.attended = len(groups.sibling_index)
         self.suffix_lengths = drawn[: self.attended] + 1
@@ -209,18 +197,11 @@ class Decode:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rows of q beyond the attended ones come back as zeros."""
+        g = self.groups
+        prefix = self.prefix_k[layer], self.prefix_v[layer], self.prefix_lengths, g.siblings, g.sibling_index
+        suffix = self.suffix_k[layer], self.suffix_v[layer], self.suffix_lengths
         attended = decode_attention(
-            q[: self.attended],
-            self.prefix_k[layer],
-            self.prefix_v[layer],
-            self.prefix_lengths,
-            self.groups.siblings,
-            self.groups.sibling_index,
-            self.suffix_k[layer],
-            self.suffix_v[layer],
-            self.suffix_lengths,
-            prefix_rows=self.groups.prefix_rows,
-            suffix_rows=self.groups.suffix_rows,
+            q[: self.attended], *prefix, *suffix, prefix_rows=g.prefix_rows, suffix_rows=g.suffix_rows
         )
         padding = len(q) - self.attended
         return torch.cat((attended, q.new_zeros(padding, *q.shape[1:]))) if padding else attended

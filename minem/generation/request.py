@@ -3,8 +3,6 @@
 minem generate --prompt "..."
 """
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -30,9 +28,7 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         rules = [
             ("n", self.n >= 1, "at least 1"),
             ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "0 (greedy) or 0.001 to 1000"),

@@ -10,11 +10,9 @@ decoding. The rest of the network is written once for all three.
 Shape suffixes: N packed tokens, D width, H query heads, K key/value heads, C channels of a head, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from inspect import signature
 from itertools import accumulate, groupby
 from typing import Any, Protocol
@@ -40,7 +38,7 @@ class Attend(Protocol):
 
 
 class Model(nn.Module):
-    """A decoder-only language model. Its merged projections are the parameters; weights.py maps them to the files.
+    """A decoder-only language model with merged projections, which weights.py maps to the files.
 
     `checkpointed`: the number of layers, from the first, that recompute their activations in the backward pass (Chen et
     al. 2016, arXiv 1604.06174). Each keeps two [N, D] tensors instead, and training takes up to a third longer.
@@ -50,7 +48,8 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.checkpointed = 0
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
+        # From an empty table: without PyTorch's random initialisation, which a checkpoint overwrites anyway.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -72,14 +71,12 @@ class Model(nn.Module):
         cos = (angle.cos() * rope.attention_factor).to(self.dtype)
         sin = (angle.sin() * rope.attention_factor).to(self.dtype)
         x, residual = self.embed(input_ids), None
+        # Nothing in a layer is random, so there is no random state to restore.
+        recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         recomputed = self.checkpointed if torch.is_grad_enabled() else 0
         for number, layer in enumerate(self.layers):
-            if number < recomputed:
-                # Nothing in a layer is random, so there is no random state to restore.
-                recompute = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
-                x, residual = recompute(x, residual, cos, sin, attend)
-            else:
-                x, residual = layer(x, residual, cos, sin, attend)
+            run = partial(recompute, layer) if number < recomputed else layer
+            x, residual = run(x, residual, cos, sin, attend)
         return self.norm(x, residual)[0]
 
     def forward(
@@ -90,31 +87,26 @@ class Model(nn.Module):
         targets: Tensor | None = None,
         token_weights: Tensor | None = None,
     ) -> Any:
-        """Logits of a rectangle of tokens, or the loss of packed sequences.
+        """Logits of tokens, or their loss if `rows` and `targets` are given.
 
         Args:
             input_ids: int64 [B, T], or packed [N] when `lengths` is given.
-            lengths: lengths of the packed sequences, summing to N. They do not attend to each other.
+            lengths: of the packed sequences, summing to N.
             rows: int64 [R], the packed positions that predict a supervised token. Only these reach the head, inside
                 forward, so that the hooks of FSDP run around all parameters.
             targets: int64 [R], the supervised tokens.
-            token_weights: [R], the weight of each log-probability; None: all 1.
+            token_weights: [R], one for each target; None: all 1.
         Returns:
-            logits [B, T, V] for a rectangle, else (loss, token_logprobs [R], token_entropy [R]) with
+            logits [B, T, V] or [N, V], or (loss, token_logprobs [R], token_entropy [R]) with
             loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
         """
         if lengths is None:
-            batch, steps = input_ids.shape
-            hidden = self._packed_hidden(input_ids.flatten(), [steps] * batch)
-            return self.head(hidden).unflatten(0, (batch, steps))
-        hidden = self._packed_hidden(input_ids, lengths)
-        if rows is None or targets is None:
-            raise ValueError("packed sequences need rows and targets: which positions predict which tokens")
-        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
-
-    def _packed_hidden(self, input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+            lengths = [input_ids.shape[1]] * input_ids.shape[0]
         positions = upload(torch.cat([torch.arange(n) for n in lengths]), input_ids.device)
-        return self.hidden(input_ids, positions, PackedAttention(lengths, input_ids.device))
+        hidden = self.hidden(input_ids.flatten(), positions, PackedAttention(lengths, input_ids.device))
+        if rows is None or targets is None:
+            return self.head(hidden).unflatten(0, input_ids.shape)
+        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
 
 class Layer(nn.Module):
@@ -149,16 +141,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.channels, config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-        q, k, v = rotary(
-            self.qkv(x).unflatten(-1, (-1, self.channels)),  # [N, H + 2K, C]
-            cos,
-            sin,
-            self.heads,
-            q_norm=None if self.q_norm is None else self.q_norm.weight,
-            k_norm=None if self.k_norm is None else self.k_norm.weight,
-            eps=self.eps,
-            cache=attend.cache_write(self.layer),
-        )
+        qkv = self.qkv(x).unflatten(-1, (-1, self.channels))  # [N, H + 2K, C]
+        q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+        cache = attend.cache_write(self.layer)
+        q, k, v = rotary(qkv, cos, sin, self.heads, q_norm=q_norm, k_norm=k_norm, eps=self.eps, cache=cache)
         return self.o(attend(self.layer, q, k, v).flatten(1))
 
 
@@ -188,20 +174,10 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Without PyTorch's random initialisation, which a checkpoint overwrites anyway."""
+    """Without PyTorch's random initialisation, as the embeddings."""
 
     def reset_parameters(self) -> None:
         pass
-
-
-class Embedding(nn.Embedding):
-    """Without PyTorch's random initialisation, as `Linear`."""
-
-    def reset_parameters(self) -> None:
-        pass
-
-
-# ----------------------------------------------------------------------------------------------------- rotary embedding
 
 
 @lru_cache(maxsize=16)
@@ -213,11 +189,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -
         return frequency / rope.factor
     if rope.type == "llama3":
         # Short wavelengths stay, long ones are divided by `factor`, those between are blended (Llama 3.1's model card).
-        wavelength = 2 * math.pi / frequency
-        blend = (rope.original_length / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
-        return frequency * (blend.clamp(0, 1) + (1 - blend.clamp(0, 1)) / rope.factor)
+        wavelength, low, high = 2 * math.pi / frequency, rope.low_freq_factor, rope.high_freq_factor
+        blend = ((rope.original_length / wavelength - low) / (high - low)).clamp(0, 1)
+        return frequency * (blend + (1 - blend) / rope.factor)
     if rope.type == "yarn":
         # Peng et al. 2023, arXiv 2309.00071, section 3.2: interpolate the channels with fewer than `beta_slow`
         # rotations within the original length, keep those with more than `beta_fast`, ramp between.
@@ -232,9 +206,6 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, device: torch.device) -
         ramp = ((torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / (high - low)).clamp(0, 1)
         return frequency * (1 - ramp) + frequency / rope.factor * ramp
     return frequency
-
-
-# -------------------------------------------------------------------------------------- attention over packed sequences
 
 
 def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -265,8 +236,7 @@ def takes_varlen(q: Tensor) -> bool:
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 256
+        and q.shape[-1] in range(8, 257, 8)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
         and varlen_attention() is not None
     )
@@ -280,22 +250,19 @@ class PackedAttention:
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str):
-        self.lengths, self.device = list(lengths), device
-        self.rectangles = [(len(list(run)), length) for length, run in groupby(self.lengths)]
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """int32 [sequences + 1]: the start of each and the end of the last; uploaded once for all layers."""
-        return upload(list(accumulate(self.lengths, initial=0)), self.device, torch.int32)
+        self.longest = max(lengths, default=0)
+        self.rectangles = [(len(list(run)), length) for length, run in groupby(lengths)]
+        # The start of each sequence and the end of the last, uploaded once for all layers.
+        self.starts = upload(list(accumulate(lengths, initial=0)), device, torch.int32)
 
     def cache_write(self, layer: int) -> None:
         """None: training has no cache."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if takes_varlen(q):
-            attention, longest = varlen_attention(), max(self.lengths)
+            attention = varlen_attention()
             assert attention is not None
-            return attention(q, k, v, self.starts, self.starts, longest, longest)
+            return attention(q, k, v, self.starts, self.starts, self.longest, self.longest)
         sizes = [count * length for count, length in self.rectangles]
         parts = zip(self.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
         done = [self._rectangle(*(x.unflatten(0, shape) for x in part)).flatten(0, 1) for shape, *part in parts]

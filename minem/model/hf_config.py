@@ -3,12 +3,10 @@
 python -c "import minem; print(minem.load('toy')[0].config)"
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from minem.errors import UserError
 
@@ -54,14 +52,10 @@ class ModelConfig:
     raw: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # config.json as read
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
-        """Read a Hugging Face config.json.
+    def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
+        """Read a parsed config.json; `source` is its path, for messages.
 
-        Args:
-            raw: the parsed file.
-            source: its path, for messages.
-        Raises:
-            UserError: a field is missing, has the wrong type, or asks for something that this decoder does not support.
+        UserError names a field that is missing, has the wrong type, or asks for what this decoder does not support.
         """
         _refuse_unsupported(raw, source)
         kind, bias = raw["model_type"], bool(raw.get("attention_bias", False))
@@ -165,16 +159,10 @@ def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
         if low >= high:
             raise UserError(f"{where}: low_freq_factor ({low:g}) must be below high_freq_factor ({high:g})")
         return RopeConfig(theta, kind, factor, low, high, original)
-    return RopeConfig(
-        theta,
-        kind,
-        factor,
-        original_length=original,
-        beta_fast=_number(rope, "beta_fast", where, 32.0),
-        beta_slow=_number(rope, "beta_slow", where, 1.0),
-        truncate=bool(rope.get("truncate", True)),
-        attention_factor=_yarn_attention_factor(rope, factor, where),
-    )
+    fast, slow = _number(rope, "beta_fast", where, 32.0), _number(rope, "beta_slow", where, 1.0)
+    ramp: dict[str, Any] = {"beta_fast": fast, "beta_slow": slow, "truncate": bool(rope.get("truncate", True))}
+    scale = _yarn_attention_factor(rope, factor, where)
+    return RopeConfig(theta, kind, factor, original_length=original, attention_factor=scale, **ramp)
 
 
 def _yarn_attention_factor(rope: Mapping[str, Any], factor: float, where: str) -> float:

@@ -4,15 +4,12 @@
 
 A linear layer W becomes W + scale * B A with scale = alpha / rank, A [rank, in] random and B [out, rank] zero, so that
 training starts at W itself (Hu et al. 2021, arXiv 2106.09685). Only A and B have gradients, float32 masters and AdamW's
-state. A merged layer holds several projections of Hugging Face's (`minem.model.weights.PARTS`), each with its own A and
-B for its rows.
+state. A merged layer has an A and a B for each of its projections (`minem.model.weights.PARTS`).
 
-There is one set of weights. It holds the base model's while A and B train, and W + scale * B A at all other times: the
-model that samples, is evaluated and is saved is an ordinary one. Rounding does not accumulate over iterations, because
-each merge starts from the base weights, read again from their file.
+The one set of weights holds W while A and B train, and W + scale * B A at all other times: the model that samples, is
+evaluated and is saved is an ordinary one. Rounding does not accumulate over iterations, because each merge starts from
+the base weights, read again from their file.
 """
-
-from __future__ import annotations
 
 import json
 import math
@@ -27,25 +24,17 @@ from torch import Tensor, nn
 
 from minem.errors import UserError
 from minem.model.decoder import Model
+from minem.model.sizes import read_targets
 from minem.model.weights import PARTS, checkpoint_views, read_weights
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def read_targets(text: str) -> list[str]:
-    """The projections that `mstep.lora_targets` names: names with commas, or "all"."""
-    names = [name.strip() for name in text.split(",")]
-    return list(TARGETS) if "all" in names else names
 
 
 class Adapter(nn.Module):
     """The low-rank terms of one linear layer, in the module tree only during training.
 
-    Args:
-        rows: output features of each projection of the layer, by its Hugging Face name, in the order of its rows.
-        targets: the projections to train, by the last part of their names.
-        width: input features of the layer.
+    rows: output features of each projection of the layer, by its Hugging Face name, in the order of its rows.
+    targets: the projections to train, by the last part of their names. width: input features of the layer.
     """
 
     def __init__(self, rows: Mapping[str, int], targets: list[str], width: int, rank: int, scale: float):
@@ -70,20 +59,16 @@ class Adapter(nn.Module):
 class LoRA:
     """The adapters of a model; its own parameters stay frozen.
 
-    Args:
-        targets: as for `read_targets`.
-        seed: of the random A, the same in every process.
-        base: the folder of the model's current weights, from which each merge starts.
-    Raises:
-        UserError: the rank is above the model's width.
+    targets: as for `read_targets`. seed: of the random A, the same in every process.
+    base: the folder of the model's current weights, from which each merge starts.
+    Raises UserError if the rank is above the model's width.
     """
 
     def __init__(self, model: Model, rank: int, alpha: float, targets: str, seed: int, base: Path):
         if rank > model.config.hidden_size:
             raise UserError(f"mstep.lora_rank is {rank}; the model's width of {model.config.hidden_size} is the most")
         self.model, self.rank, self.alpha, self.seed, self.base = model, rank, alpha, seed, base
-        self.scale = alpha / rank
-        self.targets = read_targets(targets)
+        self.scale, self.targets = alpha / rank, read_targets(targets)
         self.adapters: dict[nn.Linear, Adapter] = {}
         model.requires_grad_(False)
         views = checkpoint_views(model)
@@ -119,10 +104,9 @@ class LoRA:
         Each adapter runs inside its own block's forward, so that blocks can be sharded or recomputed.
         """
         self._unmerge()
-        hooks = []
         for linear, adapter in self.adapters.items():
             linear.add_module("lora", adapter)
-            hooks.append(linear.register_forward_hook(_add_low_rank))
+        hooks = [linear.register_forward_hook(_add_low_rank) for linear in self.adapters]
         try:
             yield
         finally:
@@ -158,7 +142,7 @@ class LoRA:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": 0.0,
-            "target_modules": sorted(set(self.targets)),
+            "target_modules": sorted(self.targets),
             "bias": "none",
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -3,8 +3,6 @@
 minem train --dry-run
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,8 @@ from minem.kernels.cross_entropy import CHUNK_BYTES
 from minem.model.hf_config import ModelConfig
 
 SAFE_SHARE = 0.9  # the share of free memory to plan with: allocators leave gaps
+# The projections that LoRA can train, by their Hugging Face names.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -36,60 +36,43 @@ def parameters(config: ModelConfig) -> Parameters:
     block += config.qkv_bias * merged + config.o_bias * width + config.mlp_bias * (2 * inner + width)
     block += config.qk_norm * 2 * channels
     vocabulary = config.vocab_size * width
-    return Parameters(
-        embeddings=vocabulary,
-        body=config.num_hidden_layers * block + width,
-        head=0 if config.tie_word_embeddings else vocabulary,
-    )
+    head = 0 if config.tie_word_embeddings else vocabulary
+    return Parameters(embeddings=vocabulary, body=config.num_hidden_layers * block + width, head=head)
 
 
 def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
-    """Parameters of LoRA's terms: for each target, A [rank, in] and B [out, rank].
-
-    targets: linear layers of the blocks by Hugging Face's names, with commas; or "all".
-    """
-    width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
+    """Parameters of LoRA's terms: for each of `read_targets(targets)`, A [rank, in] and B [out, rank]."""
+    inner, channels = config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
-    sizes = {  # in + out
-        "q_proj": width + queries,
-        "k_proj": width + keys,
-        "v_proj": width + keys,
-        "o_proj": queries + width,
-        "gate_proj": width + inner,
-        "up_proj": width + inner,
-        "down_proj": inner + width,
-    }
-    names = {name.strip() for name in targets.split(",")}  # one that stands twice counts once
-    return config.num_hidden_layers * rank * sum(sizes[name] for name in (sizes if "all" in names else names))
+    ends = dict(zip(TARGETS, (queries, keys, keys, queries, inner, inner, inner), strict=True))
+    # Each projection has the model's width at its other end.
+    return config.num_hidden_layers * rank * sum(config.hidden_size + ends[name] for name in read_targets(targets))
+
+
+def read_targets(text: str) -> list[str]:
+    """The projections that `mstep.lora_targets` names: names with commas, or "all"."""
+    names = {name.strip() for name in text.split(",")}
+    return [name for name in TARGETS if "all" in names or name in names]
 
 
 def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
     """Floating-point operations of forward and backward, as for MFU: 6 per weight and token.
 
-    6 x (body parameters x tokens + head parameters x supervised). The head has V x D, tied or not; the embeddings are
-    only looked up. Attention and recomputation are not counted.
-
-    tokens: that enter the model. supervised: that reach the head.
+    tokens: that enter the model. supervised: that reach the head, which has V x D weights, tied or not; the embeddings
+    are only looked up. Attention and recomputation are not counted.
     """
     head = config.vocab_size * config.hidden_size
     return 6 * (parameters(config).body * tokens + head * supervised)
 
 
 def activation_bytes(
-    config: ModelConfig,
-    tokens: int,
-    supervised: int,
-    checkpointed: int,
-    dtype: torch.dtype,
-    device: str = "cuda",
+    config: ModelConfig, tokens: int, supervised: int, checkpointed: int, dtype: torch.dtype, device: str = "cuda"
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without those of `loss_bytes`.
 
-    Args:
-        tokens: that enter the model.
-        supervised: of them, those that reach the head.
-        checkpointed: blocks that keep their input alone. The backward pass recomputes one of them at a time.
-        device: "cuda" for the Triton kernels, or "cpu" for the eager references, which keep more.
+    tokens, supervised: as for `flops`.
+    checkpointed: blocks that keep their input alone. The backward pass recomputes one of them at a time.
+    device: "cuda" for the Triton kernels, or "cpu" for the eager references, which keep more.
     """
     width, size = config.hidden_size, dtype.itemsize
     blocks = config.num_hidden_layers - checkpointed
@@ -106,29 +89,24 @@ def loss_bytes(
 
     trained: whether the head gets a gradient; under LoRA it does not.
     """
-    weight = config.vocab_size * config.hidden_size if trained else 0
-    # The weight's gradient in float32, then its scaled copy in the dtype of the weight.
-    return weight * 4 + max(_chunk_bytes(config, supervised, dtype, device), weight * dtype.itemsize)
-
-
-def _chunk_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, device: str) -> int:
-    """Bytes of the logits of `linear_cross_entropy`, a chunk of rows at a time."""
     vocabulary, size = config.vocab_size, dtype.itemsize
-    rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))
+    rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))  # of one chunk of logits
     # Eager: shifted logits and their exponentials in float32, and the logits themselves if these are narrower.
-    return rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
+    chunk = rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
+    weight = vocabulary * config.hidden_size if trained else 0
+    # The weight's gradient in float32, then its scaled copy in the dtype of the weight.
+    return weight * 4 + max(chunk, weight * size)
 
 
 def _block_bytes(config: ModelConfig, size: int, device: str) -> int:
     """Bytes that one block keeps of each token."""
     width, inner, channels = config.hidden_size, config.intermediate_size, config.head_dim
     heads, turned = config.num_attention_heads, (config.num_attention_heads + config.num_key_value_heads) * channels
-    eager = device == "cpu"
     numbers = 4 * width  # input and output of two norms
     numbers += _merged(config) + turned + heads * channels  # q, k, v before and after the rotation, and the result
     numbers += 3 * inner  # gate, up, and the input of the last matrix
     statistics = 2 + heads  # of the norms, and of the softmax, in float32
-    if eager:
+    if device == "cpu":
         numbers += 2 * width + inner  # normed rows before their weight, silu(gate)
         numbers += heads * channels  # the results of sequences of different lengths, before `torch.cat`
         numbers += config.qk_norm * turned  # normed queries and keys before their weight

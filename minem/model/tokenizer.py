@@ -6,14 +6,14 @@
 tokens, chat template, ids that end a text) are read as transformers 5 reads them; comments give its rules.
 """
 
-from __future__ import annotations
-
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -27,13 +27,12 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
-STOPS = (KeyboardInterrupt, SystemExit, MemoryError)  # any other BaseException is an error or panic of the library
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(eq=False)
 class Tokenizer:
-    """Text <-> token ids for one checkpoint folder. Made by `Tokenizer.from_folder`."""
+    """Text <-> token ids for one checkpoint folder."""
 
     folder: Path
     backend: tokenizers.Tokenizer
@@ -42,11 +41,8 @@ class Tokenizer:
     eos_ids: frozenset[int]  # any of these ends a text; empty if the folder names none
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json and the small files around it, if present.
-
-        Raises UserError when tokenizer.json is missing, a file is broken, or a field has the wrong type.
-        """
+    def from_folder(cls, path: str | Path) -> Self:
+        """Read tokenizer.json and the small files around it, if present. UserError names what is wrong with them."""
         folder = Path(path)
         for name in FILES:  # `save` copies all of them, hours later: refuse links out of the folder now
             own_file(folder, name)
@@ -79,13 +75,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` runs tokenizer.json's post-processor; BOS is never doubled."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except (TypeError, UnicodeEncodeError) as error:
+            text.encode()
+        except UnicodeEncodeError as error:
             raise UserError(f"this text is not valid Unicode and cannot be tokenised: {text[:80]!r}") from error
-        except STOPS:
-            raise
-        except BaseException as error:
-            raise UserError(f"the tokenizer of {self.folder} fails on {text[:80]!r}: {reason(error)}") from error
+        with _explained(f"the tokenizer of {self.folder} fails on {text[:80]!r}"):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         if add_special_tokens and self.bos_id is not None and ids[:2] == [self.bos_id, self.bos_id]:
             return ids[1:]
         return ids
@@ -93,17 +87,13 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; ids beyond the vocabulary have none."""
         given = list(ids)
-        try:
+        with _explained(f"the tokenizer of {self.folder} fails on ids {given[:8]}"):
             return str(self.backend.decode(given, skip_special_tokens=skip_special_tokens))
-        except STOPS:
-            raise
-        except BaseException as error:
-            raise UserError(f"the tokenizer of {self.folder} fails on ids {given[:8]}: {reason(error)}") from error
 
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt text of a chat (a list of {"role": ..., "content": ...}), special tokens written out.
 
-        Raises UserError when the folder has no chat template, or the template is broken or refuses the messages.
+        Raises UserError if there is no chat template, or if it is broken or refuses the messages.
         """
         if self.chat_template is None:
             raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")
@@ -124,7 +114,7 @@ class Tokenizer:
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
-    """Copy those of the named files that the folder `source` has into the folder `target`, which may be the same."""
+    """Copy those of the named files that `source` has into `target`, which may be the same folder."""
     for name in names:
         file = own_file(source, name)
         if file.is_file() and file.resolve() != (target / name).resolve():
@@ -139,17 +129,37 @@ def _read_optional(folder: Path, name: str) -> dict[str, Any]:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise UserError(f"{path} is missing: a checkpoint folder needs its tokenizer.json")
-    try:
+    with _explained(f"{path} is not a tokenizer that can be used"), _silent_stderr():
         backend = tokenizers.Tokenizer.from_file(str(path))
         # Some files carry a training script's truncation and padding; transformers resets both, too.
         backend.no_truncation()
         backend.no_padding()
         backend.decode(backend.encode(PROBE).ids)  # a missing special token only fails here
-    except STOPS:
-        raise
-    except BaseException as error:
-        raise UserError(f"{path} is not a tokenizer that can be used: {reason(error)}") from error
     return backend
+
+
+@contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """Errors and panics of the Rust library become a UserError that begins with `problem`."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise UserError(f"{problem}: {reason(error)}") from error
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The library prints its panics, with a backtrace, to the process's stderr: meanwhile that is the null device."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> dict[str, str]:
@@ -171,8 +181,8 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], f
             raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {special[name]!r} is not in tokenizer.json")
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     texts = [text for text in special.values() if backend.token_to_id(text) is not None]
-    new = {text: tokenizers.AddedToken(text, special=True, normalized=False) for text in texts}
-    backend.add_special_tokens([known.get(text, new[text]) for text in texts])
+    new = [known.get(text, tokenizers.AddedToken(text, special=True, normalized=False)) for text in texts]
+    backend.add_special_tokens(new)
     return special
 
 

@@ -7,8 +7,6 @@ Queries, keys and values are one merged parameter in the model and three tensors
 copies from the memory-mapped file into the parameters, so there is never a second copy of the weights in memory.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -58,13 +56,10 @@ def load(
 ) -> tuple[Model, Tokenizer]:
     """Load a model and its tokenizer, ready for evaluation and for training.
 
-    Args:
-        folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
-        device: "meta" checks the folder and copies no weights.
-        dtype: the weights are converted to it.
-        revision: branch, tag or commit on the hub.
-    Raises:
-        UserError: no such folder or repository, a broken or missing file, tensors that do not match the config.
+    folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
+    device: "meta" checks the folder and copies no weights. dtype: the weights are converted to it.
+    revision: branch, tag or commit on the hub.
+    Raises UserError for a broken or missing file, and for tensors that do not fit the config.
     """
     folder = resolve(folder_or_hub_id, revision)
     model, tokenizer = load_model(folder, device, dtype), Tokenizer.from_folder(folder)
@@ -145,7 +140,7 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tokenizer.save(folder)
     copy_files(["generation_config.json"], tokenizer.folder, folder)
-    _write_weights(checkpoint_views(model), folder)
+    _write_weights(model, folder)
 
 
 def saved_bytes(model: Model) -> int:
@@ -168,11 +163,7 @@ def checkpoint_views(model: Model) -> dict[str, Tensor]:
 
 
 def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The local folder of a model: "toy", a folder, or a hub id, which is downloaded unless it is in the cache.
-
-    Raises:
-        UserError: neither a folder nor a repository that can be downloaded; the sentence gives the remedy.
-    """
+    """The local folder of a model: "toy", a folder, or a hub id, downloaded if needed. UserError gives the remedy."""
     name = str(folder_or_hub_id)
     if not name.strip():
         raise UserError("model is empty; give a folder, a hub id, or toy")
@@ -197,33 +188,28 @@ def _weight_files(folder: Path) -> list[Path]:
     names = read_json(index, INDEX_LIMIT).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
-    for name in sorted(set(names.values())):
+    files = sorted(set(names.values()))
+    for name in files:
         if Path(name).name != name or not os.path.isfile(folder / name):
             raise UserError(f"{index}: weight_map names {name[:200]!r}, which is not a file of this folder")
-    return [own_file(folder, name) for name in sorted(set(names.values()))]
+    return [own_file(folder, name) for name in files]
 
 
-def _write_weights(tensors: dict[str, Tensor], folder: Path) -> None:
+def _write_weights(model: Model, folder: Path) -> None:
     """Write model.safetensors, or shards of at most SHARD_BYTES with their index."""
     for old in folder.glob("model*.safetensors*"):  # a single file of an earlier save would hide new shards
         old.unlink()
     shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+    for name, tensor in checkpoint_views(model).items():
+        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
             shards.append({})
-            size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
-    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    names = names if len(shards) > 1 else ["model.safetensors"]
-    for name, shard in zip(names, shards, strict=True):
+    files: dict[str, str] = {}  # tensor -> its file
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / name, {"format": "pt"})
         (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
-    if len(shards) == 1:
-        return
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        files |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": saved_bytes(model)}, "weight_map": files}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,22 +1,13 @@
 """`minem doctor`: what this machine has, what each part will run on, and a short self-test.
 
-    minem doctor
-    minem doctor --json
-
-The self-test compares the generator's log-probabilities with the trainer's forward pass, the loss and its gradients
-with float64, and drawn tokens with their probabilities; on a GPU for both backends. Nothing is downloaded.
+minem doctor
 """
 
-from __future__ import annotations
-
-import math
 import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +24,7 @@ from minem.files import shown_bytes
 from minem.kernels import linear_cross_entropy, sample
 from minem.kernels.backend import pick
 from minem.model.decoder import takes_varlen
+from minem.planning.dryrun import free_disk
 from minem.runs.record import package_versions
 
 PACKAGES = "torch triton safetensors tokenizers huggingface-hub numpy jinja2 pyarrow pydantic matplotlib transformers"
@@ -58,8 +50,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {label.removesuffix('_bytes').replace('_', ' '):<20}{text}"
     yield "self-test"
     for check in found["checks"]:
-        verdict = "ok  " if check["passed"] else "FAIL"
-        yield f"  {verdict} {check['name']}: {check['detail']} ({check['seconds']:.1f} s)"
+        yield f"  {'ok  ' if check['passed'] else 'FAIL'} {check['name']}: {check['detail']} ({check['seconds']:.1f} s)"
 
 
 def _machine() -> dict[str, Any]:
@@ -69,13 +60,14 @@ def _machine() -> dict[str, Any]:
         token = get_token() is not None
     except OSError:  # HF_HOME is a file, or may not be read
         token = False
-    cache = Path(constants.HF_HUB_CACHE)
+    cache, info = Path(constants.HF_HUB_CACHE), Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
     gpus = {f"gpu_{index}": _gpu(index) for index in range(torch.cuda.device_count())}
     driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu[1] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "memory_free_bytes": free_memory(torch.device("cpu")),
@@ -83,9 +75,9 @@ def _machine() -> dict[str, Any]:
         "torch_built_for": f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU only",
         "minem": minem.__version__,
         **package_versions(PACKAGES.split()),
-        "runs_free_bytes": _free_disk(Path("runs")),
+        "runs_free_bytes": free_disk(Path("runs")),
         "hub_cache": str(cache),
-        "hub_cache_free_bytes": _free_disk(cache),
+        "hub_cache_free_bytes": free_disk(cache),
         "hub_cache_bytes": sum(blob.stat().st_size for blob in cache.glob("*/blobs/*") if blob.is_file()),
         "hub_token": token,
         "hub_offline": constants.HF_HUB_OFFLINE,
@@ -93,20 +85,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _gpu(index: int) -> str:
-    properties, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
-    memory = f"{shown_bytes(total)} ({shown_bytes(free)} free)"
-    return f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
-    return name[1] if name else platform.machine()
-
-
-def _free_disk(folder: Path) -> int:
-    """Of the disk that the folder is on, or will be."""
-    return shutil.disk_usage(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())).free
+    gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+    return f"{gpu.name}, {shown_bytes(total)} ({shown_bytes(free)} free), sm_{gpu.major}{gpu.minor}"
 
 
 def _parts(device: torch.device) -> dict[str, str]:
@@ -121,24 +101,25 @@ def _parts(device: torch.device) -> dict[str, str]:
     }
 
 
-def _checks(device: torch.device) -> Iterator[tuple[str, Callable[[], tuple[bool, str]]]]:
-    yield "generator against trainer", partial(_generator_agrees, device)
+def _checks(device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """Name, function and arguments of each self-test, which returns whether it passed and what it found."""
+    yield "generator against trainer", _generator_agrees, device
     for backend in ("eager", "triton") if device.type == "cuda" else ("eager",):
-        yield f"loss against float64, {backend}", partial(_loss_is_right, device, backend)
-        yield f"sampling against its probabilities, {backend}", partial(_draws_are_right, device, backend)
+        yield f"loss against float64, {backend}", _loss_is_right, device, backend
+        yield f"sampling against its probabilities, {backend}", _draws_are_right, device, backend
 
 
-def _checked(name: str, check: Callable[[], tuple[bool, str]]) -> dict[str, Any]:
+def _checked(name: str, check: Callable[..., tuple[bool, str]], *arguments: Any) -> dict[str, Any]:
     start = time.monotonic()
     try:
-        passed, detail = check()
+        passed, detail = check(*arguments)
     except Exception as error:  # a broken driver or compiler raises errors of its own, and they are the finding
         passed, detail = False, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return {"name": name, "passed": passed, "detail": detail, "seconds": time.monotonic() - start}
 
 
 def _generator_agrees(device: torch.device) -> tuple[bool, str]:
-    """Draws of the embedded toy, their log-probabilities against one forward pass over complete sequences."""
+    """Draws of the embedded toy: their log-probabilities against the trainer's forward pass."""
     dtype = pick_dtype("auto", device)
     model, tokenizer = minem.load("toy", device, dtype)
     limit_threads(model)
@@ -180,5 +161,5 @@ def _draws_are_right(device: torch.device, backend: str) -> tuple[bool, str]:
     expected = log_p.exp() * DRAWN
     statistic = float(((torch.bincount(tokens, minlength=16) - expected) ** 2 / expected).sum())
     off = float((logprobs - log_p[tokens]).abs().max())
-    passed = statistic <= CHI_SQUARE and off <= LOSS_ERROR and math.isfinite(off)
+    passed = statistic <= CHI_SQUARE and off <= LOSS_ERROR  # False for NaN
     return passed, f"chi-square {statistic:.1f} of 15 degrees of freedom, log-probabilities off by {off:.2g} at most"

@@ -3,13 +3,12 @@
     minem train configs/toy.toml --dry-run
     minem train configs/toy.toml --dry-run --gpus 2 --device cpu
 
-The input is read and checked as a run would do it, but the weights stay on the disk, nothing is drawn and no directory
-is made. All numbers are upper bounds: every attempt of the budget is made, and every draw reaches the limit.
+The input is checked as a run would do it, but the weights stay on the disk and nothing is made. All numbers are upper
+bounds: every attempt of the budget is made, and every draw reaches the limit.
 """
 
-from __future__ import annotations
-
 import math
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +26,6 @@ from minem.em.loop import Experiment
 from minem.em.packing import plan
 from minem.em.samplers import uses_hints
 from minem.files import shown_bytes
-from minem.model.hf_config import ModelConfig
 from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
 from minem.model.tokenizer import Tokenizer
 from minem.planning.memory import Work, e_step, fitted, m_step, trains
@@ -44,42 +42,37 @@ KEYS = {  # to change if a part does not fit
 def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gpus: int = 1) -> dict[str, Any]:
     """What a run needs at most, as JSON values; sizes are bytes, and memory is that of one process.
 
-    experiment: built from `config`, with or without its weights.
-    longest: tokens of the longest prompt, and the most new ones.
-    gpus: processes that make the run together. On the CPU they share what is free.
+    longest: tokens of the longest prompt, and the most new ones. gpus: processes; on the CPU they share what is free.
     """
-    model, generator, device = (
-        experiment.mstep.model,
-        experiment.estep.generators["plain"],
-        pick_device(config.run.device),
-    )
+    model, estep, device = experiment.mstep.model, experiment.estep, pick_device(config.run.device)
     taken, free = process_bytes(device), free_memory(device)
     if device.type == "cpu":  # the other processes, too, take as much as this one before they allocate anything
         free = max(0, free - (gpus - 1) * taken) // gpus
-    counts, micro_batch = _iteration(config, experiment.task, generator.tokenizer, gpus)
+    counts, micro_batch = _iteration(config, experiment.task, estep.tokenizer, gpus)
     asked = Work(
-        slots=generator.slots,
+        slots=estep.generators["plain"].slots,
         prompt=longest[0],
         new=longest[1],
-        two_models=config.sampler.proposal == "base" and uses_hints(experiment.estep.sampler),
+        two_models=config.sampler.proposal == "base" and uses_hints(estep.sampler),
         adapters=lora_parameters(model.config, config.mstep.lora_rank, config.mstep.lora_targets),
         moments_kept=config.mstep.optimizer_state == "keep",
         **micro_batch,
     )
     shape = model.config, model.dtype, device.type
-    work = _planned(config, shape, asked, free)
+    work, parallel = fitted(*shape, asked, free, config.mstep.checkpointing), config.mstep.parallel
+    if gpus > 1 and (parallel == "fsdp" or (parallel == "auto" and not trains(*shape, work, free))):
+        work = fitted(*shape, replace(asked, split=True), free, config.mstep.checkpointing)
     drawing, training = e_step(*shape, work), m_step(*shape, work)
     if sum(training.values()) > SAFE_SHARE * free:  # the run then releases the cache before each M-step
         training["KV cache"] = 0
-    peaks = {"e_step_peak": taken + sum(drawing.values()), "m_step_peak": taken + sum(training.values())}
+    e_bytes, m_bytes = sum(drawing.values()), sum(training.values())
     counted = parameters(model.config)
     trained = work.adapters or counted.total
-    disk = _disk(config, counts, counted.total * model.dtype.itemsize, trained, model.dtype.itemsize < 4)
-    needs = {"E-step": (sum(drawing.values()), free), "M-step": (sum(training.values()), int(SAFE_SHARE * free))}
+    disk = _disk(config, counts, counted.total, trained, model.dtype.itemsize)
+    needs = {"E-step": (e_bytes, free), "M-step": (m_bytes, int(SAFE_SHARE * free))}
     needs["disk"] = (disk["total"], disk["free"])
-    advice = [
-        f"{part}: needs {shown_bytes(a)} of {shown_bytes(b)}; {KEYS[part]}" for part, (a, b) in needs.items() if a > b
-    ]
+    short = {part: f"{shown_bytes(a)} of {shown_bytes(b)}" for part, (a, b) in needs.items() if a > b}
+    peaks = {"e_step_peak": taken + e_bytes, "m_step_peak": taken + m_bytes}
     return {
         "run": str(config.run.out or default_path(config)),
         "model": config.model.id,
@@ -91,19 +84,9 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
         "memory": {"taken": taken, "e_step": drawing, "m_step": training, **peaks, "free": free},
         "iteration": counts,
         "disk": disk,
-        "fits": not advice,
-        "advice": "; ".join(advice),
+        "fits": not short,
+        "advice": "; ".join(f"{part}: needs {sizes}; {KEYS[part]}" for part, sizes in short.items()),
     }
-
-
-def _planned(config: Config, shape: tuple[ModelConfig, torch.dtype, str], asked: Work, free: int) -> Work:
-    """The work as the run will do it with `free` bytes; among several processes with DDP, or FSDP if it must be."""
-    work = fitted(*shape, asked, free, config.mstep.checkpointing)
-    if asked.ranks == 1 or config.mstep.parallel == "ddp":
-        return work
-    if config.mstep.parallel == "auto" and trains(*shape, work, free):
-        return work
-    return fitted(*shape, replace(asked, split=True), free, config.mstep.checkpointing)
 
 
 def process_bytes(device: torch.device) -> int:
@@ -111,9 +94,15 @@ def process_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    status = Path("/proc/self/status")  # of Linux alone
+    found = re.search(r"RssAnon:\s*(\d+)", status.read_text() if status.exists() else "")
+    return int(found[1]) * 1024 if found else 0
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free on the disk that the folder is on, or will be."""
+    path = folder.absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
 
 
 def _iteration(config: Config, task: Task, tokenizer: Tokenizer, gpus: int) -> tuple[dict[str, int], dict[str, Any]]:
@@ -148,41 +137,37 @@ def _iteration(config: Config, task: Task, tokenizer: Tokenizer, gpus: int) -> t
     }
 
 
-def _disk(config: Config, counts: Mapping[str, int], weights: int, trained: int, narrow: bool) -> dict[str, int]:
+def _disk(config: Config, counts: Mapping[str, int], weights: int, trained: int, itemsize: int) -> dict[str, int]:
     """About the bytes that the run takes on the disk at most, and how many are free.
 
-    weights: bytes of a model. trained: parameters. narrow: whether float32 masters are kept beside the weights.
+    weights, trained: parameters of the model and of what is trained; those narrower than float32 have masters, too.
     """
     run = config.run
     # What the next M-step starts from; during one, its checkpoints and the one that is being written.
-    kept = (4 * trained if narrow else 0) + (8 * trained if config.mstep.optimizer_state == "keep" else 0)
+    kept = trained * (4 * (itemsize < 4) + 8 * (config.mstep.optimizer_state == "keep"))
     state = kept * (run.init == "previous" and run.iterations > 1) + 12 * trained * (KEPT + 1)
     # A block's rows stay until all blocks are done; what is accepted is written twice.
     rows = (2 * counts["draws"] + counts["accepted"] + run.iterations) * run.iterations
-    path = Path(run.out or default_path(config)).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.is_dir())
     parts = {
-        "models": weights * (run.iterations if run.keep == "all" else min(2, run.iterations)),
+        "models": weights * itemsize * (run.iterations if run.keep == "all" else min(2, run.iterations)),
         "checkpoints": state,
         "samples": row_bytes(rows, config.sampler.max_new_tokens),
     }
-    return parts | {"total": sum(parts.values()), "free": shutil.disk_usage(there).free}
+    return parts | {"total": sum(parts.values()), "free": free_disk(Path(run.out or default_path(config)))}
 
 
-def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[Any]]]]:
     """The result as tables (columns, rows) for people."""
-    memory, parameters, counts, disk = (result[key] for key in ("memory", "parameters", "iteration", "disk"))
-    both = memory["e_step"], memory["m_step"]
-    sizes = {part: [step.get(part) for step in both] for part in both[0] | both[1]}
-    sizes["taken already"] = [memory["taken"]] * 2
-    sizes["at most"] = [memory["e_step_peak"], memory["m_step_peak"]]
-    sizes["free or taken already"] = [memory["free"] + memory["taken"]] * 2
-    rows = [[part, *("" if n is None else shown_bytes(n) for n in pair)] for part, pair in sizes.items()]
+    memory = result["memory"]
+    more = {"taken already": memory["taken"], "at most": 0, "free or taken already": memory["free"] + memory["taken"]}
+    both = [memory[step] | more | {"at most": memory[f"{step}_peak"]} for step in ("e_step", "m_step")]
+    parts = memory["e_step"] | memory["m_step"] | more
+    rows = [[part, *(shown_bytes(step[part]) if part in step else "" for step in both)] for part in parts]
     processes = f" of each of {result['work']['ranks']} processes ({result['parallel']})" if result["parallel"] else ""
     title = f"memory{processes} on {result['device']}, {result['dtype']}"
     return [
-        ([result["model"], "number"], [[f"parameters, {kind}", f"{n:,}"] for kind, n in parameters.items()]),
+        ([result["model"], "number"], [[f"parameters, {kind}", n] for kind, n in result["parameters"].items()]),
         ([title, "E-step", "M-step"], rows),
-        (["each iteration", "at most"], [[name.replace("_", " "), f"{n:,}"] for name, n in counts.items()]),
-        ([f"disk, {result['run']}", "at most"], [[part, shown_bytes(size)] for part, size in disk.items()]),
+        (["each iteration", "at most"], [[name.replace("_", " "), n] for name, n in result["iteration"].items()]),
+        ([f"disk, {result['run']}", "at most"], [[part, shown_bytes(size)] for part, size in result["disk"].items()]),
     ]

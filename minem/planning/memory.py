@@ -3,11 +3,8 @@
     minem train --dry-run                # these numbers for a run, before it is made
     python bench/memory.py --table       # and for models of 0.5B to 8B on GPUs of 24, 80 and 141 GB
 
-Nothing here allocates memory, loads weights or needs a GPU. Activations are the tensors that autograd keeps for the
-backward pass. The parts of `e_step` and `m_step` sum to the peak.
+The parts of `e_step` and `m_step` sum to the peak. Activations are what autograd keeps for the backward pass.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
@@ -52,18 +49,15 @@ def e_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
 
 
 def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> dict[str, int]:
-    """Bytes that the device holds at most while training, by part, the cache included.
-
-    With a single micro-batch in each step, gradients grow while activations are freed: then the part of the gradients
-    is only what they exceed the others by. The loss's workspace is free when the backward pass reaches the blocks.
-    """
+    """Bytes that the device holds at most while training, by part, the cache included."""
     trained = _trained_here(config, work)
     activations = activation_bytes(config, work.tokens, work.supervised, work.checkpointed, dtype, device)
     loss = loss_bytes(config, work.supervised, dtype, device, trained=not work.adapters)
     head = 0 if work.adapters else config.vocab_size * config.hidden_size * dtype.itemsize
     # The backward pass of one MLP: the gradients of its output, its product, and gate and up.
     channels = 2 * config.hidden_size + (5 if device == "cpu" else 3) * config.intermediate_size
-    loss = max(loss, head + work.tokens * channels * dtype.itemsize)
+    loss = max(loss, head + work.tokens * channels * dtype.itemsize)  # the loss's own is free by then
+    # With one micro-batch in each step, gradients grow while activations are freed: only the excess counts.
     overlap = activations + loss if work.micro_batches == 1 else 0
     parts = _resident(config, dtype, work) | {
         "gradients" + (" beyond activations" if overlap else ""): max(0, 4 * trained - overlap),
@@ -108,10 +102,8 @@ def _trained_here(config: ModelConfig, work: Work) -> int:
 
 
 def _gathered_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
-    """What FSDP gathers for a moment: weights to compute with, and gradients to be summed, in float32.
-
-    Embeddings and head stay gathered during a micro-batch; of the blocks, one is at work and the next is on its way.
-    """
+    """What FSDP gathers for a moment: weights to compute with, and gradients to be summed, in float32."""
+    # Embeddings and head stay gathered during a micro-batch; of the blocks, one is at work and the next on its way.
     counted = parameters(config)
     block = counted.body // config.num_hidden_layers
     weights = (counted.embeddings + counted.head + 2 * block) * dtype.itemsize

@@ -1,14 +1,10 @@
 """The pictures of a run, all drawn by matplotlib: charts in report.html, accuracy.png and comparison.png.
 
     minem report runs/*               # charts, inline as SVG
-    minem train                       # ends by drawing runs/.../accuracy.png
-    minem compare                     # ends by drawing comparison.png
 
-An SVG is drawn in matplotlib's default colours; these then become variables of page.css, so that charts follow the
-page's theme. Without pyplot and with fixed margins a figure is drawn once: a layout engine would draw it twice.
+An SVG's colours become variables of page.css, so that charts follow the page's theme. Margins are fixed, since a layout
+engine would draw each figure twice.
 """
-
-from __future__ import annotations
 
 import hashlib
 import html
@@ -17,7 +13,7 @@ import itertools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -30,7 +26,8 @@ from minem.report.reader import read_run
 from minem.statistics import mean
 from minem.text import clean, visible
 
-# Of a curve, by its number. The page has these eight colours in both themes, as variables.
+Point = tuple[float, float, float, float]  # x, the value there, and the ends of its band
+# Of a curve, by its number: matplotlib's own colours, which the page has in both themes, as variables.
 COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f")
 DASHES = ("-", "--", ":", "-.")
 VARIABLES = {colour: f"var(--series-{number})" for number, colour in enumerate(COLOURS)}
@@ -38,27 +35,16 @@ VARIABLES |= {"#000000": "currentColor", "#ffffff": "var(--paper)"}
 # Text stays text: small, selectable, in the page's own font. The same picture gives the same bytes.
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "minem", "legend.frameon": False}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y"}
-STYLE |= {"axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6}
-STYLE |= {"grid.color": "#000000", "grid.alpha": 0.15, "grid.linewidth": 0.6}
-
-
-class Point(NamedTuple):
-    """`value` at `x`, with the ends of its band."""
-
-    x: float
-    value: float
-    low: float
-    high: float
+STYLE |= dict.fromkeys(("axes.linewidth", "xtick.major.width", "ytick.major.width", "grid.linewidth"), 0.6)
+STYLE |= {"grid.color": "#000000", "grid.alpha": 0.15}
 
 
 @matplotlib.rc_context(STYLE)
 def draw(curves: Mapping[int, Sequence[Point]], share: bool, x_label: str, name: str) -> str:
-    """An <svg> element with curves and their bands.
+    """An <svg> element with curves and their bands. Numbers of 1,000 and more are shortened on both axes ("12k").
 
     curves: by the number that chooses colour and dashes.
-    share: the values are shares, shown in percent; the axis shows at least ten points, and nothing outside 0 to 100.
-        Other axes start at 0.
-    x_label: of the other axis. Numbers of 1,000 and more are shortened on both ("12k").
+    share: show percent, at least ten points of it, and nothing outside 0 to 100; other axes start at 0.
     name: for screen readers.
     """
     figure = Figure(figsize=(4.2, 2.5))
@@ -75,7 +61,7 @@ def draw(curves: Mapping[int, Sequence[Point]], share: bool, x_label: str, name:
         missing = max(0.0, 10 - (top - bottom)) / 2
         axes.set_ylim(max(-1.0, min(bottom - missing, 90.0)), min(101.0, max(top + missing, 10.0)))
     else:
-        axes.set_ylim(0, 1.08 * (max(point.high for points in curves.values() for point in points) or 1))
+        axes.set_ylim(0, 1.08 * (max(high for points in curves.values() for *_, high in points) or 1))
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_view_interval()[1] >= 1000:
             axis.set_major_formatter(EngFormatter(sep=""))
@@ -97,8 +83,8 @@ def plot_accuracy(run: Path, path: Path) -> None:
     iterations, low = percents("validation", "low")
     axes.fill_between(iterations, low, percents("validation", "high")[1], alpha=0.2, label="95 % interval (Wilson)")
     axes.plot(*percents("validation", "accuracy"), marker="o", label="validation, greedy")
-    if read.series("eval.validation", "sampled"):
-        axes.plot(*percents("validation", "sampled"), "--", marker=".", label="validation, temperature 1")
+    if (sampled := percents("validation", "sampled"))[0]:
+        axes.plot(*sampled, "--", marker=".", label="validation, temperature 1")
     axes.vlines(*percents("test", "low"), percents("test", "high")[1], color="black")
     axes.plot(*percents("test", "accuracy"), "ks", label="test, greedy")
     axes.set_xticks(iterations)
@@ -116,9 +102,11 @@ def plot_spent(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 @matplotlib.rc_context(STYLE)
 def svg_spent(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """The panels of `plot_spent` as <svg> elements for the report: {title, svg}."""
-    titles = {run["task"]: f"{run['task']}: accuracy against tokens spent" for run in runs}
-    figures = {task: _spent([run for run in runs if run["task"] == task]) for task in titles}
-    return [{"title": title, "svg": _svg(figures[task], title)} for task, title in titles.items()]
+    panels = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        title = f"{task}: accuracy against tokens spent"
+        panels.append({"title": title, "svg": _svg(_spent([run for run in runs if run["task"] == task]), title)})
+    return panels
 
 
 def _spent(runs: Sequence[Mapping[str, Any]]) -> Figure:
@@ -153,8 +141,7 @@ def _svg(figure: Figure, name: str) -> str:
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|^.*?(?=<svg)", "", file.getvalue(), flags=re.DOTALL)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     prefix = "c" + hashlib.sha256(name.encode()).hexdigest()[:8] + "-"

@@ -1,14 +1,10 @@
 """The numbers of a report: what is averaged over which runs, and what each chart and table shows.
 
-    minem report runs/*             # minem.report.page puts them on a page
-
-Everything is read from `minem.report.reader.Run`; what a run has not measured is not shown.
+minem report runs/*             # minem.report.page puts them on a page; what is not measured is not shown
 """
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -20,11 +16,12 @@ from minem.report.reader import Run
 from minem.report.tables import accuracy
 from minem.statistics import mcnemar, mean, standard_deviation
 
-BY_COST = "Accuracy by cost", "The same, over all tokens drawn in E-steps so far, rejected and cancelled ones too."
+BY_COST = "Accuracy by cost"  # the one chart over tokens instead of iterations
+EVERY_TOKEN = "The same, over all tokens drawn in E-steps so far, rejected and cancelled ones too."
 # Title, sentence, the stage and the key in its result.
 CHARTS = (
     ("Accuracy", "Greedy, on validation.", "eval.validation", "accuracy"),
-    (*BY_COST, "eval.validation", "accuracy"),
+    (BY_COST, EVERY_TOKEN, "eval.validation", "accuracy"),
     ("Accuracy at temperature 1", "Share of right draws on validation: what EM raises.", "eval.validation", "sampled"),
     ("Questions solved", "Share of the training questions with a right draw.", "estep", "solved_share"),
     ("Tokens drawn", "By the E-steps up to each iteration.", "estep", "drawn"),
@@ -37,14 +34,14 @@ DIAGNOSTICS = tuple(
     for key, (label, sentence) in EXPLAINED.items()
 )
 NO_SHARES = ("kept_length", "tokens", "drawn", "ess", "entropy")  # everything else is a share, shown in percent
-# Keys that do not make two runs different experiments.
-BESIDE_THE_POINT = {"run.seed", "run.iterations", "run.out", "run.device", "run.slots", "run.keep"}
-BESIDE_THE_POINT |= {"eval.diagnostics", "eval.hinted_draws"}
-# Inputs beside the config that do: how `minem compare` matched the run with others, and the base model's fingerprint.
+# Keys that do not make two runs different experiments, and the sampler's two, which open the label.
+SAME = {"run.seed", "run.iterations", "run.out", "run.device", "run.slots", "run.keep"}
+SAME |= {"eval.diagnostics", "eval.hinted_draws", "sampler.name", "sampler.budget"}
+# Inputs that do: how `minem compare` matched the run with others, and the base model's fingerprint.
 ALSO_DECIDE = ("match", "base model")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Group:
     """Runs that differ in their seed alone; `number` chooses colour and dashes."""
 
@@ -62,21 +59,15 @@ class Group:
     def points(self, stage: str, key: str) -> list[Point]:
         """Mean and standard deviation over the runs that have got that far; the Wilson interval of one accuracy."""
         series = [_series(run, stage, key) for run in self.runs]
-        found = []
-        for iteration in sorted(set().union(*series)):
-            values = [one[iteration] for one in series if iteration in one]
+        if key == "accuracy" and len(self.runs) == 1:
+            results = {i: self.runs[0].result(i, stage) for i in series[0]}
+            return [(i, result["accuracy"], result["low"], result["high"]) for i, result in results.items()]
+        found: list[Point] = []
+        for i in sorted(set().union(*series)):
+            values = [one[i] for one in series if i in one]
             centre, spread = mean(values), standard_deviation(values) or 0.0
-            bounds = centre - spread, centre + spread
-            if key == "accuracy" and len(self.runs) == 1:
-                result = self.runs[0].result(iteration, stage)
-                bounds = result["low"], result["high"]
-            found.append(Point(iteration, centre, *bounds))
+            found.append((i, centre, centre - spread, centre + spread))
         return found
-
-    def by_cost(self, points: Sequence[Point]) -> list[Point]:
-        """The points of iterations at the mean number of tokens drawn by then."""
-        cost = {0.0: 0.0} | {point.x: point.value for point in self.points("estep", "drawn")}
-        return [point._replace(x=cost[point.x]) for point in points if point.x in cost]
 
 
 def summary(name: str, run: Run) -> dict[str, Any]:
@@ -97,21 +88,15 @@ def summary(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def by_task(runs: Iterable[Run]) -> list[dict[str, Any]]:
+def by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Legend, charts and diagnostics for each of the tasks that the runs are about."""
-    by_name: dict[str, list[Run]] = {}
-    for run in runs:
-        by_name.setdefault(str(run.config["task"].get("name")), []).append(run)
-    return [
-        {
-            "name": name,
-            "legend": [group.legend() for group in groups],
-            "charts": [chart for one in CHARTS if (chart := _chart(name, groups, *one))],
-            "diagnostics": [chart for one in DIAGNOSTICS if (chart := _chart(name, groups, *one))],
-        }
-        for name in sorted(by_name)
-        for groups in [_groups(by_name[name])]
-    ]
+    tasks, names = [], [str(run.config["task"].get("name")) for run in runs]
+    for name in sorted(set(names)):
+        groups = _groups([run for run, own in zip(runs, names, strict=True) if own == name])
+        tasks.append({"name": name, "legend": [group.legend() for group in groups]})
+        for kind, wanted in (("charts", CHARTS), ("diagnostics", DIAGNOSTICS)):
+            tasks[-1][kind] = [chart for one in wanted if (chart := _chart(name, groups, *one))]
+    return tasks
 
 
 def _groups(runs: Sequence[Run]) -> list[Group]:
@@ -119,9 +104,8 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
     configs = []
     for run in runs:
         config = {f"{section}.{key}": value for section, keys in run.config.items() for key, value in keys.items()}
-        inputs = {name: run.facts.get("inputs", {}).get(name) for name in ALSO_DECIDE}
-        configs.append({key: value for key, value in config.items() if key not in BESIDE_THE_POINT} | inputs)
-    keys = sorted({key for config in configs for key in config} - {"sampler.name", "sampler.budget"})
+        configs.append(config | {name: run.facts.get("inputs", {}).get(name) for name in ALSO_DECIDE})
+    keys = sorted(set().union(*configs) - SAME)
     differing = [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
     grouped: dict[str, list[Run]] = {}
     for run, config in zip(runs, configs, strict=True):
@@ -132,24 +116,21 @@ def _groups(runs: Sequence[Run]) -> list[Group]:
 
 def _chart(task: str, groups: Sequence[Group], title: str, text: str, stage: str, key: str) -> dict[str, Any] | None:
     """A chart and the same numbers as a table; None if no run has any."""
-    share, x_label = key not in NO_SHARES, "EM iteration (0: base model)"
-    curves = {group: group.points(stage, key) for group in groups}
-    if (title, text) == BY_COST:
-        x_label = "tokens drawn"
-        curves = {group: group.by_cost(points) for group, points in curves.items()}
-    curves = {group: points for group, points in curves.items() if points}
+    share, x_label, curves, rows = key not in NO_SHARES, "EM iteration (0: base model)", {}, []
+    shown = percent if share else "{:,.2f}".format
+    for group in groups:
+        points = group.points(stage, key)
+        if title == BY_COST:
+            x_label = "tokens drawn"
+            cost = {0.0: 0.0} | {i: tokens for i, tokens, *_ in group.points("estep", "drawn")}  # means over the runs
+            points = [(cost[i], value, low, high) for i, value, low, high in points if i in cost]
+        if points:
+            curves[group.number] = points
+        for x, value, low, high in points:
+            rows.append([group.label, f"{x:,.0f}", shown(value), f"{shown(low)} to {shown(high)}"])
     if not curves:
         return None
-
-    def shown(value: float) -> str:
-        return percent(value) if share else f"{value:,.2f}"
-
-    rows = [
-        [group.label, f"{point.x:,.0f}", shown(point.value), f"{shown(point.low)} to {shown(point.high)}"]
-        for group, points in curves.items()
-        for point in points
-    ]
-    svg = draw({group.number: points for group, points in curves.items()}, share, x_label, f"{task}: {title}")
+    svg = draw(curves, share, x_label, f"{task}: {title}")
     return {"title": title, "sentence": text, "svg": svg, "x": x_label, "rows": rows}
 
 
@@ -159,28 +140,23 @@ def _series(run: Run, stage: str, key: str) -> dict[int, float]:
         tokens = run.series(stage, "tokens")
         return dict(zip(tokens, accumulate(tokens.values()), strict=True))
     if key == "solved_share":
-        return _ratio(run.series(stage, "solved"), run.series(stage, "questions"))
+        return {i: run.result(i, stage)["solved"] / n for i, n in run.series(stage, "questions").items() if n}
     if key == "accepted_share":
         attempts = run.series(stage, "attempts")
-        return _ratio({i: run.result(i, stage)["statuses"].get("accepted", 0) for i in attempts}, attempts)
+        return {i: run.result(i, stage)["statuses"].get("accepted", 0) / n for i, n in attempts.items() if n}
     return run.series(stage, key)
-
-
-def _ratio(above: Mapping[int, float], below: Mapping[int, float]) -> dict[int, float]:
-    return {i: above[i] / below[i] for i in above if below.get(i)}
 
 
 def acceptance_by_stage(name: str, run: Run) -> dict[str, Any] | None:
     """Attempts by prompt and number, a column for each iteration, as the diagnostics counted them."""
-    counted = {i: run.result(i, "diagnostics").get("attempts") for i in run.iterations}
-    found = {i: {(one["prompt"], one["attempt"]): one for one in all_} for i, all_ in counted.items() if all_}
-    stages = sorted({stage for by_stage in found.values() for stage in by_stage}, key=lambda s: (s[0] != "plain", s[1]))
-
-    def cell(one: Mapping[str, Any] | None) -> str:
-        return f"{percent(one['accepted'] / one['drawn'])} of {one['drawn']:,}" if one else ""
-
-    rows = [[f"{prompt}, attempt {n}", *(cell(by.get((prompt, n))) for by in found.values())] for prompt, n in stages]
-    return {"name": name, "columns": ["prompt", *(f"iteration {i}" for i in found)], "rows": rows} if rows else None
+    cells: dict[int, dict[tuple[str, int], str]] = {}
+    for i in run.iterations:
+        for one in run.result(i, "diagnostics").get("attempts") or ():
+            text = f"{percent(one['accepted'] / one['drawn'])} of {one['drawn']:,}"
+            cells.setdefault(i, {})[one["prompt"], one["attempt"]] = text
+    stages = sorted(set().union(*cells.values()), key=lambda stage: (stage[0] != "plain", stage[1]))
+    rows = [[f"{prompt}, attempt {n}", *(by.get((prompt, n), "") for by in cells.values())] for prompt, n in stages]
+    return {"name": name, "columns": ["prompt", *(f"iteration {i}" for i in cells)], "rows": rows} if rows else None
 
 
 def warnings(name: str, run: Run) -> list[str]:

@@ -2,12 +2,10 @@
 
     minem report runs/toy.rsm8.toy-llama.s0 -o report.html
 
-It reads run directories and changes nothing in them. Runs that differ in nothing but their seed are one line of each
-chart. The page is page.html, .css and .js beside this file. Texts of models and files reach it as JSON and as text
-nodes, never as HTML; its content security policy lets no other script run and nothing be fetched.
+Runs that differ in their seed alone are one line of each chart. The page is page.html, .css and .js beside this file.
+Texts of models and files reach it as JSON and as text nodes, never as HTML; its content security policy lets no other
+script run and nothing be fetched.
 """
-
-from __future__ import annotations
 
 import base64
 import hashlib
@@ -23,7 +21,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 import minem
 from minem.em.diagnostics import FALLING_RULE
 from minem.errors import UserError
-from minem.files import own_file, read_limited, write_atomic
+from minem.files import TOML_LIMIT, own_file, read_limited, write_atomic
 from minem.report import figures
 from minem.report.reader import SAMPLE, Run, checked, choose, read_run
 from minem.text import redact, visible
@@ -32,40 +30,36 @@ MOST_SAMPLES = 2_000  # rows of samples.jsonl in a page
 MOST_FLIPS = 200
 CHARACTERS = 2_000_000  # of the samples' texts together
 TEXT_LIMIT = 10_000  # characters of one text
-SIZE_LIMIT = 1 << 20  # bytes of a config
 PAGE = Path(__file__).parent
 
 
 def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] | None = None) -> None:
-    """Write the report on these run directories.
+    """Write the report on these run directories. UserError if one is none, or if the file cannot be written.
 
-    comparison: "tables" of `minem compare` (a list of {title, note, columns, rows}) and "plots" ({title, svg}, inserted
-        as they are); they come first on the page.
-    Raises UserError for a path that is no run directory, and if the file cannot be written.
+    comparison: "tables" ({title, note, columns, rows}) and "plots" ({title, svg}, inserted as they are), shown first.
     """
     if not out.name or os.path.isdir(out):
         raise UserError(f"the report {out} cannot be written: that is a folder")
     with checked(*runs):
-        page = render([read_run(path) for path in runs], comparison or {})
+        page = _render([read_run(path) for path in runs], comparison or {})
     try:
         write_atomic(out, page.encode())
     except OSError as error:
         raise UserError(f"the report {out} cannot be written: {error.strerror or error}") from error
 
 
-def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
-    """The page as a text."""
+def _render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["visible"] = lambda value: visible(str(value))
     names = [run.path.resolve().name for run in runs]
     named = [(n if names.count(n) == 1 else str(run.path), run) for n, run in zip(names, runs, strict=True)]
-    script = (PAGE / "page.js").read_text(encoding="utf-8")
+    style, script = ((PAGE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return environment.get_template("page.html").render(
         title=names[0] if len(runs) == 1 else f"{len(runs)} runs",
         version=minem.__version__,
-        style=(PAGE / "page.css").read_text(encoding="utf-8"),
+        style=style,
         script=script,
         script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=comparison.get("tables", ()),
@@ -84,13 +78,12 @@ def render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
 def _reproduction(name: str, run: Run) -> dict[str, Any]:
     """What it takes to do a run again."""
     facts, config = run.facts, own_file(run.path, "config.toml")
-    command = ["minem", *map(str, facts["command"][1:])] if facts.get("command") else []
     return {
         "name": name,
         "path": str(run.path),
-        "command": redact(shlex.join(command)),
+        "command": redact(shlex.join(["minem", *map(str, facts["command"][1:])])) if facts.get("command") else "",
         "again": shlex.join(["minem", "train", str(config), "--out", "NEW"]),
-        "config": read_limited(config, SIZE_LIMIT).decode(errors="replace") if config.exists() else "",
+        "config": read_limited(config, TOML_LIMIT).decode(errors="replace") if config.exists() else "",
         "facts": {
             "started": facts.get("started"),
             "minem's commit": facts.get("commit") or "not known",
@@ -105,21 +98,19 @@ def _lists(named: Sequence[tuple[str, Run]]) -> dict[str, Any]:
     """What the page's script shows: samples, and test answers that changed. Rows share their prompts."""
     runs = [run for _, run in named]
     chosen, total = choose(runs, MOST_SAMPLES, CHARACTERS)
-    samples = []
+    samples, flips = [], _flips(runs)
     for number, one in chosen:
         more = {"run": number, "kind": one.prompt, "tokens": len(one.token_ids)}
         more["prompt"] = runs[number].prompt(one.id, one.prompt)
         samples.append({name: getattr(one, name) for name in SAMPLE if name != "token_ids"} | more)
-    flips = _flips(runs)
-    rows = [*samples, *flips]
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows if row["prompt"] is not None))
-    numbers = {prompt: number for number, prompt in enumerate(prompts)}
-    for row in rows:
-        row["prompt"] = numbers.get(row["prompt"])
+    prompts: dict[str, int] = {}
+    for row in samples + flips:
+        if row["prompt"] is not None:
+            row["prompt"] = prompts.setdefault(row["prompt"], len(prompts))
     return {
         "runs": [visible(name) for name, _ in named],
         "notes": sorted({visible(run.task) for run in runs if isinstance(run.task, str)}),
-        "prompts": _shown(prompts),
+        "prompts": _shown(list(prompts)),
         "samples": _compact(samples),
         "samples_total": total,
         "flips": _compact(flips),
@@ -129,20 +120,19 @@ def _lists(named: Sequence[tuple[str, Run]]) -> dict[str, Any]:
 
 def _flips(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Answers that changed from the base to the last model: of each run an equal share, of both directions."""
-    share = max(2, MOST_FLIPS // max(1, sum(run.last_test is not None for run in runs)))
-    flips = []
-    for number, run in enumerate(runs):
+    tested = [(number, run, run.last_test) for number, run in enumerate(runs) if run.last_test is not None]
+    share, flips = max(2, MOST_FLIPS // max(1, len(tested))), []
+    for number, run, iteration in tested:
         lost, won = run.flips
         lost = lost[: max(share // 2, share - len(won))]
-        won = won[: share - len(lost)]
-        base, last = (run.answers(i, "test") if lost or won else {} for i in (0, run.last_test or 0))
-        for kind, ids in (("became wrong", lost), ("became right", won)):
-            for id_ in ids:
-                pair = base[id_], last[id_]
-                row = {"run": number, "id": id_, "kind": kind, "gold": base[id_].gold, "before": base[id_].text}
-                row |= {"after": last[id_].text, "prompt": run.prompt(id_, split="test")}
-                row |= {"answers": [one.answer for one in pair], "statuses": [one.status for one in pair]}
-                flips.append(row)
+        base, last = run.answers(0, "test"), run.answers(iteration, "test")
+        for id_ in lost + won[: share - len(lost)]:
+            before, after = base[id_], last[id_]
+            kind = "became wrong" if before.status == "accepted" else "became right"
+            row = {"run": number, "id": id_, "kind": kind, "gold": before.gold, "before": before.text}
+            row |= {"after": after.text, "prompt": run.prompt(id_, split="test")}
+            row |= {"answers": [before.answer, after.answer], "statuses": [before.status, after.status]}
+            flips.append(row)
     return flips
 
 
@@ -162,8 +152,7 @@ def _shown(value: Any) -> Any:
 
 
 def _for_script(data: Any) -> str:
-    """JSON that can stand inside a <script>: nothing in it can end the element, begin another, or end a line."""
+    """JSON that can stand inside a <script>: nothing in it ends the element, begins another, or ends a line."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "replace").decode()
+    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+    return text.translate(escapes).encode("utf-8", "replace").decode()

@@ -1,18 +1,17 @@
-"""A run directory as data: what `minem report` and `minem show` read, and nothing is ever changed.
+"""A run directory as data, for `minem report`, `show` and `compare`; nothing in it is ever changed.
 
     minem show runs/toy.rsm8.toy-llama.s0
 
 The run may be unfinished, and another process may be writing to it: only finished stages are read. It may also be a
-stranger's, so rows are checked here and nowhere else. A run keeps the ids of its questions and not their texts; these
-come from the task that its config names, if its rows still have the hash that the run recorded.
+stranger's, so rows are checked here and nowhere else. A run keeps the ids of its questions; their texts come from the
+task that its config names, if its rows still have the hash that the run recorded.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,14 +19,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from minem.data.prompts import messages
+from minem.config import SECTIONS
+from minem.data.prompts import HINTS, messages
 from minem.data.tasks import Question, Task, load_task
 from minem.errors import UserError
 from minem.files import own_file, read_rows
 from minem.hub import cache_only
 from minem.runs.directory import read_facts, read_journal
 
-SECTIONS = ("model", "task", "sampler", "mstep", "eval", "run")
 ANSWER = {"id": str, "text": str, "status": str, "answer": str | None, "gold": str | None}
 SAMPLE = ANSWER | {"iteration": int, "attempt": int, "prompt": str, "token_ids": list, "leak": bool}
 SAMPLE |= {"logprob_q": float | int | None, "logprob_plain": float | int | None}
@@ -50,8 +49,7 @@ class Run:
     @cached_property
     def iterations(self) -> list[int]:
         """Those with a finished stage; 0 is the base model."""
-        heads = {stage.partition("/")[0].removeprefix("iter-") for stage in self.results if stage.startswith("iter-")}
-        return sorted(int(head) for head in heads if head.isdecimal())
+        return sorted({int(found[1]) for stage in self.results if (found := re.match(r"iter-(\d+)/", stage))})
 
     def result(self, iteration: int, stage: str) -> dict[str, Any]:
         """What a stage ("estep", "eval.validation", ...) left in the journal; empty if it is not finished."""
@@ -67,70 +65,60 @@ class Run:
         """The iteration after which the test split was evaluated, if the run has got that far."""
         return max((i for i in self.series("eval.test", "accuracy") if i), default=None)
 
-    @property
-    def drawn(self) -> list[int]:
-        """The iterations with a finished E-step."""
-        return [i for i in self.iterations if f"iter-{i:02d}/estep" in self.results]
-
     def samples(self, iteration: int | None = None) -> Iterator[SimpleNamespace]:
-        """The rows of samples.jsonl with the attributes of SAMPLE, of one iteration or of all."""
-        for i in self.drawn:
-            path = own_file(self.path / f"iter-{i:02d}", "samples.jsonl")
-            if iteration in (i, None) and path.exists():
-                yield from _rows(path, SAMPLE)
+        """The rows of samples.jsonl with the attributes of SAMPLE, of one finished E-step or of all."""
+        for i in self.iterations if iteration is None else [iteration]:
+            if self.result(i, "estep") and (self.path / f"iter-{i:02d}" / "samples.jsonl").exists():
+                yield from self._rows(i, "samples.jsonl", SAMPLE)
 
     def answers(self, iteration: int, split: str) -> dict[str, SimpleNamespace]:
         """{question id: row of eval.*.jsonl, with the attributes of ANSWER}."""
-        path = own_file(self.path / f"iter-{iteration:02d}", f"eval.{split}.jsonl")
-        return {row.id: row for row in _rows(path, ANSWER)}
+        return {row.id: row for row in self._rows(iteration, f"eval.{split}.jsonl", ANSWER)}
+
+    def _rows(self, iteration: int, name: str, fields: dict[str, Any]) -> Iterator[SimpleNamespace]:
+        """The rows of a file, with these fields of these types."""
+        path = own_file(self.path / f"iter-{iteration:02d}", name)
+        for row in read_rows(path):
+            for field, kind in fields.items():
+                if not isinstance(row.get(field), kind):
+                    raise UserError(f"{path}: a row has no {field} of type {getattr(kind, '__name__', kind)}")
+            yield SimpleNamespace(**row)
 
     @cached_property
     def flips(self) -> tuple[list[str], list[str]]:
-        """(ids that became wrong, ids that became right) on the test split, from the base to the last model."""
+        """`flips` on the test split, from the base to the last model."""
         if self.last_test is None:
             return [], []
-        base, last = self._right(0), self._right(self.last_test)
-        changed = sorted(id_ for id_ in base.keys() & last.keys() if base[id_] != last[id_])
-        return [id_ for id_ in changed if base[id_]], [id_ for id_ in changed if last[id_]]
-
-    def _right(self, iteration: int) -> dict[str, bool]:
-        return {id_: row.status == "accepted" for id_, row in self.answers(iteration, "test").items()}
+        return flips(*({id_: row.status for id_, row in self.answers(i, "test").items()} for i in (0, self.last_test)))
 
     @cached_property
     def task(self) -> Task | str:
-        """The task whose questions the run was about, or the sentence that explains why it is not available."""
+        """The task that the run was about, or the sentence that explains why it is not available."""
         wanted, seed = self.config["task"], self.config["run"].get("seed")
         try:
             task = _load_task(wanted.get("name"), wanted.get("limit"), seed)
+            if task.rows_sha256 != self.facts.get("inputs", {}).get("task rows"):
+                raise UserError(f"the rows of {task.name} are not those of the run")
         except UserError as error:
             return f"the texts of the questions cannot be shown: {error}"
-        if task.rows_sha256 != self.facts.get("inputs", {}).get("task rows"):
-            return f"the texts of the questions cannot be shown: the rows of {task.name} are not those of the run"
         return task
 
     @cached_property
     def _questions(self) -> dict[str, dict[str, Question]]:
         """{split: {id: question}}; empty without the task."""
-        splits = {"train": (), "test": ()} if isinstance(self.task, str) else vars(self.task)
-        return {split: {question.id: question for question in splits[split]} for split in ("train", "test")}
+        return {s: {q.id: q for q in getattr(self.task, s, ())} for s in ("train", "test")}
 
     def prompt(self, id_: str, kind: str = "plain", split: str = "train") -> str | None:
-        """The words of a question's plain or hinted prompt, as they go into the model's chat template.
-
-        None if they are not available; `task` explains why.
-        """
+        """The words of a question's plain or hinted prompt; None if they are not available, see `task`."""
         question = self._questions[split].get(id_)
-        if question is None:
-            return None
         hint = self.config["sampler"].get("hint") if kind == "hinted" else None
-        try:
-            return "\n\n".join(message["content"] for message in messages(question, hint))
-        except UserError:  # a hint that this version does not have
+        if question is None or hint not in (None, *HINTS):  # of another version
             return None
+        return messages(question, hint)[0]["content"]
 
 
 def read_run(path: Path) -> Run:
-    """The run in this directory. Raises UserError if there is none."""
+    """The run in this directory. UserError if there is none."""
     if os.path.exists(path / "plan.json") and not os.path.exists(path / "run.json"):
         raise UserError(f"{path} is a comparison and no run: name runs in it, like {path}/*.s0")
     facts = read_facts(path)
@@ -146,18 +134,16 @@ def checked(*paths: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        names = ", ".join(map(str, paths))
-        raise UserError(f"{names}: a file holds a value that minem does not write there ({error!r})") from error
+        raise UserError(f"{', '.join(map(str, paths))}: a value that minem does not write there ({error!r})") from error
 
 
 def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[int, SimpleNamespace]], int]:
     """At most `most` samples as (number of the run, row), and how many samples there are.
 
-    All attempts at the same questions, taken in the order of a hash of their ids until `most` rows or `characters` of
-    text are full: so a question can be followed from iteration to iteration and from sampler to sampler. The files are
-    read twice, so that only the chosen rows are held in memory.
+    Questions are taken whole, in the order of a hash of their ids, until `most` rows or `characters` of text are full:
+    so each can be followed through all iterations and samplers.
     """
-    counts, sizes = Counter[str](), Counter[str]()
+    counts, sizes = Counter[str](), Counter[str]()  # the files are read twice, so that few rows are held in memory
     for run in runs:
         for row in run.samples():
             counts[row.id] += 1
@@ -173,13 +159,11 @@ def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[
     return chosen[:most], counts.total()
 
 
-def _rows(path: Path, fields: dict[str, Any]) -> Iterator[SimpleNamespace]:
-    """The rows of a file, with these fields of these types."""
-    for row in read_rows(path):
-        for field, kind in fields.items():
-            if not isinstance(row.get(field), kind):
-                raise UserError(f"{path}: a row has no {field} of type {getattr(kind, '__name__', kind)}")
-        yield SimpleNamespace(**row)
+def flips(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """(ids that became wrong, ids that became right), from {question id: status} of two models."""
+    both = sorted(before.keys() & after.keys())
+    lost = [id_ for id_ in both if before[id_] == "accepted" != after[id_]]
+    return lost, [id_ for id_ in both if before[id_] != "accepted" == after[id_]]
 
 
 @lru_cache(maxsize=8)  # runs of a comparison are about the same questions

@@ -1,11 +1,8 @@
-"""What commands print for people when they are done: the tables and lines on stdout.
+"""What commands print for people when they are done; --json prints the same numbers.
 
-The last lines of `minem train`, `minem compare` and `minem eval` come from here; --json prints the same numbers.
+minem eval
 """
 
-from __future__ import annotations
-
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,28 +12,26 @@ from minem.console import percent, table
 from minem.text import clean
 
 
-def say(text: str, err: bool = False) -> None:
+def say(text: str) -> None:
     """Print what may be quoted from files and models."""
-    click.echo(clean(text, keep_lines=True), err=err)
+    click.echo(clean(text, keep_lines=True))
 
 
 def train_table(result: dict[str, Any]) -> None:
     """The table that a run ends with, without the columns that are empty."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for row in result["iterations"]:
-        estep, mstep, validation = row.get("estep"), row.get("mstep"), row["validation"]
-        cells = {"iteration": row["iteration"] or "base", "validation, greedy": accuracy(validation)}
-        if validation["sampled"] is not None:
-            cells["temperature 1"] = percent(validation["sampled"])
-        if estep:
+        sampled = row["validation"]["sampled"]
+        cells = {"iteration": row["iteration"] or "base", "validation, greedy": accuracy(row["validation"])}
+        cells |= {} if sampled is None else {"temperature 1": percent(sampled)}
+        if estep := row.get("estep"):
             cells["solved"] = f"{estep['solved']}/{estep['questions']}"
-            cells["attempts"], cells["tokens drawn"] = f"{estep['attempts']:,}", f"{estep['tokens']:,}"
+            cells["attempts"], cells["tokens drawn"] = estep["attempts"], estep["tokens"]
             cells |= {} if estep["valid"] is None else {"valid": percent(estep["valid"])}
-        if mstep:
-            cells["loss"] = f"{mstep['loss']:.4f}"
+            cells["loss"] = f"{row['mstep']['loss']:.4f}"
         rows.append(cells)
     columns = list(dict.fromkeys(column for cells in rows for column in cells))
-    table(columns, [[cells.get(column, "") for column in columns] for cells in rows], file=sys.stdout)
+    table(columns, [[cells.get(column, "") for column in columns] for cells in rows])
     test = result["test"]
     say(
         f"test ({test['base']['n']} questions, greedy): {accuracy(test['base'])} -> {accuracy(test['last'])}; "
@@ -66,27 +61,24 @@ def completions(results: Sequence[Mapping[str, Any]]) -> None:
 
 def compare_tables(result: dict[str, Any]) -> None:
     for one in result["tables"]:
-        table(one["columns"], one["rows"], title=one["title"], file=sys.stdout)
+        table(one["columns"], one["rows"], title=one["title"])
         say(f"{one['note']}\n")
     if result["runs"]:
         say(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 
 def eval_table(summary: dict[str, Any]) -> None:
-    rows = {"accuracy, greedy": accuracy(summary)}
-    if summary["sampled"] is not None:
-        rows["accuracy, temperature 1"] = percent(summary["sampled"])
-    rows |= {f"pass@{k}": percent(share) for k, share in summary.get("pass_at_k", {}).items()}
-    if "majority" in summary:
-        rows["majority vote"] = percent(summary["majority"])
-    rows["accuracy, lenient reading"] = percent(summary["flexible"])
-    rows |= {key: percent(summary[key]) for key in ("unparsed", "truncated")}
-    rows["tokens per answer"] = f"{summary['tokens']:.1f}"
+    shares = {"accuracy, temperature 1": summary["sampled"]}
+    shares |= {f"pass@{k}": share for k, share in summary.get("pass_at_k", {}).items()}
+    shares |= {"majority vote": summary.get("majority"), "accuracy, lenient reading": summary["flexible"]}
+    shares |= {key: summary[key] for key in ("unparsed", "truncated")}
+    rows = [("accuracy, greedy", accuracy(summary))]
+    rows += [(name, percent(share)) for name, share in shares.items() if share is not None]
     columns = [f"{summary['model']} on {summary['task']}", f"{summary['split']}, n = {summary['n']}"]
-    table(columns, list(rows.items()), file=sys.stdout)
+    table(columns, [*rows, ("tokens per answer", f"{summary['tokens']:.1f}")])
     if "subjects" in summary:
         subjects = [[name, str(s["n"]), accuracy(s)] for name, s in summary["subjects"].items()]
-        table(["subject", "n", "accuracy, greedy"], subjects, file=sys.stdout)
+        table(["subject", "n", "accuracy, greedy"], subjects)
     say(f"answers: {summary['answers']}")
 
 

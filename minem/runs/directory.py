@@ -29,6 +29,7 @@ from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
 from minem.files import (
     PARTIAL,
+    complete_rows,
     damaged,
     flush_folders,
     flush_tree,
@@ -41,10 +42,9 @@ from minem.files import (
     read_toml,
     remove,
     shortage,
-    complete_rows,
     write_atomic,
 )
-from minem.runs.folder import check_place, default_path, disk_errors, full_disk, take_lock
+from minem.runs.folder import claim, default_path, disk_errors, full_disk, refuse
 from minem.runs.record import now, run_facts
 
 JOURNAL_LIMIT = 256 << 20  # bytes
@@ -129,19 +129,16 @@ class RunDirectory:
         different config (MEMORY_ALONE apart) or other inputs, or cannot be written; Interrupted if the disk is full.
         """
         path = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else default_path(config)
+        run = cls(path, config.changed({"run.out": None}), claim(path))
         try:
-            check_place(path)
-            path.mkdir(parents=True, exist_ok=True)
-            run = cls(path, config.changed({"run.out": None}), take_lock(path))
-            try:
-                run._start_or_resume(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
-            except BaseException:
-                run.close()
-                raise
-        except OSError as error:
+            run._start_or_resume(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
+        except BaseException as error:
+            run.close()
             if is_full(error):
                 raise full_disk(path) from error
-            raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
+            if isinstance(error, OSError):
+                raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
+            raise
         return run
 
     @classmethod
@@ -291,11 +288,7 @@ class RunDirectory:
         if not isinstance(read, dict):
             raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
         changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
-        if changes:
-            raise UserError(
-                f"{self.path} holds a run that was started differently ({'; '.join(changes)}): "
-                "give --overwrite to start from scratch, or another --out to keep both"
-            )
+        refuse(self.path, changes)
 
 
 def remove_run(path: Path) -> None:

@@ -1,6 +1,6 @@
 """A folder of results that one process holds: found to be our own or empty, locked, and never a stranger's.
 
-    minem eval --out evals/mine; cat evals/mine/.lock
+minem eval --out evals/mine; cat evals/mine/.lock
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,19 +35,32 @@ def default_path(config: Config) -> Path:
     return Path("runs") / folder_name(f"{task}.{sampler}{config.sampler.budget}.{model}.s{config.run.seed}")
 
 
+def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO[str]:
+    """Make a folder, or take one of our own kind, which holds the file `mark`, for this process alone.
+
+    Returns the lock, held until the file is closed. Raises UserError if the folder is something else or is in use.
+    """
+    try:
+        check_place(path, mark, kind)
+        path.mkdir(parents=True, exist_ok=True)
+        return _take_lock(path)
+    except OSError as error:
+        if is_full(error):
+            raise full_disk(path) from error
+        raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
+
+
 def check_place(path: Path, mark: str = "run.json", kind: str = "run directory") -> None:
-    """Only an empty folder or one of our own kind, which holds the file `mark`, is ever written to."""
-    if not path.exists() or (path / mark).exists():
-        return
-    if not path.is_dir():
+    """Only an empty folder or one of our own kind is ever written to."""
+    if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; it must be a folder")
-    strangers = sorted(name for name in os.listdir(path) if name != LOCK and not name.startswith(PARTIAL))
-    if strangers:
+    names = sorted(os.listdir(path)) if path.exists() else []
+    strangers = [name for name in names if name != LOCK and not name.startswith(PARTIAL)]
+    if strangers and mark not in strangers:
         raise UserError(f"--out {path} is not empty and no {kind} (it holds {strangers[0]}); choose another")
 
 
-def take_lock(path: Path) -> IO[str]:
-    """Hold the folder for this process alone until the file is closed. UserError names the process that has it."""
+def _take_lock(path: Path) -> IO[str]:
     # O_NOFOLLOW: in a stranger's folder a link could lead to any file of the user's.
     lock = os.fdopen(os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
@@ -61,6 +74,15 @@ def take_lock(path: Path) -> IO[str]:
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
+
+
+def refuse(path: Path, changes: Sequence[str]) -> None:
+    """Raises UserError if a folder was started with something else."""
+    if changes:
+        raise UserError(
+            f"{path} was started differently ({'; '.join(changes)}): "
+            "give --overwrite to start from scratch, or another --out to keep both"
+        )
 
 
 @contextlib.contextmanager
@@ -78,39 +100,18 @@ def hold_folder(
 
     Raises UserError if the folder holds something else, other settings (with the difference), or cannot be written.
     """
-    try:
-        check_place(path, mark, kind)
-        path.mkdir(parents=True, exist_ok=True)
-        lock = take_lock(path)
-    except OSError as error:
-        if is_full(error):
-            raise full_disk(path) from error
-        raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
-    with lock:
+    with claim(path, mark, kind), disk_errors(path):
         if clear is not None:
             clear(path)
         if (path / mark).exists() and clear is None:
-            _refuse_other_settings(path, mark, settings)
+            try:
+                changes = difference(read_json(path / mark), settings)
+            except (UserError, AttributeError) as error:
+                raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
+            refuse(path, changes)
         else:
             write_atomic(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
-        try:
-            yield
-        except OSError as error:
-            if is_full(error):
-                raise full_disk(path) from error
-            raise
-
-
-def _refuse_other_settings(path: Path, mark: str, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    try:
-        changes = difference(read_json(path / mark), settings)
-    except (UserError, AttributeError) as error:
-        raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
-    if changes:
-        raise UserError(
-            f"{path} was started differently ({'; '.join(changes)}): "
-            "give --overwrite to start from scratch, or another --out to keep both"
-        )
+        yield
 
 
 def full_disk(path: Path, more: str = "") -> Interrupted:

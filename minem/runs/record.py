@@ -1,6 +1,6 @@
 """Where a run comes from: the facts that its run.json records, the hashes of its inputs, and its model card.
 
-    cat runs/toy.rsm8.toy-llama.s0/run.json
+cat runs/toy.rsm8.toy-llama.s0/run.json
 """
 
 from __future__ import annotations

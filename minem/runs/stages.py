@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeVar
 from minem.config import Config
 from minem.console import Line, Progress
 from minem.errors import GuardError, NotFinite, UserError
-from minem.files import read_rows, write_rows, write_atomic
+from minem.files import read_rows, write_atomic, write_rows
 from minem.parallel.ranks import Ranks
 from minem.parallel.signals import Stop
 from minem.runs.directory import Record, RunDirectory

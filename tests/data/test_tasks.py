@@ -129,7 +129,7 @@ def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
         ({"choices": {"text": ["a", "b"], "label": ["A", "B or C"]}}, "labels in 'choices'"),
         ({"choices": {"text": [1, 2], "label": ["A", "B"]}}, "texts only"),
         ({"answerKey": None}, "'answerKey' is missing"),
-        ({"answerKey": "E"}, "'answerKey' must be one of the labels A, B, C, not 'E'"),
+        ({"answerKey": "E"}, "'answerKey' must be one of the labels A, B, C, not \"E\""),
         ({"id": ""}, "'id'"),
         ({"choices": ["a", "b"], "answer": 2}, "'answer' must be a number from 0 to 1, not 2"),
         ({"choices": ["a", "b"], "answer": -1}, "'answer'"),

@@ -65,13 +65,14 @@ def make_run(
             accepted = sum(row["status"] == "accepted" for row in rows)
             counts = {"questions": 20, "solved": 10 + i, "attempts": len(rows), "statuses": {"accepted": accepted}}
             stages[f"iter-{i:02d}/estep"] = {**counts, "tokens": tokens, "kept_length": 20.0 + i}
+            stages[f"iter-{i:02d}/mstep"] = {}
         stages[f"iter-{i:02d}/eval.validation"] = accuracy(right, 20)
     for i, rows in ((0, base), (len(validation) - 1, last)):
         if rows:
             write_rows(path / f"iter-{i:02d}" / "eval.test.jsonl", rows)
             stages[f"iter-{i:02d}/eval.test"] = accuracy(sum(r["status"] == "accepted" for r in rows), len(rows))
     stages |= extra or {}
-    write_rows(path / "journal.jsonl", [{"stage": stage, "result": result} for stage, result in stages.items()])
+    write_rows(path / "journal.jsonl", [{"stage": s, "result": result, "files": {}} for s, result in stages.items()])
     return path
 
 

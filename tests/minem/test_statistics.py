@@ -31,11 +31,6 @@ def test_wilson_equals_scipy(successes, n):
     assert wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_wilson_takes_other_levels():
-    expected = binomtest(12, 40).proportion_ci(0.99, method="wilson")
-    assert wilson(12, 40, z=2.5758293035489004) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
 def test_wilson_of_no_questions():
     assert wilson(0, 0) == (0.0, 1.0)
 
@@ -65,17 +60,18 @@ def test_paired_differences_equal_scipy(differences):
     expected = stats.ttest_1samp(differences, 0.0)
     interval = expected.confidence_interval(0.95)
     found = paired_t(differences)
-    assert (found.n, found.mean) == (len(differences), pytest.approx(sum(differences) / len(differences), abs=1e-12))
-    assert (found.low, found.high) == (pytest.approx(interval.low, abs=1e-9), pytest.approx(interval.high, abs=1e-9))
-    assert found.p_value == pytest.approx(expected.pvalue, abs=1e-9)
+    assert found["n"] == len(differences)
+    assert found["mean"] == pytest.approx(sum(differences) / len(differences), abs=1e-12)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high), abs=1e-9)
+    assert found["p_value"] == pytest.approx(expected.pvalue, abs=1e-9)
     assert standard_deviation(differences) == pytest.approx(stats.tstd(differences), rel=1e-9)
 
 
 def test_without_a_spread_there_is_no_interval():
     for differences in ([0.1], [0.1, 0.1], [0.1] * 3, [0.0] * 5):
         found = paired_t(differences)
-        assert found.mean == pytest.approx(differences[0])
-        assert (found.low, found.high, found.p_value) == (None, None, None)
+        assert found["mean"] == pytest.approx(differences[0])
+        assert (found["low"], found["high"], found["p_value"]) == (None, None, None)
     assert standard_deviation([0.1]) is None
 
 
@@ -85,8 +81,8 @@ def test_the_interval_covers_as_often_as_it_claims():
     inside = rejected = 0
     for _ in range(4_000):
         found = paired_t([next(noise) for _ in range(5)])
-        inside += found.low <= 0 <= found.high
-        rejected += found.p_value < 0.05
+        inside += found["low"] <= 0 <= found["high"]
+        rejected += found["p_value"] < 0.05
     assert inside + rejected == 4_000  # interval and test are two views of one thing
     assert stats.binomtest(rejected, 4_000, 0.05).pvalue > 1e-3
 
@@ -135,43 +131,40 @@ def test_pass_at_k_is_unbiased():
 def test_importance_estimates_p_without_bias(k):
     """Identity 5 over every outcome of k hinted draws of a policy that can be listed whole."""
     world = World(seed=3)
-    p_hat = rejected = bound = 0.0
+    p_hat = rejected = 0.0
     for chance, history in world.histories("pps", k, "all"):
         outcomes = [outcome for _, outcome in history]
-        found = importance(
+        estimate, ess = importance(
             [math.log(world.hinted[o]) for o in outcomes],
             [math.log(world.plain[o]) for o in outcomes],
             [accepted(o) for o in outcomes],
         )
-        p_hat += chance * found.p_hat
-        rejected += chance * (not found.any_accepted)
+        p_hat += chance * estimate
+        rejected += chance * (ess == 0)
         weights = [world.plain[o] / world.hinted[o] * accepted(o) for o in outcomes]
-        assert found.p_hat == pytest.approx(sum(weights) / k)
-        assert found.any_accepted == any(weights)
-        assert found.ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
-        assert found.ess <= sum(map(accepted, outcomes)) * (1 + 1e-12)
-        bound += chance * (found.log_p_hat or 0.0)
+        assert estimate == pytest.approx(sum(weights) / k)
+        assert ess == pytest.approx(sum(weights) ** 2 / sum(w * w for w in weights) if any(weights) else 0.0)
+        assert ess <= sum(map(accepted, outcomes)) * (1 + 1e-12)
     assert p_hat == pytest.approx(world.p, rel=1e-12)
     assert rejected == pytest.approx((1 - world.a) ** k, rel=1e-12)
-    assert math.isfinite(bound)
 
 
 def test_importance_of_a_proposal_that_always_accepts_bounds_log_p():
     world = World(seed=3)
     right = {o: chance / world.a for o, chance in world.hinted.items() if accepted(o)}
-    bound = sum(q * importance([math.log(q)], [math.log(world.plain[o])], [True]).log_p_hat for o, q in right.items())
+    estimates = [(q, importance([math.log(q)], [math.log(world.plain[o])], [True])[0]) for o, q in right.items()]
+    bound = sum(q * math.log(p_hat) for q, p_hat in estimates)
     assert bound < math.log(world.p)
     posterior = {o: world.plain[o] / world.p for o in right}  # the best proposal: every draw gives p exactly
     for o, q in posterior.items():
-        found = importance([math.log(q)], [math.log(world.plain[o])], [True])
-        assert found.p_hat == pytest.approx(world.p, rel=1e-12)
+        assert importance([math.log(q)], [math.log(world.plain[o])], [True])[0] == pytest.approx(world.p, rel=1e-12)
 
 
 def test_importance_of_long_rationales():
-    found = importance([-2000.0, -2010.0], [-2700.0, -2710.0], [True, True])  # each weight is e^-700
-    assert found.log_p_hat == pytest.approx(-700.0)
-    assert found.ess == pytest.approx(2.0)
-    assert importance([-1.0], [-1.0], [False]) == importance([-9.0], [-2.0], [False])
+    p_hat, ess = importance([-2000.0, -2010.0], [-2700.0, -2710.0], [True, True])  # each weight is e^-700
+    assert math.log(p_hat) == pytest.approx(-700.0)
+    assert ess == pytest.approx(2.0)
+    assert importance([-1.0], [-1.0], [False]) == importance([-9.0], [-2.0], [False]) == (0.0, 0.0)
 
 
 def test_no_module_of_minem_imports_the_standard_librarys_statistics():

@@ -227,7 +227,7 @@ def test_the_longest_are_expected_from_the_last_draws_of_each_question_and_begin
     assert step.expected(QUESTIONS[0]) == sum(len(s.token_ids) for s in first) / 2
     generator.submitted.clear()
     step.run(QUESTIONS)
-    assert generator.submitted[0].tag[0].question.id == "q5"
+    assert generator.submitted[0].tag.question.id == "q5"
     step.begin(1)
     assert step.expected(QUESTIONS[5]) == 1
 

@@ -255,8 +255,8 @@ def test_known_answers_are_not_drawn_again():
     answers = both.answers(questions, lambda done, **more: shown.append((done, more)), rows, drawn.append)
     assert sorted((r["id"], r["draw"]) for r in drawn) == sorted((q.id, 1) for q in questions)
     assert greedy_rows(questions, answers) == rows
-    summary = both.summary(questions, answers)
-    assert summary == both.summary(questions, both.answers(questions))
+    summary = summarise_answers(questions, answers, 1)
+    assert summary == summarise_answers(questions, both.answers(questions), 1)
     assert shown[-1] == (both.total(questions), {"accuracy": f"{100 * summary['accuracy']:.1f} %"})
     assert facts(summary)["accuracy"].startswith(f"{100 * summary['accuracy']:.1f} %")
     assert both.answers(questions, known=answers, on_row=drawn.append) == answers

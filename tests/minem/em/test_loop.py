@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,17 @@ def test_a_bad_row_of_samples_is_named_before_a_run_is_made(tmp_path):
     assert result.exit_code == 2
     assert "row 2: id 'nobody'" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_made_by_hand_are_trained_and_a_missing_eos_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    row = {"id": load_task("toy", QUESTIONS).train[0].id, "token_ids": [5, 6]}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n")
+    done = ok(minem_cli("train", "--limit", QUESTIONS, "--samples", "mine.jsonl"))
+    assert "1 of 1 rows do not end in EOS: the model learns not to stop there" in done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"toy\.rsm8\.toy-llama\.s0\.samples-[0-9a-f]{8}", folder.name)
+    assert (folder / "iter-01" / "model" / "model.safetensors").exists()
 
 
 def test_base_as_start_and_as_proposal(from_base):

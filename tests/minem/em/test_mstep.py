@@ -372,7 +372,7 @@ def test_tiny_updates_are_not_lost_in_bfloat16(folders):
         mstep = MStep(one, config)
         mstep.run(examples, seed=0, iteration=1)
         moved[dtype] = torch.cat([(m.detach() - start[name].float()).flatten() for name, m in mstep.masters.items()])
-        assert mstep.state_needed == (dtype == torch.bfloat16)
+        assert (mstep.state_bytes > 0) == (dtype == torch.bfloat16)
     full, half = moved[torch.float32], moved[torch.bfloat16]
     assert half.norm() == pytest.approx(float(full.norm()), rel=0.02)
     assert torch.cosine_similarity(full, half, dim=0) > 0.98
@@ -503,11 +503,6 @@ def test_weights_that_the_last_update_ruined_are_noticed(model, monkeypatch):
     monkeypatch.setattr(Masters, "step", ruin)
     with pytest.raises(GuardError, match=r"not finite after the last update \(norm.weight\); lower mstep.lr"):
         MStep(model, MStepSection()).run(make_examples(4), seed=0, iteration=1)
-
-
-def test_nothing_accepted_is_nothing_to_train_on(model):
-    with pytest.raises(GuardError, match="nothing to train on"):
-        MStep(model, MStepSection()).run([], seed=0, iteration=1)
 
 
 # ---------------------------------------------------------------------------------------- schedule

@@ -2,13 +2,11 @@
 
 from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minem.em.packing import Example, best_fit_decreasing, even_bins, pack, plan, shuffle
-from minem.errors import UserError
 
 plans = st.fixed_dictionaries(
     {
@@ -130,18 +128,3 @@ def test_pack_supervises_the_sampled_tokens_only():
     assert packed.rows.tolist() == [2, 3, 4, 5]
     assert packed.targets.tolist() == [7, 8, 9, 5]
     assert packed.token_weights.tolist() == [0.5, 0.5, 0.5, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"prompt_ids": []}, "example 'q': it needs a prompt and sampled tokens"),
-        ({"token_ids": []}, "example 'q': it needs a prompt and sampled tokens"),
-        ({"weight": float("nan")}, "example 'q': weight is nan"),
-        ({"weight": float("inf")}, "example 'q': weight is inf"),
-        ({"weight": 0.0}, "example 'q': weight is 0.0"),
-    ],
-)
-def test_bad_examples_are_named(changes, message):
-    with pytest.raises(UserError, match=message):
-        Example(**({"id": "q", "prompt_ids": [1], "token_ids": [2]} | changes))

@@ -46,8 +46,7 @@ def test_the_rows_of_a_run_give_the_examples_that_the_run_trains(tmp_path):
         for q in TASK.train
         for k in (1, 2)
     ]
-    assert [Sample.from_row(sample.row()) for sample in own] == own
-    write_rows(tmp_path / "accepted.jsonl", [sample.row() for sample in own])
+    write_rows(tmp_path / "accepted.jsonl", map(vars, own))
     keys = list(json.loads((tmp_path / "accepted.jsonl").read_text().splitlines()[0]))
     assert ", ".join(keys) == (
         "id, iteration, attempt, prompt, token_ids, logprob_q, logprob_plain, text, answer, gold, status, leak"

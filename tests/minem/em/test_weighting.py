@@ -17,7 +17,7 @@ from minem.data.tasks import load_task
 from minem.em.estep import encode_prompt
 from minem.em.sample import Sample
 from minem.em.weighting import SMALLEST, make_examples, plain_logprobs, weigh
-from minem.errors import GuardError, UserError
+from minem.errors import GuardError
 
 
 def make_sample(id_: str, **changes: Any) -> Sample:
@@ -100,11 +100,3 @@ def test_a_draw_that_cannot_be_scored_stops_with_a_guard(toy):
         model.embed.weight.fill_(math.nan)
     with pytest.raises(GuardError, match=f"question '{samples[0].id}': the log-probability"):
         plain_logprobs(samples[:1], {question.id: question for question in task.train}, model, tokenizer, 512)
-
-
-@pytest.mark.parametrize("value", [math.nan, -math.inf])
-def test_what_is_not_finite_is_never_weighed(toy, value):
-    _, tokenizer, task, _ = toy
-    sample = make_sample(task.train[0].id, logprob_q=value)
-    with pytest.raises(UserError, match="weight is nan"):
-        make_examples([sample, make_sample(sample.id)], task, tokenizer, MStepSection(weights="importance"))

@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from minem.config import SamplerSection
 from minem.data.tasks import Question
 from minem.data.verdict import strict
-from minem.em.estep import BLOCK_ROUNDS, EStep, blocks
+from minem.em.estep import BLOCK_ROUNDS, EStep
 from minem.em.samplers import make_sampler
-from minem.generation.request import Completion, Request, SamplingParams
+from minem.generation.request import Completion, Request
 
 SLOTS = 16
 PROMPT = 250  # tokens
@@ -42,6 +44,7 @@ class SimulatedGPU:
         self.acceptance, self.mean = acceptance, mean  # of a question's answers, by its number
         self.tokenizer = Tokenizer()
         self.prefill_tokens = 0
+        self.slots, self.model = SLOTS, None
         self.waiting: deque[Request] = deque()
         self.active: dict[Request, int] = {}  # tokens drawn so far
         self.outcomes: dict[Request, tuple[int, bool]] = {}
@@ -89,6 +92,17 @@ def completion(request: Request, length: int, reason: Any, right: bool = False) 
     return Completion([7] * length, f"The best answer is {'A' if right else 'B'}", [-1.0], reason, [-1.0], request)
 
 
+def e_step(gpu: Any) -> EStep:
+    section = SamplerSection(budget=8, max_new_tokens=1024)
+    return EStep(make_sampler("rsm", 8, "first"), section, {"plain": gpu, "hinted": gpu}, strict, seed=0)
+
+
+def evenly(questions: list[Question], blocks: int) -> list[list[Question]]:
+    """The blocks of `minem.runs.stages.Stage.in_blocks`."""
+    ends = [len(questions) * i // blocks for i in range(blocks + 1)]
+    return [questions[start:end] for start, end in pairwise(ends)]
+
+
 def simulate(
     questions: list[Question],
     acceptance: Any,
@@ -97,22 +111,14 @@ def simulate(
 ) -> tuple[float, float]:
     """(drawn tokens, seconds), each as a multiple of the least that any scheduler needs for the same rows."""
     gpu = SimulatedGPU(acceptance, mean)
-    step = EStep(
-        sampler=make_sampler("rsm", 8, "first"),
-        budget=8,
-        generators={"plain": gpu, "hinted": gpu},
-        verdict=strict,
-        params=SamplingParams(max_new_tokens=1024),
-        hint="forward",
-        seed=0,
-        iteration=1,
-        lengths=expected or {},
-    )
+    step = e_step(gpu)
+    step.begin(2)
+    step.lengths = expected or {}
     lengths, drawn = [], 0
-    for block in blocks(questions, SLOTS):
-        rows, counts = step.run(block)
-        lengths += [len(row["token_ids"]) for row in rows]
-        drawn += counts.tokens
+    for block in evenly(questions, step.blocks(len(questions))):
+        samples, counts = step.run(block)
+        lengths += [len(sample.token_ids) for sample in samples]
+        drawn += counts["tokens"]
     # Every decided token is decoded once, at most SLOTS in a step, and no sequence takes fewer steps than its tokens.
     steps = max(math.ceil(sum(lengths) / SLOTS), max(lengths))
     least = steps * WEIGHTS + POSITION * sum(n * PROMPT + n * (n - 1) / 2 for n in lengths)
@@ -129,7 +135,7 @@ def test_near_the_least_that_any_scheduler_needs(acceptance):
 def test_blocks_cost_little():
     """Three times the questions: three blocks, each with an end of its own."""
     questions = [Question(f"{q.id}-{k}", q.text, q.options, q.labels, q.gold) for k in range(3) for q in QUESTIONS]
-    assert len(blocks(questions, SLOTS)) == 3
+    assert e_step(SimulatedGPU(None, None)).blocks(len(questions)) == 3
     tokens, seconds = simulate(questions, lambda question: 0.5)
     assert tokens <= 1.10
     assert seconds <= 1.20
@@ -150,13 +156,10 @@ def test_long_answers_that_begin_first_shorten_the_end():
     assert informed <= 1.03
 
 
-def test_blocks_cover_the_questions_evenly():
-    assert [list(b) for b in blocks(QUESTIONS[:5], SLOTS)] == [QUESTIONS[:5]]
-    assert blocks([], SLOTS) == [[]]
+def test_a_block_has_many_rounds_of_work_for_each_slot():
     for slots in (1, 3, 8):
-        parts = blocks(QUESTIONS, slots)
-        assert [q for part in parts for q in part] == QUESTIONS
-        sizes = [len(part) for part in parts]
-        assert max(sizes) - min(sizes) <= 1
-        assert min(sizes) >= min(len(QUESTIONS), BLOCK_ROUNDS * slots)
-        assert max(sizes) <= 2 * BLOCK_ROUNDS * slots
+        gpu = SimulatedGPU(None, None)
+        gpu.slots = slots
+        blocks = e_step(gpu).blocks(len(QUESTIONS))
+        assert BLOCK_ROUNDS * slots <= len(QUESTIONS) / blocks <= 2 * BLOCK_ROUNDS * slots
+        assert e_step(gpu).blocks(5) == 1

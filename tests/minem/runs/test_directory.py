@@ -225,7 +225,7 @@ def test_a_disk_that_fails_is_one_sentence(
         assert "iter-02/eval" not in run.results
         with pytest.raises(Interrupted, match=sentence):
             run.undo("iter-02/mstep")
-    monkeypatch.setattr(minem.runs.folder, "take_lock", fails(number))
+    monkeypatch.setattr(minem.runs.folder, "_take_lock", fails(number))
     expected = Interrupted if number == errno.ENOSPC else UserError
     with pytest.raises(expected, match=r"is full; free some space|comparison \S+ cannot be used"):
         hold_folder(tmp_path / "new", "plan.json", "comparison", {}).__enter__()
