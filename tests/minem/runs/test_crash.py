@@ -232,7 +232,7 @@ def check(text, question):
 
 @pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Proves it with a verdict that hangs: the first one waits for the draw to be judged, the second ends the process."""
+    """Proves it with a verdict that hangs: the first one waits for the draw to be judged, the second does not."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(HANGS)
     process = start(tmp_path / "run", [], "--verdict", "mine:check", folder=tmp_path)
