@@ -57,8 +57,8 @@ def test_a_home_of_the_hub_that_is_no_folder(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = Model._packed_hidden
-    monkeypatch.setattr(Model, "_packed_hidden", lambda self, ids, lengths: hidden(self, ids.roll(1), lengths))
+    forward = Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, ids, *more, **named: forward(self, ids.roll(1), *more, **named))
 
 
 def wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
