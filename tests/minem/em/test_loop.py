@@ -516,12 +516,8 @@ def test_the_first_e_step_compares_generator_and_trainer(finished, tmp_path, mon
     metrics = list(read_rows(out / "metrics.jsonl"))
     assert [r["logprob_difference"] for r in metrics if "logprob_difference" in r] == [result["logprob_difference"]]
     # A trainer that sees another position than the generator does is another policy.
-    hidden = Model._packed_hidden
-
-    def shifted(self, input_ids, lengths):
-        return hidden(self, input_ids.roll(1), lengths)
-
-    monkeypatch.setattr(Model, "_packed_hidden", shifted)
+    forward = Model.forward
+    monkeypatch.setattr(Model, "forward", lambda self, ids, *more, **named: forward(self, ids.roll(1), *more, **named))
     stopped = sample(tmp_path / "wrong")
     assert stopped.exit_code == 4
     assert "disagree on the log-probabilities" in stopped.stderr
