@@ -1,18 +1,15 @@
-"""Progress on stderr: one line per stage of a run.
+"""Progress on stderr, one line per stage of a run, and tables on stdout.
 
     minem train                     # a terminal: one live line, which stays when its stage is done
     minem train 2> train.log        # anything else: plain lines, at most one every ten seconds
 
-        progress = Progress()
-        with progress.stage("iteration 1/4 E-step", total=512) as line:
+        with Progress().stage("iteration 1/4 E-step", total=512) as line:
             line.update(120, accepted=percent(0.61), tokens_per_s=5300.0)
 
     iteration 1/4 E-step  ━━━━────────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
 
 `minem.text.clean` removes what a terminal would act on in texts of files and models, and rich's markup is off.
 """
-
-from __future__ import annotations
 
 import sys
 import time
@@ -41,10 +38,7 @@ class Line:
         self._clock, self._start = clock, clock()
 
     def update(self, done: int | None = None, **facts: str | float) -> None:
-        """Set how much is done (in the units of `total`) and the latest numbers; those not named stay as they are.
-
-        Facts are shown by their name ("tokens_per_s" as "tokens/s"): texts as given, numbers to three digits.
-        """
+        """Set how much of `total` is done, and numbers or texts by name; "tokens_per_s" is shown as "tokens/s"."""
         self.done = self.done if done is None else done
         self.facts |= facts
         self.on_update()
@@ -59,12 +53,12 @@ class Line:
         parts = [self.name, bar, "" if self.total is None else f"{self.done:,}/{self.total:,}"]
         for name, value in self.facts.items():
             parts.append(f"{clean(name).replace('_per_', '/').replace('_', ' ')} {_shown(value)}")
-        time = duration(self.elapsed)
+        clock = duration(self.elapsed)
         if ending:
-            time = f"{ending} after {time}"
+            clock = f"{ending} after {clock}"
         elif self.total and 0 < self.done <= self.total:
-            time += f", {duration(self.elapsed * (self.total - self.done) / self.done)} left"
-        return "  ".join(part for part in (*parts, time) if part)
+            clock += f", {duration(self.elapsed * (self.total - self.done) / self.done)} left"
+        return "  ".join(part for part in (*parts, clock) if part)
 
     def __rich__(self) -> Text:
         filled = min(self.done, self.total) * BAR_WIDTH // self.total if self.total else 0
@@ -74,10 +68,7 @@ class Line:
 
 
 class Progress:
-    """The lines of a run, on stderr unless another stream is given.
-
-    interval: seconds between two plain lines of a stage; a terminal is refreshed four times a second. clock: seconds.
-    """
+    """The lines of a run, on stderr by default. interval: seconds between plain lines of a stage; clock: seconds."""
 
     def __init__(
         self, stream: TextIO | None = None, interval: float = 10.0, clock: Callable[[], float] = time.monotonic
@@ -112,11 +103,8 @@ class Progress:
             self.note(line.text(ending))
 
     def note(self, text: str) -> None:
-        """Print one line: a warning, or what was inferred or skipped.
-
-        If it cannot be printed (a closed pipe, a full disk), the work continues without it.
-        """
-        with suppress(OSError):
+        """Print one line: a warning, or what was inferred or skipped."""
+        with suppress(OSError):  # a closed pipe, a full disk: the work continues without it
             self._console.print(Text(redact(clean(text))), soft_wrap=True)
 
 

@@ -2,21 +2,12 @@
 
     python -c "from minem.statistics import wilson; print(wilson(150, 300))"
 
-    wilson      one model on n questions                  mcnemar   two models on the same questions
-    paired_t    two samplers over several seeds           holm      many such comparisons at once
-    pass_at_k   n draws for one question                  importance   p(y | x) from hinted draws
-
-Plain Python; the tests compare each with scipy or exact enumeration. minem never imports the standard library's module
-of the same name.
+Plain Python, tested against scipy or exact enumeration. minem never imports the standard library's `statistics`.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
-
-Z_95 = 1.959963984540054  # the 97.5 % quantile of the standard normal: a two-sided 95 % interval
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -26,7 +17,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     """
     if n == 0:
         return 0.0, 1.0
-    share, z = successes / n, Z_95
+    share, z = successes / n, 1.959963984540054  # the 97.5 % quantile of the standard normal
     scale = 1 + z * z / n
     centre = (share + z * z / (2 * n)) / scale
     half = z / scale * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -35,13 +26,12 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def mcnemar(b: int, c: int) -> float:
-    """Exact two-sided p-value of McNemar's test for two models on the same questions.
+    """Exact two-sided p-value of McNemar's test: b questions that only one model got right, c that only the other did.
 
-    b and c count the questions that only the first, and only the second, got right. Under the null hypothesis
-    b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1. Integers until the last division.
+    Under the null hypothesis b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1.
     """
     n = b + c
-    tail = term = 1
+    tail = term = 1  # integers until the last division
     for k in range(min(b, c)):
         term = term * (n - k) // (k + 1)
         tail += term
@@ -51,8 +41,7 @@ def mcnemar(b: int, c: int) -> float:
 def paired_t(differences: Sequence[float]) -> dict[str, Any]:
     """Student's 95 % interval and two-sided t-test for the mean of paired differences, as fractions.
 
-    Returns n, mean, low, high and p_value. The last three are None without a spread, as of one pair or of equal
-    differences, rather than an interval of no width.
+    Returns n, mean, low, high and p_value; the last three are None without a spread (one pair, equal differences).
     """
     n, centre, spread = len(differences), mean(differences), standard_deviation(differences)
     found: dict[str, Any] = {"n": n, "mean": centre, "low": None, "high": None, "p_value": None}
@@ -118,9 +107,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The chance that at least one of k draws is right, estimated without bias from n draws of which `correct` are.
+    """The chance that one of k <= n draws is right, estimated without bias from n draws of which `correct` are.
 
-    1 - C(n - correct, k) / C(n, k), k <= n: the share of all choices of k among the n that hold a right one.
     Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", equation 1.
     """
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
@@ -129,14 +117,10 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequence[bool]) -> tuple[float, float]:
     """Importance sampling of p(y | x), the chance that the model reaches the answer unaided, from K hinted draws.
 
-    Args:
-        log_q: log q(z, y | x, y*) of each draw, from the prompt and policy that it was drawn with.
-        log_p: log pi(z, y | x) of the same token ids, from the plain prompt.
-        accepted: r, whether the draw reached y*.
-    Returns:
-        p_hat = mean of w_k = r_k exp(log_p_k - log_q_k), unbiased if q can draw every right rationale and K is fixed in
-        advance: a lazy search, which stops at the first accepted draw, makes the mean too large. And the effective
-        sample size (sum w)^2 / sum w^2, between 1 and K; 0 if all were rejected.
+    log_q: log q(z, y | x, y*) of each draw, under its own prompt. log_p: log pi(z, y | x) of the same token ids, under
+        the plain prompt. accepted: r, whether the draw reached y*.
+    Returns p_hat, the mean of w = r exp(log_p - log_q), unbiased if q can draw every right rationale and K is fixed in
+        advance, not by the first success; and the effective sample size (sum w)^2 / sum w^2, 0 if all were rejected.
     """
     logs = [p - q for p, q, right in zip(log_p, log_q, accepted, strict=True) if right]
     if not logs:

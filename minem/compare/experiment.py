@@ -3,18 +3,14 @@
     minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2,3,4
     minem compare --samplers rsm:4,star:4,pps:4 --seeds 0,1,2 --match kept
 
-    runs/compare.toy.rsm8-star2-pps1.toy-llama/
-      plan.json                                  what is compared: declared before any run
-      toy.rsm8.toy-llama.s0/  ...                the runs, as `minem train` makes them
-      comparison.json  comparison.md  comparison.png  report.html
+Its folder has plan.json (what is compared, declared before any run), the runs as `minem train` makes them, and
+comparison.json, .md, .png and report.html.
 
 The base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
 for every run of a seed. With --match, what a run trains on depends on what all runs of its seed have drawn (`matched`):
 each continues until its M-step needs the E-step of another. All state is in the run directories, so the same command
 resumes a comparison that was stopped.
 """
-
-from __future__ import annotations
 
 import gc
 import json
@@ -25,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 from minem.compare.results import Cell, Match, markdown, matched, read_comparison
 from minem.config import Config, load_config
@@ -36,7 +32,7 @@ from minem.errors import GuardError, UserError
 from minem.files import write_atomic
 from minem.model.weights import resolve
 from minem.plugins import hash_source
-from minem.runs.directory import remove_run
+from minem.runs.directory import read_journal, remove_run
 from minem.runs.folder import default_path, folder_name, hold_folder
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
@@ -45,7 +41,6 @@ from minem.train import LAST_STAGE, Session, build, conclude, opened
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
-T = TypeVar("T")
 
 
 class _Waiting(Exception):
@@ -62,14 +57,14 @@ class Plan:
     match: Match = "none"
 
     @classmethod
-    def parse(cls, tasks: str, samplers: str, seeds: str, match: Match = "none") -> Plan:
+    def parse(cls, tasks: str, samplers: str, seeds: str, match: Match = "none") -> Self:
         """From the lists with commas of the command line. UserError names the flag and what would be right."""
         names = (tasks,) if os.path.exists(tasks) else _listed("--task", tasks, "toy or arc-easy,openbookqa", str)
         chosen = _listed("--samplers", samplers, "rsm:8,star:2,pps:1", _sampler)
         return cls(names, chosen, _listed("--seeds", seeds, "0,1,2", int), match)
 
 
-def _listed(flag: str, text: str, example: str, parse: Callable[[str], T]) -> tuple[T, ...]:
+def _listed(flag: str, text: str, example: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
     parts = [part.strip() for part in text.split(",")]
     try:
         values = tuple(map(parse, parts)) if all(parts) else ()
@@ -97,9 +92,8 @@ def _sampler(text: str) -> tuple[str, int]:
 
 
 def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
-    """Make or resume the comparison in `config.run.out`; everything else of the config is common to all runs.
+    """Make or resume the comparison in `config.run.out`. Returns what comparison.json holds, and `out`.
 
-    Returns what comparison.json holds, and `out`; `stopped` in it has the runs that a guard stopped, {name: why}.
     Raises UserError for bad input, or a folder that holds another comparison.
     """
     out = Path(os.path.expanduser(config.run.out)) if config.run.out else _default_out(config, plan)
@@ -144,7 +138,7 @@ class _Comparison:
 
     def _advance(self, cell: Cell, group: Sequence[Cell]) -> None:
         """Build a run, resume it, and conclude it. Raises _Waiting if it needs another run of the group first."""
-        if LAST_STAGE in cell.journal and is_intact(cell.folder, self.runs[cell]):
+        if LAST_STAGE in read_journal(cell.folder) and is_intact(cell.folder, self.runs[cell]):
             self.session.progress.note(f"run     {cell.folder}  finished earlier, skipped")
             return
         gc.collect()  # of the run before: two models at once might not fit
@@ -152,16 +146,13 @@ class _Comparison:
         experiment = build(self.runs[cell], self.session)
 
         def select(iteration: int) -> list[Sample] | None:
-            """What this run trains on: its share of the group's E-steps."""
             if self.match == "none" or experiment.run.finished(iteration, "mstep"):
                 return None
-            if not all(f"iter-{iteration:02d}/estep" in other.journal for other in group):
+            if not all(f"iter-{iteration:02d}/estep" in read_journal(other.folder) for other in group):
                 raise _Waiting
             rows = matched(group, iteration, self.match)[group.index(cell)].rows
             if not rows:
-                raise GuardError(
-                    f"iteration {iteration}: --match {self.match} leaves no accepted rationale to train on"
-                )
+                raise GuardError(f"iteration {iteration}: --match {self.match} leaves no accepted rationale")
             kept = experiment.run.read(iteration, "accepted.jsonl", Sample)
             return [sample for sample in kept if (sample.id, sample.attempt) in rows]
 
@@ -172,24 +163,22 @@ class _Comparison:
 
     def _take_over(self, cell: Cell, experiment: Experiment) -> None:
         """The evaluations of the base model, from another run of the task that has them."""
+        others = [other for other in self.runs if other.task == cell.task]
+        others.sort(key=lambda other: other.seed != cell.seed)  # of the same seed, if there is one
         for split in ("validation", "test"):
             name = f"eval.{split}"
-            donors = [
-                c for c in self.runs if c.task == cell.task and is_intact(c.folder, self.runs[c], f"iter-00/{name}")
-            ]
-            if not donors or experiment.run.finished(0, name):
+            donor = next((c for c in others if is_intact(c.folder, self.runs[c], f"iter-00/{name}")), cell)
+            if donor == cell or experiment.run.finished(0, name):
                 continue
-            donor = min(donors, key=lambda other: other.seed != cell.seed)  # of the same seed, if there is one
-            rows = donor.rows(0, name)
             if donor.seed == cell.seed:
-                experiment.run.do(0, name, partial(_copy, f"{name}.jsonl", rows, donor.journal[f"iter-00/{name}"]))
+                experiment.run.do(0, name, partial(_copy, donor, name))
             else:
-                experiment.evaluate(0, split, getattr(experiment.task, split), rows)
+                experiment.evaluate(0, split, getattr(experiment.task, split), donor.rows(0, name))
 
 
-def _copy(file: str, rows: Sequence[Mapping[str, Any]], result: Mapping[str, Any], stage: Stage) -> None:
-    stage.write(file, rows)
-    stage.report(**result)
+def _copy(donor: Cell, name: str, stage: Stage) -> None:
+    stage.write(f"{name}.jsonl", donor.rows(0, name))
+    stage.report(**read_journal(donor.folder)[f"iter-00/{name}"])
 
 
 def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
@@ -231,9 +220,8 @@ def _clear(out: Path) -> None:
     """Remove an earlier comparison: its results, and of its run directories what a run writes."""
     for name in ("comparison.json", "comparison.md", "comparison.png", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for folder in sorted(out.iterdir()):
-        if (folder / "run.json").exists():
-            remove_run(folder)
+    for facts in sorted(out.glob("*/run.json")):
+        remove_run(facts.parent)
 
 
 def _write(out: Path, comparison: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ a seed, where base model, questions and random streams are the same; the differe
 McNemar's test is per seed: pooled over seeds it would find equal samplers different far too often.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -44,11 +42,6 @@ class Cell:
 
     def rows(self, iteration: int, name: str) -> list[dict[str, Any]]:
         return list(read_rows(self.folder / f"iter-{iteration:02d}" / f"{name}.jsonl"))
-
-    @property
-    def journal(self) -> dict[str, dict[str, Any]]:
-        """{stage: result} of what is finished by now."""
-        return read_journal(self.folder)
 
     def statuses(self, iteration: int) -> dict[str, str]:
         """{question id: status} on the test split."""
@@ -94,7 +87,7 @@ def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
 
 def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
     """The numbers of one finished run: accuracies, the parts of its gain, its costs and its curve."""
-    run, iterations = Run(cell.folder, {}, {}, cell.journal), range(1, cell.iterations + 1)
+    run, iterations = Run(cell.folder, {}, {}, read_journal(cell.folder)), range(1, cell.iterations + 1)
     base, test = run.result(0, "eval.test"), run.result(cell.iterations, "eval.test")
     esteps = [run.result(i, "estep") for i in iterations]
     spent = [estep["tokens"] for estep in esteps]
@@ -118,7 +111,7 @@ def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
 
 
 def _gain(cell: Cell) -> dict[str, float]:
-    """Of what kind the change from the base to the last model is; gain = format + reasoning - lost, as shares."""
+    """The parts of the change from the base to the last model, as shares; gain = format + reasoning - lost."""
     before = cell.statuses(0)
     lost, won = flips(before, cell.statuses(cell.iterations))
     reasoning = sum(before[i] == "wrong" for i in won)
@@ -159,16 +152,16 @@ def _of_interval(pair: Mapping[str, Any], key: str) -> Any:
 def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
     """All numbers of the comparison and its tables, from the runs that are finished: what comparison.json holds."""
     groups = {cell: [c for c in cells if (c.task, c.seed) == (cell.task, cell.seed)] for cell in cells}
-    finished = {cell for cell in cells if f"iter-{cell.iterations:02d}/eval.test" in cell.journal}
+    finished = {cell for cell in cells if f"iter-{cell.iterations:02d}/eval.test" in read_journal(cell.folder)}
     # The shares of a matched group need all of its runs.
     complete = [c for c in cells if c in finished and (match == "none" or finished.issuperset(groups[c]))]
     runs = {cell: read_run(cell, groups[cell], match) for cell in complete}
-    cases = dict.fromkeys((cell.task, cell.sampler) for cell in cells)
-    same = [[run for run in runs.values() if (run["task"], run["sampler"]) == case] for case in cases]
+    cases = dict.fromkeys((cell.task, cell.sampler) for cell in runs)
+    same = [[run for cell, run in runs.items() if (cell.task, cell.sampler) == case] for case in cases]
     comparison = {
         "match": match,
         "unfinished": [cell.folder.name for cell in cells if cell not in runs],
-        "samplers": [_summary(case) for case in same if case],
+        "samplers": [_summary(case) for case in same],
         "pairs": compare_pairs(cells, runs),
         "runs": list(runs.values()),
     }

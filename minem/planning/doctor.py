@@ -3,8 +3,6 @@
 minem doctor
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -52,8 +50,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
             yield f"  {label.removesuffix('_bytes').replace('_', ' '):<20}{text}"
     yield "self-test"
     for check in found["checks"]:
-        verdict = "ok  " if check["passed"] else "FAIL"
-        yield f"  {verdict} {check['name']}: {check['detail']} ({check['seconds']:.1f} s)"
+        yield f"  {'ok  ' if check['passed'] else 'FAIL'} {check['name']}: {check['detail']} ({check['seconds']:.1f} s)"
 
 
 def _machine() -> dict[str, Any]:
@@ -63,13 +60,14 @@ def _machine() -> dict[str, Any]:
         token = get_token() is not None
     except OSError:  # HF_HOME is a file, or may not be read
         token = False
-    cache = Path(constants.HF_HUB_CACHE)
+    cache, info = Path(constants.HF_HUB_CACHE), Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
     gpus = {f"gpu_{index}": _gpu(index) for index in range(torch.cuda.device_count())}
     driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu[1] if cpu else platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "memory_free_bytes": free_memory(torch.device("cpu")),
@@ -89,12 +87,6 @@ def _machine() -> dict[str, Any]:
 def _gpu(index: int) -> str:
     gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
     return f"{gpu.name}, {shown_bytes(total)} ({shown_bytes(free)} free), sm_{gpu.major}{gpu.minor}"
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
-    return name[1] if name else platform.machine()
 
 
 def _parts(device: torch.device) -> dict[str, str]:

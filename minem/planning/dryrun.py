@@ -7,8 +7,6 @@ The input is checked as a run would do it, but the weights stay on the disk and 
 bounds: every attempt of the budget is made, and every draw reaches the limit.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import shutil
@@ -28,7 +26,6 @@ from minem.em.loop import Experiment
 from minem.em.packing import plan
 from minem.em.samplers import uses_hints
 from minem.files import shown_bytes
-from minem.model.hf_config import ModelConfig
 from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
 from minem.model.tokenizer import Tokenizer
 from minem.planning.memory import Work, e_step, fitted, m_step, trains
@@ -45,9 +42,7 @@ KEYS = {  # to change if a part does not fit
 def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gpus: int = 1) -> dict[str, Any]:
     """What a run needs at most, as JSON values; sizes are bytes, and memory is that of one process.
 
-    experiment: built from `config`, with or without its weights.
-    longest: tokens of the longest prompt, and the most new ones.
-    gpus: processes that make the run together. On the CPU they share what is free.
+    longest: tokens of the longest prompt, and the most new ones. gpus: processes; on the CPU they share what is free.
     """
     model, estep, device = experiment.mstep.model, experiment.estep, pick_device(config.run.device)
     taken, free = process_bytes(device), free_memory(device)
@@ -64,7 +59,9 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
         **micro_batch,
     )
     shape = model.config, model.dtype, device.type
-    work = _planned(config, shape, asked, free)
+    work, parallel = fitted(*shape, asked, free, config.mstep.checkpointing), config.mstep.parallel
+    if gpus > 1 and (parallel == "fsdp" or (parallel == "auto" and not trains(*shape, work, free))):
+        work = fitted(*shape, replace(asked, split=True), free, config.mstep.checkpointing)
     drawing, training = e_step(*shape, work), m_step(*shape, work)
     if sum(training.values()) > SAFE_SHARE * free:  # the run then releases the cache before each M-step
         training["KV cache"] = 0
@@ -90,14 +87,6 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
         "fits": not short,
         "advice": "; ".join(f"{part}: needs {sizes}; {KEYS[part]}" for part, sizes in short.items()),
     }
-
-
-def _planned(config: Config, shape: tuple[ModelConfig, torch.dtype, str], asked: Work, free: int) -> Work:
-    """The work as the run will do it with `free` bytes; among several processes with DDP, or FSDP if it must be."""
-    parallel, work = config.mstep.parallel, fitted(*shape, asked, free, config.mstep.checkpointing)
-    if asked.ranks == 1 or parallel == "ddp" or (parallel == "auto" and trains(*shape, work, free)):
-        return work
-    return fitted(*shape, replace(asked, split=True), free, config.mstep.checkpointing)
 
 
 def process_bytes(device: torch.device) -> int:

@@ -6,8 +6,6 @@
 The parts of `e_step` and `m_step` sum to the peak. Activations are what autograd keeps for the backward pass.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 
@@ -104,10 +102,8 @@ def _trained_here(config: ModelConfig, work: Work) -> int:
 
 
 def _gathered_bytes(config: ModelConfig, dtype: torch.dtype, work: Work) -> int:
-    """What FSDP gathers for a moment: weights to compute with, and gradients to be summed, in float32.
-
-    Embeddings and head stay gathered during a micro-batch; of the blocks, one is at work and the next is on its way.
-    """
+    """What FSDP gathers for a moment: weights to compute with, and gradients to be summed, in float32."""
+    # Embeddings and head stay gathered during a micro-batch; of the blocks, one is at work and the next on its way.
     counted = parameters(config)
     block = counted.body // config.num_hidden_layers
     weights = (counted.embeddings + counted.head + 2 * block) * dtype.itemsize

@@ -6,8 +6,6 @@ An SVG's colours become variables of page.css, so that charts follow the page's 
 engine would draw each figure twice.
 """
 
-from __future__ import annotations
-
 import hashlib
 import html
 import io
@@ -143,8 +141,7 @@ def _svg(figure: Figure, name: str) -> str:
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": None})
-    svg = file.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>|^.*?(?=<svg)", "", file.getvalue(), flags=re.DOTALL)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, variable)
     prefix = "c" + hashlib.sha256(name.encode()).hexdigest()[:8] + "-"

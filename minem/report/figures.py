@@ -1,11 +1,7 @@
 """The numbers of a report: what is averaged over which runs, and what each chart and table shows.
 
-    minem report runs/*             # minem.report.page puts them on a page
-
-What a run has not measured is not shown.
+minem report runs/*             # minem.report.page puts them on a page; what is not measured is not shown
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Sequence
@@ -38,14 +34,14 @@ DIAGNOSTICS = tuple(
     for key, (label, sentence) in EXPLAINED.items()
 )
 NO_SHARES = ("kept_length", "tokens", "drawn", "ess", "entropy")  # everything else is a share, shown in percent
-# Keys that do not make two runs different experiments, and the budget's two, which the label opens with.
+# Keys that do not make two runs different experiments, and the sampler's two, which open the label.
 SAME = {"run.seed", "run.iterations", "run.out", "run.device", "run.slots", "run.keep"}
 SAME |= {"eval.diagnostics", "eval.hinted_draws", "sampler.name", "sampler.budget"}
 # Inputs that do: how `minem compare` matched the run with others, and the base model's fingerprint.
 ALSO_DECIDE = ("match", "base model")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Group:
     """Runs that differ in their seed alone; `number` chooses colour and dashes."""
 
@@ -73,11 +69,6 @@ class Group:
             found.append((i, centre, centre - spread, centre + spread))
         return found
 
-    def by_cost(self, points: Sequence[Point]) -> list[Point]:
-        """The points of iterations at the mean number of tokens drawn by then."""
-        cost = {0.0: 0.0} | {i: tokens for i, tokens, *_ in self.points("estep", "drawn")}
-        return [(cost[i], value, low, high) for i, value, low, high in points if i in cost]
-
 
 def summary(name: str, run: Run) -> dict[str, Any]:
     """The row of a run in the first table."""
@@ -102,11 +93,9 @@ def by_task(runs: Sequence[Run]) -> list[dict[str, Any]]:
     tasks, names = [], [str(run.config["task"].get("name")) for run in runs]
     for name in sorted(set(names)):
         groups = _groups([run for run, own in zip(runs, names, strict=True) if own == name])
-        charts, diagnostics = (
-            [chart for one in wanted if (chart := _chart(name, groups, *one))] for wanted in (CHARTS, DIAGNOSTICS)
-        )
-        legend = [group.legend() for group in groups]
-        tasks.append({"name": name, "legend": legend, "charts": charts, "diagnostics": diagnostics})
+        tasks.append({"name": name, "legend": [group.legend() for group in groups]})
+        for kind, wanted in (("charts", CHARTS), ("diagnostics", DIAGNOSTICS)):
+            tasks[-1][kind] = [chart for one in wanted if (chart := _chart(name, groups, *one))]
     return tasks
 
 
@@ -132,7 +121,9 @@ def _chart(task: str, groups: Sequence[Group], title: str, text: str, stage: str
     for group in groups:
         points = group.points(stage, key)
         if title == BY_COST:
-            x_label, points = "tokens drawn", group.by_cost(points)
+            x_label = "tokens drawn"
+            cost = {0.0: 0.0} | {i: tokens for i, tokens, *_ in group.points("estep", "drawn")}  # means over the runs
+            points = [(cost[i], value, low, high) for i, value, low, high in points if i in cost]
         if points:
             curves[group.number] = points
         for x, value, low, high in points:

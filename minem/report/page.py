@@ -7,8 +7,6 @@ Texts of models and files reach it as JSON and as text nodes, never as HTML; its
 script run and nothing be fetched.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -36,11 +34,9 @@ PAGE = Path(__file__).parent
 
 
 def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] | None = None) -> None:
-    """Write the report on these run directories.
+    """Write the report on these run directories. UserError if one is none, or if the file cannot be written.
 
-    comparison: "tables" of `minem compare` (a list of {title, note, columns, rows}) and "plots" ({title, svg}, inserted
-        as they are); they come first on the page.
-    Raises UserError for a path that is no run directory, and if the file cannot be written.
+    comparison: "tables" ({title, note, columns, rows}) and "plots" ({title, svg}, inserted as they are), shown first.
     """
     if not out.name or os.path.isdir(out):
         raise UserError(f"the report {out} cannot be written: that is a folder")
@@ -158,6 +154,5 @@ def _shown(value: Any) -> Any:
 def _for_script(data: Any) -> str:
     """JSON that can stand inside a <script>: nothing in it ends the element, begins another, or ends a line."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "replace").decode()
+    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+    return text.translate(escapes).encode("utf-8", "replace").decode()

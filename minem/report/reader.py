@@ -7,8 +7,6 @@ stranger's, so rows are checked here and nowhere else. A run keeps the ids of it
 task that its config names, if its rows still have the hash that the run recorded.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -67,15 +65,10 @@ class Run:
         """The iteration after which the test split was evaluated, if the run has got that far."""
         return max((i for i in self.series("eval.test", "accuracy") if i), default=None)
 
-    @property
-    def drawn(self) -> list[int]:
-        """The iterations with a finished E-step."""
-        return [i for i in self.iterations if self.result(i, "estep")]
-
     def samples(self, iteration: int | None = None) -> Iterator[SimpleNamespace]:
-        """The rows of samples.jsonl with the attributes of SAMPLE, of one iteration or of all."""
-        for i in self.drawn:
-            if iteration in (i, None) and (self.path / f"iter-{i:02d}" / "samples.jsonl").exists():
+        """The rows of samples.jsonl with the attributes of SAMPLE, of one finished E-step or of all."""
+        for i in self.iterations if iteration is None else [iteration]:
+            if self.result(i, "estep") and (self.path / f"iter-{i:02d}" / "samples.jsonl").exists():
                 yield from self._rows(i, "samples.jsonl", SAMPLE)
 
     def answers(self, iteration: int, split: str) -> dict[str, SimpleNamespace]:
@@ -96,8 +89,7 @@ class Run:
         """`flips` on the test split, from the base to the last model."""
         if self.last_test is None:
             return [], []
-        before, after = (self.answers(iteration, "test") for iteration in (0, self.last_test))
-        return flips(*({id_: row.status for id_, row in rows.items()} for rows in (before, after)))
+        return flips(*({id_: row.status for id_, row in self.answers(i, "test").items()} for i in (0, self.last_test)))
 
     @cached_property
     def task(self) -> Task | str:
@@ -142,18 +134,16 @@ def checked(*paths: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        names = ", ".join(map(str, paths))
-        raise UserError(f"{names}: a file holds a value that minem does not write there ({error!r})") from error
+        raise UserError(f"{', '.join(map(str, paths))}: a value that minem does not write there ({error!r})") from error
 
 
 def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[int, SimpleNamespace]], int]:
     """At most `most` samples as (number of the run, row), and how many samples there are.
 
     Questions are taken whole, in the order of a hash of their ids, until `most` rows or `characters` of text are full:
-    so each can be followed through all iterations and samplers. The files are read twice, so that only the chosen rows
-    are held in memory.
+    so each can be followed through all iterations and samplers.
     """
-    counts, sizes = Counter[str](), Counter[str]()
+    counts, sizes = Counter[str](), Counter[str]()  # the files are read twice, so that few rows are held in memory
     for run in runs:
         for row in run.samples():
             counts[row.id] += 1

@@ -3,8 +3,6 @@
 minem show runs/toy.rsm8.toy-llama.s0 --iteration 1 --status wrong -n 5
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,17 +16,14 @@ from minem.text import clean
 def show(
     run: Path, iteration: int | None, status: str | None, question: str | None, n: int
 ) -> tuple[dict[str, Any], list[str]]:
-    """The first n samples that match, with the words of their prompts, as a result and as lines for a person.
-
-    Raises UserError if the run has no such iteration or question.
-    """
+    """The first n samples that match, as a result and as lines. UserError for an unknown iteration or question."""
     with checked(run):
         read = read_run(run)
-        if not read.drawn:
+        drawn = [i for i in read.iterations if read.result(i, "estep")]
+        if not drawn:
             raise UserError(f"{run} has no finished E-step yet, so there are no samples to show")
-        if iteration not in (None, *read.drawn):
-            drawn = ", ".join(map(str, read.drawn))
-            raise UserError(f"--iteration {iteration}: {run} has samples of iteration {drawn}")
+        if iteration not in (None, *drawn):
+            raise UserError(f"--iteration {iteration}: {run} has samples of iteration {', '.join(map(str, drawn))}")
         rows, matched, found = [], 0, question is None
         for row in read.samples(iteration):
             if question in (None, row.id):
@@ -52,8 +47,8 @@ def lines(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
         facts = [row["status"].upper(), row["id"], f"iteration {row['iteration']}", f"attempt {row['attempt']}"]
         facts += [f"{row['prompt']} prompt", f"answer {row['answer'] or 'none'}", f"right: {row['gold']}"]
         facts += [f"{len(row['token_ids'])} tokens"]
-        logprobs = {"log q": row["logprob_q"], "log p": row["logprob_plain"]}
-        facts += [f"{name} {value:.2f}" for name, value in logprobs.items() if value is not None]
+        for name, key in (("log q", "logprob_q"), ("log p", "logprob_plain")):
+            facts += [] if row[key] is None else [f"{name} {row[key]:.2f}"]
         facts += ["cites the hint"] * row["leak"]
         yield "── " + clean("  ".join(facts))
         if row["prompt_text"] not in (None, before):

@@ -1,9 +1,7 @@
-"""What commands print for people when they are done: the tables and lines on stdout.
+"""What commands print for people when they are done; --json prints the same numbers.
 
-The last lines of `minem train`, `minem compare` and `minem eval` come from here; --json prints the same numbers.
+minem eval
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +19,7 @@ def say(text: str) -> None:
 
 def train_table(result: dict[str, Any]) -> None:
     """The table that a run ends with, without the columns that are empty."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for row in result["iterations"]:
         sampled = row["validation"]["sampled"]
         cells = {"iteration": row["iteration"] or "base", "validation, greedy": accuracy(row["validation"])}

@@ -52,10 +52,15 @@ def train(out: Path, *more: str, code: int = 0) -> str:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that must not depend on accidents: files as bytes, journal and metrics without times, rates and memory."""
+    """All that must not depend on accidents: files as bytes, journal and metrics without what a process measures.
+
+    That is times, rates, memory, and the agreement of the generator with the model in its own first draws.
+    """
+    measured = re.compile("second|mfu|memory|logprob_difference|policy_kl")
 
     def steady(values: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if not re.search("second|mfu|memory", key)}
+        kept = {key: value for key, value in values.items() if not measured.search(key)}
+        return kept | {"counts": steady(kept["counts"])} if "counts" in kept else kept
 
     files = [p for p in run.glob("iter-*/**/*") if p.is_file()]
     # The model card has the name of the run. Of checkpoints, those that the clock and signals asked for are left out.

@@ -57,8 +57,8 @@ def test_a_home_of_the_hub_that_is_no_folder(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Model.forward
-    monkeypatch.setattr(Model, "forward", lambda self, ids, *more, **named: forward(self, ids.roll(1), *more, **named))
+    forward = Model.forward  # of the trainer alone
+    monkeypatch.setattr(Model, "forward", lambda self, ids, *a, **k: forward(self, ids.roll(1), *a, **k))
 
 
 def wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,7 +202,7 @@ def test_a_signal_ends_with_code_3_and_the_same_command_resumes(tmp_path: Path, 
     out = tmp_path / "run"
     for before, stage, number, name in (
         ("iter-00/eval.validation", "iter-00/eval.test", signal.SIGUSR1, "SIGUSR1"),
-        ("iter-01/estep.1", "iter-01/estep.2", signal.SIGINT, "Ctrl-C"),
+        ("iter-01/estep.1", "iter-01/estep", signal.SIGINT, "Ctrl-C"),
         ("iter-01/mstep.2", "iter-01/mstep", signal.SIGTERM, "SIGTERM"),
     ):
         process = start(out, IN_BLOCKS)
@@ -230,8 +230,9 @@ def check(text, question):
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first one is noted and waits for the draw to be judged, which takes for ever here; the second ends it."""
+    """Proves it with a verdict that hangs: the first one waits for the draw to be judged, the second ends the process."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(HANGS)
     process = start(tmp_path / "run", [], "--verdict", "mine:check", folder=tmp_path)
