@@ -83,7 +83,7 @@ def test_a_loss_that_does_not_fall(after, warned):
     assert health.loss_not_falling(losses[:3] + losses[4:7]) is None  # six steps say nothing
 
 
-def test_a_loss_that_jumps_about_says_nothing():
+def test_a_loss_that_jumps_about_is_no_sign():
     assert health.loss_not_falling([1.0, 2.0, 1.0, 2.0, 2.0, 1.0, 2.0, 1.2]) is None
     assert health.loss_not_falling([0.0] * 8) is None  # there is nothing left to fall
     assert health.loss_not_falling([0.3] * 9) is not None
