@@ -149,7 +149,7 @@ def test_a_run_warns_once_keeps_it_reports_it_and_has_the_metrics_of_each_step(t
         assert row["mfu"] is None  # the peak of a CPU is not known
         assert 10e6 < row["peak_process_memory"] < 100e9
     assert all(0 < row["lr"] <= 0.03 for row in steps)
-    assert max(row["peak_process_memory"] for row in steps) == kept["peak_process_memory"]
+    assert max(row["peak_process_memory"] for row in steps) <= kept["peak_process_memory"]  # it is looked at once more
     shown = next(line for line in result.stderr.splitlines() if "M-step" in line and "done" in line)
     for fact in ("loss", "grad norm", "lr", "tokens/s", "peak memory"):
         assert f"  {fact} " in shown
