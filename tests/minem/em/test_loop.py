@@ -97,7 +97,7 @@ def rows_of(run: Path, iteration: int = 1, name: str = "samples") -> list[dict[s
     return list(read_rows(run / f"iter-{iteration:02d}" / f"{name}.jsonl"))
 
 
-def test_a_run_writes_what_the_readme_says(finished):
+def test_a_run_writes_its_files(finished):
     out, result = finished
     expected = {
         "iter-00": {"eval.validation.jsonl", "eval.test.jsonl"},

@@ -83,7 +83,7 @@ def test_a_loss_that_does_not_fall(after, warned):
     assert health.loss_not_falling(losses[:3] + losses[4:7]) is None  # six steps say nothing
 
 
-def test_a_loss_that_jumps_about_says_nothing():
+def test_a_loss_that_jumps_about_is_no_sign():
     assert health.loss_not_falling([1.0, 2.0, 1.0, 2.0, 2.0, 1.0, 2.0, 1.2]) is None
     assert health.loss_not_falling([0.0] * 8) is None  # there is nothing left to fall
     assert health.loss_not_falling([0.3] * 9) is not None
@@ -149,7 +149,7 @@ def test_a_run_warns_once_keeps_it_reports_it_and_has_the_metrics_of_each_step(t
         assert row["mfu"] is None  # the peak of a CPU is not known
         assert 10e6 < row["peak_process_memory"] < 100e9
     assert all(0 < row["lr"] <= 0.03 for row in steps)
-    assert max(row["peak_process_memory"] for row in steps) == kept["peak_process_memory"]
+    assert max(row["peak_process_memory"] for row in steps) <= kept["peak_process_memory"]  # it is looked at once more
     shown = next(line for line in result.stderr.splitlines() if "M-step" in line and "done" in line)
     for fact in ("loss", "grad norm", "lr", "tokens/s", "peak memory"):
         assert f"  {fact} " in shown
