@@ -6,7 +6,7 @@
     minem.save(model, tokenizer, "folder")
 
 `import minem` loads no torch: each name is imported on first use, so that `minem --help` answers at once. A run is
-`minem.train.train(config, progress)`.
+`minem.train.train(config)`.
 """
 
 import importlib
