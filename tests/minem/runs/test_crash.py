@@ -33,7 +33,7 @@ from tests.minem.tiny_runs import train as train_here
 
 # One slot, so that the 32 questions of an E-step come in two blocks; a checkpoint after every step.
 IN_BLOCKS = ["task.limit=32", "mstep.epochs=4", "mstep.batch_size=8", "run.slots=1", "run.checkpoint_minutes=0.0"]
-IN_BLOCKS += ["eval.diagnostics=2"]
+IN_BLOCKS += ["eval.diagnostics=2", "eval.max_new_tokens=8"]
 AGAIN = "give the same command again to resume"
 
 
