@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import threading
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import minem
+from minem.device import release_cached_memory
 from minem.errors import UserError
 from minem.model.weights import checkpoint_views, load_model, saved_bytes
 from tests.minem.folders import SHAPES, VOCABULARY, make_folder
@@ -137,6 +139,8 @@ def test_loading_needs_no_second_copy(tmp_path):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
+    gc.collect()
+    release_cached_memory(torch.device("cpu"))  # or memory that earlier tests freed is used again, and nothing grows
     before, samples, done = anonymous(), [0], threading.Event()
 
     def watch() -> None:
