@@ -220,7 +220,9 @@ class Stage:
 
         kind: the dataclass of a row; its `id` is that of its item.
         """
-        count = self.run.results.get(f"{self.name}.1", {}).get("blocks") or step.blocks(len(items))
+        count = self.run.results.get(f"{self.name}.1", {}).get("blocks")
+        # From one rank for all: their slots, and so their counts, may differ.
+        count = count or self.run.ranks.broadcast(step.blocks(len(items) // self.run.ranks.size))
         ends = [len(items) * i // count for i in range(count + 1)]
         drawn = 0  # tokens, by this process
         for number, (start, end) in enumerate(pairwise(ends), start=1):
