@@ -3,7 +3,7 @@
     minem train --sampler rsm --budget 8
     minem train --samples runs/first-look/iter-01/samples.jsonl
 
-`build` is the one place that sees the whole config; each part gets its own section. em/loop.py is what they do.
+`build` gives each part its own section of the config. em/loop.py is what they do.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from minem.em.estep import EStep
 from minem.em.evaluate import Evaluation, answer_file, summarise_answers
 from minem.em.loop import Experiment
 from minem.em.mstep import MStep
-from minem.em.samplers import altered, make_sampler, uses_hints
+from minem.em.samplers import altered, make_sampler, prompts_of
 from minem.em.samples_file import read_samples
 from minem.errors import GuardError, UserError
 from minem.generation.generator import DEFAULT_SLOTS, Generator
@@ -82,7 +82,7 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
     slots = config.run.slots or DEFAULT_SLOTS[device.type]
     note = _notes(session.progress)
     generator = hinted = Generator(model, tokenizer, slots=slots, on_note=note)
-    if config.sampler.proposal == "base" and uses_hints(sampler) and weights:
+    if config.sampler.proposal == "base" and "hinted" in prompts_of(sampler) and weights:
         hinted = Generator(load_model(folder, device, dtype), tokenizer, slots=slots, on_note=note)
     experiment = Experiment(
         section=config.run,
@@ -126,7 +126,7 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
     Raises UserError for a prompt that leaves no room for an answer: now, rather than after hours.
     """
     task, section, generator = experiment.task, config.sampler, experiment.estep.generators["plain"]
-    wordings = [None, section.hint] if uses_hints(experiment.estep.sampler) else [None]
+    wordings = [None, section.hint] if "hinted" in prompts_of(experiment.estep.sampler) else [None]
     longest = 0
     for name, new, questions, hints in (
         ("eval", config.eval.max_new_tokens, task.validation + task.test, [None]),

@@ -37,7 +37,7 @@ from minem.runs.folder import default_path, folder_name, hold_folder
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
 from minem.runs.stages import Stage
-from minem.train import LAST_STAGE, Session, build, conclude, opened
+from minem.train import LAST_STAGE, Session, build, conclude, opened, reserve
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
@@ -158,6 +158,7 @@ class _Comparison:
 
         with opened(self.runs[cell], experiment, self.session, **match) as run:
             self._take_over(cell, experiment)
+            reserve(self.runs[cell], experiment, self.session.progress)
             experiment.train(select)
             conclude(run)
 

@@ -41,7 +41,7 @@ class Checkpoints:
     def _newest_intact(self) -> int:
         """The step of the newest intact checkpoint, on the first rank; newer ones are undone. 0: none."""
         if (directory := self.run.directory) is not None:
-            for step in reversed(self._steps()):
+            for step in reversed(self.run.parts(self.stage.iteration, "mstep")):
                 if not directory.damaged(f"{self.stage.name}.{step}"):
                     return step
                 for undone in directory.undo(f"{self.stage.name}.{step}"):
@@ -73,14 +73,9 @@ class Checkpoints:
                 write_rows(folder / STEPS, self.rows)
 
         self.run.commit(f"{self.stage.name}.{step}", self.stage.line, save_state, writes=3 * self.mstep.master_bytes)
-        for old in self._steps()[:-KEPT]:
+        for old in self.run.parts(self.stage.iteration, "mstep")[:-KEPT]:
             self.run.discard(self.stage.iteration, f"checkpoint.{old}")
         self.last = time.monotonic()
-
-    def _steps(self) -> list[int]:
-        """Of the checkpoints that were finished, in order."""
-        prefix = f"{self.stage.name}."
-        return sorted(int(name.removeprefix(prefix)) for name in self.run.results if name.startswith(prefix))
 
 
 def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card: str, continues: bool) -> None:

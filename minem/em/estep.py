@@ -25,7 +25,7 @@ from minem.data.tasks import Question, Task
 from minem.data.toy.check import valid_share
 from minem.data.verdict import Verdict, cites_hint
 from minem.em.sample import Prompt, Sample, Status
-from minem.em.samplers import Attempt, Sampler, altered
+from minem.em.samplers import Attempt, Sampler, altered, prompts_of
 from minem.em.scoring import DRAWS, agreement
 from minem.em.weighting import plain_logprobs
 from minem.errors import UserError
@@ -176,8 +176,11 @@ class EStep:
             wanted = self.sampler.next(question, attempts)
         except Exception as error:  # a user's sampler may raise anything
             raise UserError(f"the sampler raised {error!r} on question {question.id!r}") from error
-        if wanted not in ("plain", "hinted", None):
-            raise UserError(f"the sampler asked for {wanted!r}; next() must return 'plain', 'hinted' or None")
+        if wanted is not None and wanted not in prompts_of(self.sampler):
+            names = " or ".join(map(repr, prompts_of(self.sampler)))
+            raise UserError(
+                f"the sampler asked for {wanted!r}; next() must return {names}, as its prompts are, or None"
+            )
         return wanted
 
 

@@ -66,7 +66,7 @@ class Experiment:
 
         writes = 3 * row_bytes(len(questions), self.estep.section.max_new_tokens)
         self.run.do(iteration, "estep", sample, len(questions), writes)
-        self.run.discard(iteration, "samples.*.jsonl")
+        self.run.discard(iteration, *(f"samples.{n}.jsonl" for n in self.run.parts(iteration, "estep")))
 
     def m_step(self, iteration: int, samples: Sequence[Sample] | None = None) -> None:
         """Train on the kept samples of this iteration (or on `samples`) and export the model."""
@@ -86,7 +86,7 @@ class Experiment:
             stage.report(**found)
 
         self.run.do(iteration, "mstep", train, writes=export_bytes(self.mstep))
-        self.run.discard(iteration, "checkpoint.*")
+        self.run.discard(iteration, *(f"checkpoint.{n}" for n in self.run.parts(iteration, "mstep")))
         self.run.discard(iteration - 1, "state", *(["model", "adapter"] if self.section.keep == "last" else []))
 
     def diagnose(self, iteration: int) -> None:

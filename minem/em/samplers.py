@@ -103,9 +103,9 @@ def make_sampler(name: str, budget: int, draws: Literal["first", "all"] = "first
     return sampler
 
 
-def uses_hints(sampler: Sampler) -> bool:
-    """Whether it may draw from prompts that show the answer."""
-    return "hinted" in getattr(sampler, "prompts", ("plain", "hinted"))
+def prompts_of(sampler: Sampler) -> Sequence[str]:
+    """The prompts that it may draw from."""
+    return getattr(sampler, "prompts", ("plain", "hinted"))
 
 
 def altered(section: SamplerSection) -> list[str]:

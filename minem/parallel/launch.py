@@ -21,7 +21,7 @@ from minem.errors import Interrupted, UserError
 from minem.parallel.ranks import ALONE, Ranks
 
 AGAIN = "give the same command again to resume"
-PATIENCE = timedelta(days=7)  # of a collective: shares of an E-step may differ by hours, and the agent notices a death
+TIMEOUT = timedelta(days=7)  # of a collective: shares of an E-step may differ by hours, and the agent notices a death
 FAILED = "minem/failed"  # in torch's key-value store: rank and exit code of the first process that failed
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -110,7 +110,7 @@ def joined(device: str) -> Iterator[Ranks]:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a process ends with its agent
     on_gpu = device != "cpu" and cuda.is_available()
     store, rank, size = next(rendezvous("env://"))
-    store.set_timeout(PATIENCE)
+    store.set_timeout(TIMEOUT)
     try:
         if on_gpu:
             if (gpu := int(os.environ["LOCAL_RANK"])) >= cuda.device_count():
@@ -119,7 +119,7 @@ def joined(device: str) -> Iterator[Ranks]:
                 )
             cuda.set_device(gpu)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # host values never touch a GPU
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         yield Ranks(rank, size)
         distributed.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:

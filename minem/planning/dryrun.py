@@ -24,7 +24,7 @@ from minem.device import free_memory, pick_device
 from minem.em.checkpoints import KEPT
 from minem.em.loop import Experiment
 from minem.em.packing import plan
-from minem.em.samplers import uses_hints
+from minem.em.samplers import prompts_of
 from minem.files import shown_bytes
 from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
 from minem.model.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
         slots=estep.generators["plain"].slots,
         prompt=longest[0],
         new=longest[1],
-        two_models=config.sampler.proposal == "base" and uses_hints(estep.sampler),
+        two_models=config.sampler.proposal == "base" and "hinted" in prompts_of(estep.sampler),
         adapters=lora_parameters(model.config, config.mstep.lora_rank, config.mstep.lora_targets),
         moments_kept=config.mstep.optimizer_state == "keep",
         **micro_batch,

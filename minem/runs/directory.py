@@ -46,6 +46,7 @@ from minem.runs.folder import claim, default_path, disk_errors, full_disk, refus
 from minem.runs.record import now, run_facts
 
 JOURNAL_LIMIT = 256 << 20  # bytes
+STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
 # May differ when a run resumes: they change memory and time, and results by rounding only.
 MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
 # Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
@@ -324,6 +325,8 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     for number, line in enumerate(lines, start=1):
         wanted = {"stage": str, "result": dict, "files": dict}
         if not all(isinstance(line.get(key), kind) for key, kind in wanted.items()):
+            raise damaged(path, number)
+        if line["stage"] in journal or not STAGE.fullmatch(line["stage"]):
             raise damaged(path, number)
         for needed in needs(line["stage"]):
             # `minem train --samples` has no E-step.

@@ -23,7 +23,8 @@ from typing import Any, Protocol, Self, TypeVar
 
 from minem.config import Config
 from minem.console import Line, Progress
-from minem.errors import GuardError, NotFinite, UserError
+from minem.device import out_of_memory
+from minem.errors import GuardError, Interrupted, NotFinite, UserError
 from minem.files import read_rows, write_atomic, write_rows
 from minem.parallel.ranks import Ranks
 from minem.parallel.signals import Stop
@@ -96,6 +97,7 @@ class Run:
         return last_model(self.results)
 
     def finished(self, iteration: int, name: str) -> bool:
+        """Whether a stage is in the journal."""
         return _stage(iteration, name) in self.results
 
     def result(self, iteration: int, name: str) -> dict[str, Any]:
@@ -103,9 +105,13 @@ class Run:
         return self.results[_stage(iteration, name)]
 
     def read(self, iteration: int, file: str, kind: type[T]) -> list[T]:
-        """The rows of a file that a finished stage wrote, as dataclasses of this kind; none if it is not there."""
-        path = self.path / f"iter-{iteration:02d}" / file
-        return [kind(**row) for row in read_rows(path)] if path.exists() else []
+        """The rows of a file that a finished stage wrote, as dataclasses of this kind."""
+        return [kind(**row) for row in read_rows(self.path / f"iter-{iteration:02d}" / file)]
+
+    def parts(self, iteration: int, name: str) -> list[int]:
+        """Numbers of the finished blocks of an E-step, or checkpoints of an M-step: stages like "iter-01/estep.1"."""
+        head = f"{_stage(iteration, name)}."
+        return sorted(int(stage.removeprefix(head)) for stage in self.results if stage.startswith(head))
 
     def do(
         self, iteration: int, name: str, work: Callable[["Stage"], None], total: int | None = None, writes: int = 0
@@ -147,6 +153,11 @@ class Run:
                 work(stage)
             except NotFinite as error:
                 raise self._dumped(stage_name, error) from error
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                keys = "lower run.slots or mstep.pack_tokens"
+                raise Interrupted(f"out of memory in {stage_name}; {keys}, then give the same command again") from error
         self.results[stage_name] = self.ranks.broadcast(self.directory and self.directory.results[stage_name])
 
     def _dumped(self, stage_name: str, error: NotFinite) -> GuardError:
@@ -162,10 +173,9 @@ class Run:
 
         Called outside the stage, so that a run that died between the two still cleans up.
         """
-        folder = self.path / f"iter-{iteration:02d}"
         if self.directory is not None:
-            for path in sorted(found for name in names for found in folder.glob(name)):
-                self.directory.discard(path.relative_to(self.path).as_posix())
+            for name in names:
+                self.directory.discard(_stage(iteration, name))
 
 
 class Stage:
@@ -247,6 +257,7 @@ class Stage:
         self._rate = {"tokens_per_second": drawn / max(1e-9, self.line.elapsed)}
         numbers = range(1, count + 1)
         rows = [row for n in numbers for row in self.run.read(self.iteration, f"samples.{n}.jsonl", kind)]
+        self.run.ranks.any(False)  # every rank has read them before rank 0 may discard them
         return rows, _merged(self.run.results[f"{self.name}.{n}"]["counts"] for n in numbers)
 
 
