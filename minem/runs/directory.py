@@ -85,6 +85,7 @@ class Record:
         return files
 
     def abandon(self) -> None:
+        """Remove what was written."""
         for partial, _ in self._paths:
             remove(partial)
 

@@ -33,6 +33,7 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 
 def run_facts(config: Config, command: list[str], inputs: dict[str, str], origins: dict[str, str]) -> dict[str, Any]:
+    """The content of run.json."""
     packages = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy")
     keys = [f"{section}.{key}" for section, values in config.model_dump().items() for key in values]
     return {
@@ -65,6 +66,7 @@ def _commit() -> str | None:
 
 
 def now() -> str:
+    """The time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
