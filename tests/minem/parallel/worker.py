@@ -152,13 +152,15 @@ def work(stop: Stop) -> None:
 
 
 def main(mode: str, folder: str) -> None:
-    stop = Stop()
+    stop, code = Stop(), 0
     try:
         with stop.listening(), joined("cpu") as ranks:
             globals()[mode](ranks, stop, Path(folder))
     except (MinemError, KeyboardInterrupt) as error:
         print(f"minem: {str(error) or 'stopped'}", file=sys.stderr, flush=True)
-        sys.exit(getattr(error, "exit_code", 3))
+        code = getattr(error, "exit_code", 3)
+    sys.stdout.flush()
+    os._exit(code)  # as minem/__main__.py does
 
 
 if __name__ == "__main__":
