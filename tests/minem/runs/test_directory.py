@@ -147,6 +147,14 @@ def test_damage_in_the_middle_is_refused(tmp_path: Path) -> None:
         (tmp_path / "journal.jsonl").write_text(damaged)
         with pytest.raises(UserError, match=r"journal\.jsonl, line 1: damaged; delete it and all lines below it"):
             RunDirectory.open(config(tmp_path))
+    for line in (
+        '{"stage": "foo/mstep", ',
+        '{"stage": "iter-01/estep.q", ',
+        journal.splitlines()[0].partition('"result"')[0],
+    ):
+        (tmp_path / "journal.jsonl").write_text(journal + line + '"result": {}, "files": {}}\n')
+        with pytest.raises(UserError, match=r"journal\.jsonl, line \d+: damaged"):
+            RunDirectory.open(config(tmp_path))
     (tmp_path / "journal.jsonl").write_text("")
     small_run(tmp_path)
     assert everything(tmp_path) == expected

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -47,3 +49,43 @@ def test_only_the_first_rank_touches_the_disk(tmp_path: Path) -> None:
         assert {path.name for path in tmp_path.rglob("*")} >= {"iter-01", f"{PARTIAL}state"}
         assert not (tmp_path / "metrics.jsonl").exists()
         assert list((tmp_path / "iter-01").iterdir()) == [place]
+
+
+class Disagreeing(Ranks):
+    """Rank 1 of two, which hears that rank 0 plans two blocks."""
+
+    def broadcast(self, value: Any) -> Any:
+        return 2 if isinstance(value, int) else {"blocks": 2, "counts": {"tokens": 1}}
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+
+def test_ranks_draw_in_the_blocks_of_the_first(tmp_path: Path) -> None:
+    """Their slots may differ, and with them the blocks that each would plan: questions would be lost."""
+    drawn: list[list[str]] = []
+    step = SimpleNamespace(blocks=lambda count: 5, expected=lambda item: 1.0)
+    step.run = lambda own, show: (drawn.append([item.id for item in own]) or [], {})
+    for number in (1, 2):
+        (tmp_path / "iter-01").mkdir(exist_ok=True)
+        (tmp_path / "iter-01" / f"samples.{number}.jsonl").write_text("")
+    run = Run(None, tmp_path, load_config(), Disagreeing(1, 2))
+    with Progress(io.StringIO()).stage("E-step", None) as line:
+        stage = Stage(run, "iter-01/estep", Record(tmp_path), line)
+        stage.in_blocks([SimpleNamespace(id=f"q{i}") for i in range(8)], step, SimpleNamespace)
+    assert drawn == [["q1", "q3"], ["q5", "q7"]]
+
+
+def test_only_files_of_finished_parts_are_discarded(finished_run: Path, tmp_path: Path) -> None:
+    """A user's file beside them stays, whatever its name looks like."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    mine = run / "iter-01" / "samples.mine.jsonl"
+    mine.write_text("mine")
+    config, inputs = load_config(run / "config.toml", flags={"run.out": str(run)}), read_facts(run)["inputs"]
+    with Run.open(config, Progress(io.StringIO()), ALONE, Stop(), inputs=inputs) as opened:
+        assert opened.parts(1, "estep") == [1]
+        opened.discard(1, *(f"samples.{n}.jsonl" for n in opened.parts(1, "estep")))
+    assert mine.read_text() == "mine"
