@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 
 from minem.cli import main
+from minem.errors import Interrupted
 from minem.files import read_rows
-from minem.runs.directory import read_journal
+from minem.runs.directory import RunDirectory, read_journal
 
 SETTINGS = {
     "task.limit": 8,
@@ -49,6 +51,24 @@ def train(out: Path, *more: str, code: int = 0) -> str:
     result = command("train", *flags(*more), "--out", out)
     assert result.exit_code == code, result.output + repr(result.exception)
     return " ".join(result.stderr.split())
+
+
+def stopped_every(stages: int, start: Callable[[], Result], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Start a command again after every N stages, at which it is interrupted, until it ends. Returns the stops."""
+    enter, left, stops = RunDirectory._enter, stages, 0
+
+    def enter_and_stop(self: RunDirectory, *arguments: Any) -> None:
+        nonlocal left
+        enter(self, *arguments)
+        left -= 1
+        if left == 0:
+            raise Interrupted("stopped by the test")
+
+    monkeypatch.setattr(RunDirectory, "_enter", enter_and_stop)
+    while (result := start()).exit_code != 0:
+        assert result.exit_code == 3, result.output
+        left, stops = stages, stops + 1
+    return stops
 
 
 def outcome(run: Path) -> dict[str, Any]:

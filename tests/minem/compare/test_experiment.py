@@ -25,12 +25,13 @@ from minem.em.checkpoints import Checkpoints
 from minem.em.mstep import MStep
 from minem.em.packing import Example
 from minem.em.samplers import Budgeted
-from minem.errors import Interrupted, UserError
+from minem.errors import UserError
 from minem.files import read_rows
 from minem.generation.generator import Generator
 from minem.report.charts import plot_spent, svg_spent
-from minem.runs.directory import RunDirectory, read_journal
+from minem.runs.directory import read_journal
 from tests.minem.em.test_loop import contents
+from tests.minem.tiny_runs import stopped_every
 
 SMALL = ["--limit", "8", "--iterations", "1"]
 for setting in ("mstep.batch_size=4", "mstep.epochs=2", "eval.max_new_tokens=24", "eval.diagnostics=0"):
@@ -204,26 +205,6 @@ def test_the_same_command_repeats_nothing_and_ends_the_same(compared):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def stopped_every(stages: int, out: Path, monkeypatch: pytest.MonkeyPatch, *more: object, **what: str) -> int:
-    """The comparison, interrupted after every N stages until it ends; returns how often it stopped."""
-    enter, left, stops = RunDirectory._enter, [0], 0
-
-    def enter_and_stop(self, *arguments):
-        enter(self, *arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Interrupted("stopped by the test")
-
-    monkeypatch.setattr(RunDirectory, "_enter", enter_and_stop)
-    while True:
-        left[0] = stages
-        result = compare(out, *more, **what)
-        if result.exit_code == 0:
-            return stops
-        assert result.exit_code == 3, result.output
-        stops += 1
-
-
 def same(one: Path, other: Path) -> bool:
     """Whether two comparisons have the same files and numbers, except for times."""
     files = [contents(out) for out in (one, other)]
@@ -237,7 +218,7 @@ def test_stopped_after_every_second_stage_it_ends_the_same(compared, tmp_path, m
     No quick test stops an unmatched comparison at every place: while a run shares what another has measured, while it
     is concluded, and between runs.
     """
-    assert stopped_every(2, tmp_path / "pieces", monkeypatch) >= 10
+    assert stopped_every(2, lambda: compare(tmp_path / "pieces"), monkeypatch) >= 10
     assert same(tmp_path / "pieces", compared[0])
 
 
@@ -262,7 +243,7 @@ def kept(tmp_path_factory, reports) -> Path:
 
 
 def test_a_matched_comparison_that_was_stopped_ends_the_same(kept, tmp_path, monkeypatch):
-    assert stopped_every(8, tmp_path / "pieces", monkeypatch, *MATCHED, seeds="0") >= 3
+    assert stopped_every(8, lambda: compare(tmp_path / "pieces", *MATCHED, seeds="0"), monkeypatch) >= 3
     assert same(tmp_path / "pieces", kept)
 
 

@@ -31,7 +31,8 @@ from minem.errors import Interrupted
 from minem.files import read_rows
 from minem.generation.request import Request, stream_seed
 from minem.model.decoder import Model
-from minem.runs.directory import RunDirectory, read_journal
+from minem.runs.directory import read_journal
+from tests.minem.tiny_runs import stopped_every
 
 QUESTIONS = 8
 SMALL = ["--limit", QUESTIONS, "--iterations", 2, "--set", "mstep.batch_size=4"]
@@ -249,24 +250,7 @@ def test_base_as_start_and_as_proposal(from_base):
 def test_a_run_that_stops_after_any_stage_ends_with_the_same_bytes(more, tmp_path, monkeypatch):
     """The slow cases prove for the other states that a stage hands over what the quick one proves for weights."""
     ok(train(tmp_path / "whole", *more))
-    enter, left = RunDirectory._enter, [0]
-
-    def enter_and_stop(self, *arguments):
-        enter(self, *arguments)
-        left[0] -= 1
-        if left[0] == 0:
-            raise Interrupted("stopped by the test")
-
-    monkeypatch.setattr(RunDirectory, "_enter", enter_and_stop)
-    stops = 0
-    while True:
-        left[0] = 1  # one more stage each time
-        result = train(tmp_path / "pieces", *more)
-        if result.exit_code == 0:
-            break
-        assert result.exit_code == 3, result.output
-        stops += 1
-    assert stops >= 7
+    assert stopped_every(1, lambda: train(tmp_path / "pieces", *more), monkeypatch) >= 7
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
 
 
