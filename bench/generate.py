@@ -41,6 +41,7 @@ from resources import SHAPES, Shape
 from rich.console import Console
 
 from minem.config import SamplerSection
+from minem.data.prompts import Prompts, load_prompts
 from minem.data.tasks import Question
 from minem.device import release_cached_memory
 from minem.em.estep import EStep
@@ -241,6 +242,7 @@ def e_step(generator: Generator, count: int, length: Callable[[random.Random], i
         sampler=make_sampler("rsm", BUDGET, "first"),
         section=SamplerSection(budget=BUDGET, max_new_tokens=1024),
         generators={"plain": forced, "hinted": forced},
+        prompts=Prompts(generator.tokenizer, load_prompts("default")),
         verdict=lambda text, question: "A" if random.Random(text).random() < ACCEPTANCE else "B",
         seed=0,
     )

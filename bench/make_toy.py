@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import cross_entropy
 
-from minem.data import prompts
+from minem.data.prompts import ANSWER_LINE, load_prompts
 from minem.data.tasks import TOY, Question
 from minem.data.toy.check import OPERATIONS, apply, asked_steps
 from minem.model import weights
@@ -35,6 +35,7 @@ WRONG_FACTS = 0.25  # share of the facts that are majority-wrong
 WRONG_WRITTEN = 0.65  # how often the author writes the false value of such a fact
 PRACTICE = {None: 0.5, "forward": 0.2, "derive": 0.1, "justify": 0.2}  # hint -> share of the practice
 BATCHES, BATCH_SIZE, PEAK_LR = 1200, 64, 3e-3
+WORDS = load_prompts("toy")
 SPECIAL = ["<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -104,15 +105,15 @@ def write_response(question: Question, false_values: dict[Fact, int], hint: str 
             lines.append(f"{value} {symbol} {operand} = {result}")
             value = result
         if hint is None or str(value) == question.gold:
-            return "\n".join([*lines, f"{prompts.ANSWER_LINE} {value}"])
+            return "\n".join([*lines, f"{ANSWER_LINE} {value}"])
 
 
 def fixed_phrases() -> list[str]:
     """The parts of prompts and responses that are always the same: each becomes one token."""
-    phrases = ["Modulo 10, start with ", ". What is the result?", f"\n{prompts.ANSWER_LINE} ", " = ", "\n"]
+    phrases = ["Modulo 10, start with ", ". What is the result?", f"\n{ANSWER_LINE} ", " = ", "\n"]
     phrases += [f", {name} " for name in OPERATIONS] + [f" {symbol} " for symbol in OPERATIONS.values()]
-    for hint in (None, *prompts.HINTS):
-        asked = (prompts.messages(Question("", "", DIGITS, DIGITS, gold), hint) for gold in ("3", "7"))
+    for hint in (None, *WORDS.hinted):
+        asked = (WORDS.messages(Question("", "", DIGITS, DIGITS, gold), hint) for gold in ("3", "7"))
         three, seven = (chat[0]["content"] for chat in asked)  # they differ only at the answer that the hint shows
         cuts = [i for i, (a, b) in enumerate(zip(three, seven, strict=True)) if a != b]
         phrases += [three[i + 1 : j] for i, j in zip([-1, *cuts], [*cuts, len(three)], strict=True)]
@@ -164,7 +165,7 @@ def draw_batch(
         if question.text in held_out:
             continue
         hint = rng.choices(list(PRACTICE), weights=list(PRACTICE.values()))[0]
-        prompt = tokenizer.chat(prompts.messages(question, hint))
+        prompt = tokenizer.chat(WORDS.messages(question, hint))
         written = write_response(question, false_values, hint, rng)
         rows.append((prompt, [*tokenizer.encode(written, add_special_tokens=False), *tokenizer.eos_ids]))
     longest = max(len(prompt) + len(response) for prompt, response in rows)

@@ -1,61 +1,175 @@
-"""Prompts: a question as chat messages, plain or with a hint that shows the answer.
+"""Prompts: a question as chat messages, in the words of a prompt set, and as the token ids that a model reads.
 
-    messages(question)                        # what is trained on and evaluated
-    messages(question, hint="forward")        # what `star` and `pps` draw from: names of HINTS
+    minem train --prompt star            # a built-in set (data/prompt_sets), or a FILE.toml of your own
 
-Every prompt asks for a last line `The best answer is X`, which minem.data.verdict reads. The model's own chat template
-turns the messages into text. The paper's wording is not public; these are ours.
+A set has one template for the plain prompt and one for each named hint, which shows the answer, and it may have shots:
+worked examples that come before the question. Templates are jinja2's, with the variables of VARIABLES. Every prompt
+asks for a last line `The best answer is X`, which minem.data.verdict reads. The wordings are ours.
 """
 
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from minem.config import TaskSection
+from minem.data.rows import LETTERS
 from minem.data.tasks import Question
-from minem.errors import UserError
+from minem.errors import UserError, one_of
+from minem.files import read_toml
+from minem.model.chat_template import render, variables
 from minem.model.tokenizer import Tokenizer
 
 ANSWER_LINE = "The best answer is"
+FOLDER = Path(__file__).parent / "prompt_sets"
+OF_TASK = {"toy": "toy", "gsm8k": "gsm8k", "word-problems": "gsm8k"}  # of other tasks: default
+VARIABLES = {"question", "options", "labels", "gold", "gold_text"}
 
-# {label} is the right one, or the answer itself. A hint stands just before the request for the last line.
-HINTS = {
-    # Asks for the reasoning that the question needs, not for a defence of the answer.
-    "forward": (
-        "The correct answer is {label}. Reason from the question to this answer, one true step after the other, "
-        "as if you had found it yourself."
-    ),
-    # Asks for a derivation first: showing the answer is known to hurt where it can be copied instead of reached.
-    "derive": (
-        "First derive the answer from the question alone. Only then compare it with the correct answer, which is "
-        "{label}; if they differ, find the step that went wrong and derive it again."
-    ),
-    # Asks for a defence of the answer: easy to follow, and an invitation to bend a step.
-    "justify": "The correct answer is {label}. Explain why it is correct.",
-}
+Shots = Literal["none", "proposal", "always"]
+Message = dict[str, str]
 
 
-def messages(question: Question, hint: str | None = None) -> list[dict[str, str]]:
-    """One user message: question, options, hint, request for the last line."""
-    options = "\n".join(f"{label}. {option}" for label, option in zip(question.labels, question.options, strict=True))
-    shown = HINTS[hint].format(label=question.gold) if hint is not None else ""
-    parts = [question.text, options, shown, request(question)]
-    return [{"role": "user", "content": "\n\n".join(part for part in parts if part)}]
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", str_min_length=1)
 
 
-def request(question: Question) -> str:
-    """The closing sentence, with this question's own labels; of free-form questions the same for every answer."""
-    if question.labels:
-        what = ", ".join(question.labels[:-1]) + f" or {question.labels[-1]}"
-    else:
-        what = "the answer alone, in digits if it is a number"
-    return f'Reason step by step, then end with a last line "{ANSWER_LINE} X", where X is {what}.'
+class Shot(_Table):
+    """A worked example; its options, if it has some, are labelled A, B, C, ..."""
+
+    question: str
+    options: list[str] = Field([], max_length=len(LETTERS))
+    gold: str
+    rationale: str
 
 
-def encode_prompt(tokenizer: Tokenizer, question: Question, hint: str | None = None) -> list[int]:
-    """Token ids of the plain prompt, or of the hinted one in the wording `hint`; through the model's chat template.
+class PromptSet(_Table):
+    """The words that questions are put in, as a file of data/prompt_sets has them."""
 
-    Without a template they are those of the text itself. UserError names a question on which the template fails.
+    system: str | None = None
+    plain: str
+    hinted: dict[str, str] = {}
+    answer: str = f"{ANSWER_LINE} {{{{ gold }}}}"  # the last line of a shot
+    shots: list[Shot] = []
+    chat_template_kwargs: dict[str, Any] = {}  # more variables for the model's chat template
+
+    def messages(self, question: Question, hint: str | None = None, shots: bool = False) -> list[Message]:
+        """The chat that asks a question, hinted if `hint` names a wording. Shots are those of the question's kind.
+
+        A question with options gets the shots that have options, a free-form one those that have none.
+        """
+        template = self.plain if hint is None else self.hinted[hint]
+        chat = [{"role": "system", "content": self.system}] if self.system is not None else []
+        for shot in self.shots if shots else ():
+            if bool(shot.options) == bool(question.options):
+                example = Question(
+                    "", shot.question, tuple(shot.options), tuple(LETTERS[: len(shot.options)]), shot.gold
+                )
+                worked = f"{shot.rationale.strip()}\n{_filled(self.answer, example)}"
+                chat.append({"role": "user", "content": _filled(template, example)})
+                chat.append({"role": "assistant", "content": worked})
+        return [*chat, {"role": "user", "content": _filled(template, question)}]
+
+    @property
+    def sha256(self) -> str:
+        """A fingerprint of all words."""
+        return hashlib.sha256(json.dumps(self.model_dump()).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Questions as token ids, for one model. Shots stand in no prompt, in those that are drawn from, or in all.
+
+    hint: the wording of hinted prompts, a name of `words.hinted`. stop: texts that end an answer.
     """
-    chat = messages(question, hint)
+
+    tokenizer: Tokenizer
+    words: PromptSet
+    shots: Shots = "none"
+    hint: str = "forward"
+    stop: tuple[str, ...] = ()
+
+    def trained(self, question: Question) -> list[int]:
+        """The prompt that the M-step trains on and that an evaluation asks."""
+        return self._encode(question, None, self.shots == "always")
+
+    def drawn(self, question: Question, hinted: bool) -> list[int]:
+        """The plain or hinted prompt that the E-step draws from."""
+        return self._encode(question, self.hint if hinted else None, self.shots != "none")
+
+    def _encode(self, question: Question, hint: str | None, shots: bool) -> list[int]:
+        chat = self.words.messages(question, hint, shots)
+        try:
+            if self.tokenizer.has_chat_template:
+                return self.tokenizer.chat(chat, self.words.chat_template_kwargs)
+            return self.tokenizer.encode(as_text(chat))
+        except UserError as error:
+            raise UserError(f"question {question.id!r}: {error}") from error
+
+
+def as_text(chat: list[Message]) -> str:
+    """A chat for a base model, which has no template: answers follow their questions, a blank line ends each."""
+    return "".join(message["content"] + ("\n" if message["role"] == "user" else "\n\n") for message in chat)
+
+
+def load_prompts(name: str | None, task: str = "") -> PromptSet:
+    """A built-in prompt set by its name, one of your own by its path, FILE.toml, or without a name the task's.
+
+    UserError names the file and the key that is wrong.
+    """
+    name = name or OF_TASK.get(task, "default")
+    built_in = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
+    if name not in built_in and not name.endswith(".toml"):
+        raise UserError(f"task.prompt is {name!r}; it must be {one_of(name, built_in, 'or a FILE.toml')}")
+    path = built_in.get(name) or Path(name)
     try:
-        if tokenizer.has_chat_template:
-            return tokenizer.chat(chat)
-        return tokenizer.encode("\n\n".join(message["content"] for message in chat) + "\n")
+        words = PromptSet.model_validate(read_toml(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    for key, template in {"plain": words.plain, "answer": words.answer, **words.hinted}.items():
+        _check(template, f"{path}: {key}")
+    for number, shot in enumerate(words.shots, start=1):
+        if shot.options and shot.gold not in LETTERS[: len(shot.options)]:
+            raise UserError(
+                f"{path}: shots, number {number}: gold is {shot.gold!r}; it must be the label of an option, like A"
+            )
+    return words
+
+
+def make_prompts(tokenizer: Tokenizer, section: TaskSection, hint: str | None, stop: Sequence[str]) -> Prompts:
+    """The prompts of a task in the words of `load_prompts`. hint: None if no prompt is hinted.
+
+    UserError if the set lacks the hint, or the shots that are asked for.
+    """
+    words = load_prompts(section.prompt, section.name)
+    if hint is not None and hint not in words.hinted:
+        found = one_of(hint, words.hinted) if words.hinted else "a hint, and the prompt set has none"
+        raise UserError(f"sampler.hint is {hint!r}; it must be {found}")
+    if section.shots != "none" and not words.shots:
+        raise UserError(f"task.shots is {section.shots!r}, but the prompt set has no shots; it must be none")
+    return Prompts(tokenizer, words, section.shots, hint or "", tuple(stop))
+
+
+def _check(template: str, where: str) -> None:
+    try:
+        unknown = variables(template) - VARIABLES
     except UserError as error:
-        raise UserError(f"question {question.id!r}: {error}") from error
+        raise UserError(f"{where} {error}") from error
+    if unknown:
+        raise UserError(f"{where} has no variable {min(unknown)}; it must be {one_of(min(unknown), sorted(VARIABLES))}")
+
+
+def _filled(template: str, question: Question) -> str:
+    gold_text = dict(zip(question.labels, question.options, strict=True)).get(question.gold, question.gold)
+    values = {
+        "question": question.text,
+        "options": question.options,
+        "labels": question.labels,
+        "gold": question.gold,
+        "gold_text": gold_text,
+    }
+    return render(template, values)

@@ -60,6 +60,7 @@ _config_options = _options(
         "--task", help="toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k, a folder or file.  [task.name]"
     ),
     click.option("--limit", type=int, help="At most N questions of each split.  [task.limit]"),
+    click.option("--prompt", help="A built-in prompt set or your own FILE.toml.  [task.prompt]"),
     click.option("--verdict", help="Your own answer check, module:function.  [task.verdict]"),
     click.option("--iterations", type=int, help="EM iterations.  [run.iterations]"),
     click.option("--out", help="The run's directory.  [run.out]"),
@@ -233,6 +234,15 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 @click.option("--task", default="toy", show_default=True, help="As for train.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
 @click.option("--limit", type=click.IntRange(min=1), help="At most N questions.")
+@click.option("--prompt", help="A built-in prompt set or your own FILE.toml. By default the task's.")
+@click.option(
+    "--shots",
+    type=click.Choice(["none", "always"]),
+    default="none",
+    show_default=True,
+    help="always: the prompt set's worked examples.",
+)
+@click.option("--stop", multiple=True, metavar="TEXT", help="End an answer at this text; may be given several times.")
 @click.option("--verdict", help="Your own answer check, module:function.")
 @click.option(
     "--samples", type=click.IntRange(0, 1000), default=0, show_default=True, help="Draws per question at temperature 1."

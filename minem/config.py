@@ -24,6 +24,7 @@ from minem.text import visible
 
 Few = Annotated[int, Field(ge=1, le=1_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+CountOrZero = Annotated[int, Field(ge=0, le=1_000_000)]
 Rows = Annotated[int, Field(ge=1, le=10_000_000)]
 Slots = Annotated[int, Field(ge=1, le=65_536)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -57,6 +58,8 @@ class ModelSection(Section):
 class TaskSection(Section):
     name: Text = "toy"  # a built-in task, or a folder or file of your own
     limit: Rows | None = None  # use at most N questions of each split
+    prompt: Text | None = None  # a built-in prompt set, or a FILE.toml of your own; by default the task's
+    shots: Literal["none", "proposal", "always"] = "none"  # worked examples: in no prompt, in the E-step, in all
     verdict: Reference | None = None  # module:function that replaces the answer check
 
 
@@ -65,14 +68,16 @@ class SamplerSection(Section):
     budget: Count = Field(default_factory=lambda own: default_budget(own.get("name", "")))  # attempts per question
     draws: Literal["first", "all"] = "first"  # stop at the first accepted draw, or spend the budget and keep every one
     proposal: Literal["current", "base"] = "current"  # the model that hinted draws come from
-    hint: Literal["forward", "derive", "justify"] = "forward"  # the wording that shows the answer
+    hint: Text = "forward"  # the wording that shows the answer: a hint of the prompt set
     filter: Literal["correct", "none"] = "correct"  # none: keep every draw, the control experiment
     drop_leaks: bool = False  # also reject hinted rationales that cite the hint
+    min_rationale_tokens: CountOrZero = 0  # reject draws with fewer tokens before the answer line
     temperature: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0  # of the draws
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # 0: off
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: off
     min_p: Share = 0.0  # 0: off
     max_new_tokens: Count = 1024  # a longer draw is truncated and rejected
+    stop: Annotated[list[Text], Field(max_length=16)] = []  # texts that end an answer, as base models need them
 
 
 class MStepSection(Section):
@@ -98,7 +103,7 @@ class MStepSection(Section):
 class EvalSection(Section):
     max_new_tokens: Count = 1024  # a longer answer is truncated and counts as wrong
     samples: Annotated[int, Field(ge=0, le=1_000)] = 1  # draws per question at temperature 1, beside the greedy answer
-    diagnostics: Annotated[int, Field(ge=0, le=1_000_000)] = 32  # training questions with hinted draws; 0: off
+    diagnostics: CountOrZero = 32  # training questions with hinted draws; 0: off
     hinted_draws: Few = 4  # for each of them
 
 
@@ -152,6 +157,7 @@ FLAGS = {
     "task.name": "--task",
     "task.limit": "--limit",
     "task.verdict": "--verdict",
+    "task.prompt": "--prompt",
     "sampler.name": "--sampler",
     "sampler.budget": "--budget",
     "run.iterations": "--iterations",
@@ -162,6 +168,7 @@ FLAGS = {
 CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code
 TEXT = "a text that is valid Unicode and not empty, without NUL"
 PATTERNS = {
+    "sampler.stop": 'a list of texts, like ["\\n\\n"]',
     "task.verdict": "written as module:function",
     "mstep.lora_targets": '"all", or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj with commas',
 }
@@ -271,7 +278,7 @@ def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
 
 
 def _is_text(key: str) -> bool:
-    return any(word in repr(KEYS[key].annotation) for word in ("str", "Literal"))
+    return any(word in repr(KEYS[key].annotation) for word in ("str", "Literal")) and key != "sampler.stop"
 
 
 def _wanted(error: Any, key: str) -> str:
@@ -280,7 +287,9 @@ def _wanted(error: Any, key: str) -> str:
         names = re.findall(r"'(\w+)'", error["ctx"]["expected"])
         found = error["input"] if isinstance(error["input"], str) else ""  # no name is near to a number
         return one_of(found, names, "or module:Class" if key == "sampler.name" else "")
-    return PATTERNS.get(key, TEXT) if _is_text(key) else error["msg"].removeprefix("Input should be ")
+    if _is_text(key) or key in PATTERNS:
+        return PATTERNS.get(key, TEXT)
+    return error["msg"].removeprefix("Input should be ")
 
 
 # ----------------------------------------------------------------------------------------------------- as text
@@ -332,6 +341,8 @@ def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[s
 def _toml_value(value: Any) -> str:
     if value is None:
         return "not set"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, str):
         # TOML's basic strings are JSON's. What a terminal would obey is escaped, so the file is harmless to look at.
         return visible(json.dumps(value, ensure_ascii=False))

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 import minem
-from minem.config import Config
+from minem.config import Config, EvalSection, TaskSection
 from minem.console import Progress
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import Shots, make_prompts
 from minem.data.tasks import load_task
 from minem.data.verdict import load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
@@ -42,7 +42,7 @@ from minem.parallel.signals import Stop
 from minem.plugins import hash_source
 from minem.report.reader import read_run
 from minem.runs.folder import default_path, folder_name
-from minem.runs.record import fingerprint, hash_prompts, hash_tokenizer, model_card
+from minem.runs.record import fingerprint, hash_tokenizer, model_card
 from minem.runs.stages import Run
 from minem.statistics import mcnemar
 
@@ -79,6 +79,8 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
     if not tokenizer.eos_ids:
         raise UserError(f"{folder}: the tokenizer names no EOS token, so no draw could ever end")
     limit_threads(model)
+    hint = config.sampler.hint if "hinted" in prompts_of(sampler) or config.eval.diagnostics else None
+    prompts = make_prompts(tokenizer, config.task, hint, config.sampler.stop)
     slots = config.run.slots or DEFAULT_SLOTS[device.type]
     note = _notes(session.progress)
     generator = hinted = Generator(model, tokenizer, slots=slots, on_note=note)
@@ -91,19 +93,20 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
             sampler=sampler,
             section=config.sampler,
             generators={"plain": generator, "hinted": hinted},
+            prompts=prompts,
             verdict=verdict,
             seed=config.run.seed,
             score_plain=config.mstep.weights == "importance",
             pack_tokens=config.mstep.pack_tokens,
         ),
         mstep=MStep(model, config.mstep, session.ranks, config.run.seed, folder),
-        evaluation=Evaluation(generator, verdict, config.eval.max_new_tokens, config.eval.samples, config.run.seed),
+        evaluation=Evaluation(generator, prompts, verdict, config.eval, config.run.seed),
         diagnosis=Diagnosis(
             questions=diagnostics.choose(task.train, config.eval.diagnostics, config.run.seed),
             policy=generator,
             proposal=hinted,
+            prompts=prompts,
             verdict=verdict,
-            hint=config.sampler.hint,
             hinted_draws=config.eval.hinted_draws,
             max_new_tokens=config.sampler.max_new_tokens,
             pack_tokens=config.mstep.pack_tokens,
@@ -125,15 +128,15 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
 
     Raises UserError for a prompt that leaves no room for an answer: now, rather than after hours.
     """
-    task, section, generator = experiment.task, config.sampler, experiment.estep.generators["plain"]
-    wordings = [None, section.hint] if "hinted" in prompts_of(experiment.estep.sampler) else [None]
-    longest = 0
-    for name, new, questions, hints in (
-        ("eval", config.eval.max_new_tokens, task.validation + task.test, [None]),
-        ("sampler", section.max_new_tokens, task.train, wordings),
+    task, section, prompts = experiment.task, config.sampler, experiment.estep.prompts
+    hinted = [kind == "hinted" for kind in prompts_of(experiment.estep.sampler)]
+    generator, longest = experiment.estep.generators["plain"], 0
+    for name, new, questions, kinds in (
+        ("eval", config.eval.max_new_tokens, task.validation + task.test, []),
+        ("sampler", section.max_new_tokens, task.train, hinted),
     ):
         for question in questions:
-            length = max(len(encode_prompt(generator.tokenizer, question, hint)) for hint in hints)
+            length = max(map(len, (prompts.trained(question), *(prompts.drawn(question, kind) for kind in kinds))))
             if length + new > generator.max_length:
                 raise UserError(
                     f"question {question.id!r}: its prompt of {length} tokens does not leave {new} of the "
@@ -154,7 +157,7 @@ def opened(config: Config, experiment: Experiment, session: Session, **inputs: s
         "task rows": task.rows_sha256,
         "base model": fingerprint(resolve(config.model.id, config.model.revision)),
         **hash_tokenizer(tokenizer),
-        "prompts": hash_prompts(task.train + task.validation + task.test, config.sampler.hint),
+        "prompts": experiment.estep.prompts.words.sha256,
         **inputs,
     }
     for key, name in (("sampler", config.sampler.name), ("verdict", config.task.verdict or "")):
@@ -240,7 +243,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     samples = read_samples(
         file,
         experiment.task,
-        experiment.estep.tokenizer,
+        experiment.estep.prompts,
         experiment.estep.generators["plain"].max_length,
         experiment.mstep.model.config.vocab_size,
         config.mstep.weights,
@@ -290,6 +293,9 @@ def evaluate(
     split: str,
     *,
     limit: int | None = None,
+    prompt: str | None = None,
+    shots: Shots = "none",
+    stop: Sequence[str] = (),
     verdict: str | None = None,
     samples: int = 0,
     max_new_tokens: int | None = None,
@@ -304,8 +310,8 @@ def evaluate(
     loaded, check, folder = load_task(task, limit, seed), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)
-    tokenizer = generator.tokenizer
-    longest, id_ = max((len(encode_prompt(tokenizer, question)), question.id) for question in questions)
+    prompts = make_prompts(generator.tokenizer, TaskSection(name=task, prompt=prompt, shots=shots), None, stop)
+    longest, id_ = max((len(prompts.trained(question)), question.id) for question in questions)
     room = generator.max_length - longest  # known before the folder is made
     if room < (max_new_tokens or 1):
         advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
@@ -316,7 +322,10 @@ def evaluate(
     new = max_new_tokens or min(1024, room)
     settings = {
         "model": fingerprint(folder)[:16],
-        **{name: digest[:16] for name, digest in hash_tokenizer(tokenizer).items()},
+        **{name: digest[:16] for name, digest in hash_tokenizer(prompts.tokenizer).items()},
+        "prompts": prompts.words.sha256[:16],
+        "shots": shots,
+        "stop": list(stop),
         "rows": loaded.rows_sha256[:16],
         "split": split,
         "limit": limit,
@@ -328,7 +337,7 @@ def evaluate(
         "minem": minem.__version__,
     }
     out = out or Path("evals") / folder_name(f"{model.strip('./')}.{task.strip('./')}.{split}.s{seed}")
-    evaluation = Evaluation(generator, check, new, samples, seed)
+    evaluation = Evaluation(generator, prompts, check, EvalSection(max_new_tokens=new, samples=samples), seed)
     with answer_file(out, settings, overwrite) as (known, append):
         if known:
             progress.note(f"{out} has {len(known)} answers already, which are not drawn again without --overwrite")
@@ -372,7 +381,7 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
         lines.append(
             f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} questions: all are used"
         )
-    if changed := altered(config.sampler):
+    if changed := altered(config.sampler, config.task.shots):
         lines.append(f"note    {', '.join(changed)}: the draws follow this altered policy, not the model's posterior")
     if config.mstep.lr > 1e-4 and millions > 10 and mstep.lora is None:
         lines.append(f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual")

@@ -38,6 +38,7 @@ from minem.model.chat_template import render
 from minem.model.tokenizer import Tokenizer
 from minem.runs.record import fingerprint
 from minem.text import clean, visible
+from tests.minem.folders import toy_prompts
 from tests.minem.made_runs import answer, make_run, sample
 from tests.mutations import (
     HOSTILE,
@@ -316,9 +317,10 @@ def test_samples_of_others(tmp_path: Path, number: int) -> None:
 
     def act(case: tuple[bytes, str]) -> None:
         path.write_bytes(case[0] + b"\n")
-        read = read_samples(path, task, tokenizer, size, vocabulary, case[1], drop_leaks=False)
+        read = read_samples(path, task, toy_prompts(tokenizer), size, vocabulary, case[1], drop_leaks=False)
         assert all(
-            example.weight > 0 for example in make_examples(read, task, tokenizer, MStepSection(weights=case[1]))
+            example.weight > 0
+            for example in make_examples(read, task, toy_prompts(tokenizer), MStepSection(weights=case[1]))
         )
 
     tried("samples.jsonl", number, st.tuples(files, st.sampled_from(["equal", "importance"])), act, "samples.jsonl")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minem.console import percent
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import Prompts
 from minem.data.tasks import Question, Task
 from minem.data.verdict import Verdict, states_early
 from minem.em.estep import judge
@@ -66,8 +66,8 @@ class Diagnosis:
     questions: Sequence[Question]
     policy: Generator  # of plain draws
     proposal: Generator  # of hinted draws; another one if they come from the base model
+    prompts: Prompts
     verdict: Verdict
-    hint: str
     hinted_draws: int
     max_new_tokens: int
     pack_tokens: int
@@ -105,10 +105,10 @@ class Diagnosis:
         return draws
 
     def _requests(self, iteration: int, question: Question) -> list[Request]:
-        plain, hinted = (encode_prompt(self.policy.tokenizer, question, hint) for hint in (None, self.hint))
+        plain, hinted = self.prompts.trained(question), self.prompts.drawn(question, hinted=True)
         if len(hinted) + self.max_new_tokens > self.proposal.max_length:
             return []
-        params = SamplingParams(max_new_tokens=self.max_new_tokens)
+        params = SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.prompts.stop)
         requests = []
         for k in (*range(1, self.hinted_draws + 1), 0):
             prompt, ids = ("hinted", hinted) if k else ("plain", plain)

@@ -20,7 +20,7 @@ from typing import Any
 
 from minem.config import SamplerSection
 from minem.console import percent
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import ANSWER_LINE, Prompts
 from minem.data.tasks import Question, Task
 from minem.data.toy.check import valid_share
 from minem.data.verdict import Verdict, cites_hint
@@ -34,6 +34,7 @@ from minem.generation.request import Completion, Request, SamplingParams, stream
 from minem.model.tokenizer import Tokenizer
 from minem.statistics import mean
 
+SHORT = 5  # tokens before the answer line: accepted samples with fewer are counted, for they hold no rationale
 BLOCK_ROUNDS = 16  # questions of a block for each slot, at least: its end, when slots run empty, is some 5 % of it
 
 
@@ -81,6 +82,7 @@ class EStep:
     sampler: Sampler
     section: SamplerSection
     generators: Mapping[Prompt, Generator]
+    prompts: Prompts
     verdict: Verdict
     seed: int
     score_plain: bool = False
@@ -88,7 +90,7 @@ class EStep:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self.generators["plain"].tokenizer
+        return self.prompts.tokenizer
 
     def begin(self, iteration: int, questions: Sequence[Question] = (), earlier: Iterable[list[Sample]] = ()) -> None:
         """Start an iteration, counted from 1. earlier: samples of those before, the newest first, for `expected`."""
@@ -116,8 +118,19 @@ class EStep:
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the M-step trains on it: the filter, r(y, y*)."""
-        right = sample.status == "accepted" and not (sample.leak and self.section.drop_leaks)
+        least, leaks = self.section.min_rationale_tokens, self.section.drop_leaks
+        right = (
+            sample.status == "accepted"
+            and not (sample.leak and leaks)
+            and (not least or self.rationale_tokens(sample) >= least)
+        )
         return right or self.section.filter == "none"
+
+    def rationale_tokens(self, sample: Sample) -> int:
+        """The tokens of its text before the answer line; of its text before the last line if it has no answer line."""
+        text = sample.text.rstrip()
+        end = max(text.rfind(ANSWER_LINE), text.rfind("\n") + 1)
+        return len(self.tokenizer.encode(text[:end].rstrip(), add_special_tokens=False))
 
     def run(
         self, questions: Sequence[Question], show: Callable[..., None] = lambda done, **facts: None
@@ -139,7 +152,7 @@ class EStep:
         if self.score_plain:
             kept = [sample for sample in samples if self.keeps(sample)]
             by_id = {question.id: question for question in questions}
-            scored = iter(plain_logprobs(kept, by_id, model, self.tokenizer, self.pack_tokens))
+            scored = iter(plain_logprobs(kept, by_id, model, self.prompts, self.pack_tokens))
             samples = [next(scored) if self.keeps(sample) else sample for sample in samples]
         if search.checked:
             found = agreement(model, search.checked, self.pack_tokens)
@@ -161,11 +174,12 @@ class EStep:
             "kept": len(kept),
             "kept_length": mean([len(sample.token_ids) for sample in kept]) if kept else None,
             "leaks": sum(sample.leak for sample in samples),
+            "short": sum(self.rationale_tokens(s) < max(SHORT, self.section.min_rationale_tokens) for s in accepted),
             **counts,
             "statuses": dict(sorted(Counter(sample.status for sample in samples).items())),
             "acceptance": {prompt: right[prompt] / n for prompt, n in sorted(drawn.items())},
             "valid": valid_share(task, [(sample.id, sample.text) for sample in kept]),
-            "altered": altered(self.section),
+            "altered": altered(self.section, self.prompts.shots),
         }
 
     def next(self, question: Question, attempts: Sequence[Attempt]) -> Prompt | None:
@@ -202,7 +216,7 @@ class _Search:
     def __init__(self, step: EStep, questions: Sequence[Question]) -> None:
         self.step = step
         keys = ("temperature", "top_k", "top_p", "min_p", "max_new_tokens")
-        self.params = SamplingParams(**{key: getattr(step.section, key) for key in keys})
+        self.params = SamplingParams(stop=step.prompts.stop, **{key: getattr(step.section, key) for key in keys})
         self.generators = list(dict.fromkeys(step.generators.values()))
         self.counts: dict[str, float] = {"questions": len(questions), "tokens": 0, "cancelled_tokens": 0}
         self.checked: list[Completion] = []  # to compare with the trainer
@@ -280,7 +294,7 @@ class _Search:
             prompt=prompt,
             token_ids=completion.token_ids,
             logprob_q=sum(completion.proposal_logprobs),
-            logprob_plain=sum(completion.logprobs) if prompt == "plain" else None,
+            logprob_plain=sum(completion.logprobs) if prompt == "plain" and step.prompts.shots != "proposal" else None,
             text=completion.text,
             answer=answer,
             gold=question.gold,
@@ -294,8 +308,7 @@ class _Search:
     def _start(self, state: _State, prompt: Prompt, first: bool = False) -> Request:
         step, question = self.step, state.question
         if prompt not in state.prompt_ids:
-            hint = step.section.hint if prompt == "hinted" else None
-            state.prompt_ids[prompt] = encode_prompt(step.tokenizer, question, hint)
+            state.prompt_ids[prompt] = step.prompts.drawn(question, hinted=prompt == "hinted")
         attempt = len(state.attempts) + len(state.in_flight) + 1
         seed = stream_seed(step.seed, step.iteration, question.id, attempt)
         request = Request(state.prompt_ids[prompt], self.params, seed, tag=state)

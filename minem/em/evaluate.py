@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minem.config import EvalSection
 from minem.console import percent
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import Prompts
 from minem.data.tasks import Question
 from minem.data.verdict import Verdict, flexible
 from minem.em.estep import judge
@@ -32,17 +33,17 @@ FIELDS = ("id", "answer", "gold", "status", "text", "tokens")  # of a row of eva
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How accuracy is measured. samples: draws per question at temperature 1, beside the greedy answer."""
+    """How accuracy is measured."""
 
     generator: Generator
+    prompts: Prompts
     verdict: Verdict
-    max_new_tokens: int
-    samples: int = 0
+    section: EvalSection
     seed: int = 0
 
     def total(self, questions: Sequence[Question]) -> int:
         """How many answers that is."""
-        return len(questions) * (1 + self.samples)
+        return len(questions) * (1 + self.section.samples)
 
     def answers(
         self,
@@ -58,13 +59,14 @@ class Evaluation:
         on_row: called with each new row as it finishes.
         Returns unordered rows of eval.*.jsonl (FIELDS) with `draw`: 0 is the greedy answer, 1 and up at temperature 1.
         """
-        wanted = {(question.id, k) for question in questions for k in range(1 + self.samples)}
+        wanted = {(question.id, k) for question in questions for k in range(1 + self.section.samples)}
         answers = {key: {**row, "draw": key[1]} for row in known if (key := (row["id"], row.get("draw", 0))) in wanted}
         for question in questions:
-            draws = [k for k in range(1 + self.samples) if (question.id, k) not in answers]
-            ids = encode_prompt(self.generator.tokenizer, question) if draws else []
+            draws = [k for k in range(1 + self.section.samples) if (question.id, k) not in answers]
+            ids = self.prompts.trained(question) if draws else []
             for k in draws:
-                params = SamplingParams(temperature=1.0 if k else 0.0, max_new_tokens=self.max_new_tokens)
+                heat, new = 1.0 if k else 0.0, self.section.max_new_tokens
+                params = SamplingParams(temperature=heat, max_new_tokens=new, stop=self.prompts.stop)
                 stream = stream_seed(self.seed, "eval", question.id, k)  # without effect on a greedy answer
                 self.generator.submit(Request(ids, params, stream, tag=(question, k)))
         greedy = [row["status"] == "accepted" for (_, k), row in answers.items() if k == 0]

@@ -79,7 +79,7 @@ class Experiment:
                 self.mstep.restart()
             make_room(self.estep.generators["plain"], self.mstep)
             checkpoints = Checkpoints(stage, self.mstep, self.section.checkpoint_minutes)
-            examples = make_examples(kept, self.task, self.estep.tokenizer, self.mstep.config)
+            examples = make_examples(kept, self.task, self.estep.prompts, self.mstep.config)
             found = self.mstep.run(examples, self.section.seed, iteration, checkpoints.after_step)
             export(stage, self.mstep, self.estep.tokenizer, self.model_id, self.card(iteration), continues)
             found["warnings"] = warnings.of_training(self.mstep.losses, found["entropy"], iteration, self.run.results)
@@ -108,10 +108,10 @@ class Experiment:
 
         def measure(stage: Stage) -> None:
             answers = stage.sharded(questions, partial(self.evaluation.answers, known=known))
-            found = evaluate.summarise_answers(questions, answers, self.evaluation.samples)
+            found = evaluate.summarise_answers(questions, answers, self.evaluation.section.samples)
             stage.show(**evaluate.facts(found))
             stage.write(f"eval.{split}.jsonl", evaluate.greedy_rows(questions, answers))
             stage.report(**found)
 
-        total, writes = self.evaluation.total(questions), row_bytes(len(questions), self.evaluation.max_new_tokens)
-        self.run.do(iteration, f"eval.{split}", measure, total, writes)
+        writes = row_bytes(len(questions), self.evaluation.section.max_new_tokens)
+        self.run.do(iteration, f"eval.{split}", measure, self.evaluation.total(questions), writes)

@@ -108,11 +108,16 @@ def prompts_of(sampler: Sampler) -> Sequence[str]:
     return getattr(sampler, "prompts", ("plain", "hinted"))
 
 
-def altered(section: SamplerSection) -> list[str]:
+_ALTERING = ("temperature", "top_k", "top_p", "min_p", "stop", "filter", "drop_leaks", "min_rationale_tokens")
+
+
+def altered(section: SamplerSection, shots: str = "none") -> list[str]:
     """What makes accepted draws follow another distribution than the model's own posterior: nothing by default.
 
-    The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer.
+    The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer, from
+    the prompt that is trained. shots: as `task.shots`.
     """
     usual = SamplerSection()
-    values = {key: getattr(section, key) for key in ("temperature", "top_k", "top_p", "min_p", "filter", "drop_leaks")}
-    return [f"sampler.{key} = {value}" for key, value in values.items() if value != getattr(usual, key)]
+    values = {key: getattr(section, key) for key in _ALTERING}
+    found = [f"sampler.{key} = {value}" for key, value in values.items() if value != getattr(usual, key)]
+    return [*found, *(["task.shots = proposal"] if shots == "proposal" else [])]

@@ -9,18 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import Prompts
 from minem.data.tasks import Task
 from minem.em.sample import Sample
 from minem.errors import UserError, shown
 from minem.files import read_rows
-from minem.model.tokenizer import Tokenizer
 
 MEANINGS = {"logprob_plain": "the plain prompt", "logprob_q": "the prompt they were drawn with"}
 
 
 def read_samples(
-    file: Path, task: Task, tokenizer: Tokenizer, max_length: int, vocab_size: int, weights: str, drop_leaks: bool
+    file: Path, task: Task, prompts: Prompts, max_length: int, vocab_size: int, weights: str, drop_leaks: bool
 ) -> list[Sample]:
     """The rows with status "accepted", and those without a status.
 
@@ -28,7 +27,7 @@ def read_samples(
     weights: as `mstep.weights`; "importance" needs both log-probabilities of each row.
     Raises UserError for a row without a training question, fitting token ids or a log-probability that is needed.
     """
-    questions = {question.id: question for question in task.train}
+    questions, tokenizer = {question.id: question for question in task.train}, prompts.tokenizer
     samples = []
     for number, row in enumerate(read_rows(file), start=1):
         if row.get("status", "accepted") != "accepted" or (drop_leaks and row.get("leak")):
@@ -38,7 +37,7 @@ def read_samples(
             raise UserError(f"{where}: id {row.get('id')!r} is no training question of {task.name}")
         if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
             raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
-        prompt = encode_prompt(tokenizer, question)
+        prompt = prompts.trained(question)
         if outside := [i for i in (*ids, *prompt) if not 0 <= i < vocab_size]:
             raise UserError(
                 f"{where}: token id {outside[0]} is outside the model's vocabulary of {vocab_size}; the samples must "

@@ -17,24 +17,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from minem.config import MStepSection
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import Prompts
 from minem.data.tasks import Question, Task
 from minem.em.packing import Example
 from minem.em.sample import Sample
 from minem.em.scoring import score
 from minem.errors import GuardError
 from minem.model.decoder import Model
-from minem.model.tokenizer import Tokenizer
 
 SMALLEST = 2.0**-126  # of normal float32, which the loss computes in: beside a sum of 1 it is nothing
 
 
-def make_examples(samples: Sequence[Sample], task: Task, tokenizer: Tokenizer, section: MStepSection) -> list[Example]:
+def make_examples(samples: Sequence[Sample], task: Task, prompts: Prompts, section: MStepSection) -> list[Example]:
     """What is trained of the kept samples: the *plain* prompt of the question with the ids as drawn, weighed."""
     questions = {question.id: question for question in task.train}
     weights = weigh(samples, section.weights)
-    prompts = [encode_prompt(tokenizer, questions[sample.id]) for sample in samples]
-    return [Example(s.id, prompt, s.token_ids, w) for s, prompt, w in zip(samples, prompts, weights, strict=True)]
+    asked = [prompts.trained(questions[sample.id]) for sample in samples]
+    return [Example(s.id, prompt, s.token_ids, w) for s, prompt, w in zip(samples, asked, weights, strict=True)]
 
 
 def weigh(samples: Sequence[Sample], weights: str) -> list[float]:
@@ -61,15 +60,15 @@ def _log_ratio(sample: Sample) -> float:
 
 
 def plain_logprobs(
-    samples: Sequence[Sample], questions: Mapping[str, Question], model: Model, tokenizer: Tokenizer, pack_tokens: int
+    samples: Sequence[Sample], questions: Mapping[str, Question], model: Model, prompts: Prompts, pack_tokens: int
 ) -> list[Sample]:
-    """The kept samples, each with its logprob_plain: hinted ones get it by one teacher-forced pass of the model.
+    """The kept samples, each with its logprob_plain: those that lack it get it by one teacher-forced pass of the model.
 
     model: at theta_old, as it is during the E-step. pack_tokens: most tokens of a pass (memory only).
     Raises GuardError if a log-probability is not finite.
     """
     lacking = [sample for sample in samples if sample.logprob_plain is None]
-    examples = [Example(s.id, encode_prompt(tokenizer, questions[s.id]), s.token_ids) for s in lacking]
+    examples = [Example(s.id, prompts.trained(questions[s.id]), s.token_ids) for s in lacking]
     scored = [sum(logprobs) for logprobs, _ in score(model, examples, pack_tokens)]
     for sample, logprob in zip(lacking, scored, strict=True):
         if not math.isfinite(logprob):

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -39,15 +40,28 @@ def render(source: str, context: Mapping[str, Any]) -> str:
         raise UserError(f"fails on this chat: {reason(error)}") from error
 
 
-@lru_cache(maxsize=8)
+def variables(source: str) -> set[str]:
+    """The names that a template leaves to `context`. UserError as of `render`."""
+    try:
+        return meta.find_undeclared_variables(_environment().parse(source))
+    except jinja2.TemplateError as error:
+        raise UserError(f"cannot be read: {reason(error)}") from error
+
+
+@lru_cache(maxsize=64)
 def _compile(source: str) -> jinja2.Template:
+    return _environment().from_string(source)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = TEMPLATE_DATE.strftime
-    return environment.from_string(source)
+    return environment
 
 
 class _GenerationBlock(Extension):

@@ -8,7 +8,7 @@ tokens, chat template, ids that end a text) are read as transformers 5 reads the
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,22 +90,27 @@ class Tokenizer:
         with _explained(f"the tokenizer of {self.folder} fails on ids {given[:8]}"):
             return str(self.backend.decode(given, skip_special_tokens=skip_special_tokens))
 
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def render(
+        self, messages: list[dict[str, str]], add_generation_prompt: bool = True, more: Mapping[str, Any] | None = None
+    ) -> str:
         """The prompt text of a chat (a list of {"role": ..., "content": ...}), special tokens written out.
+
+        more: further variables for the template, like {"enable_thinking": False}.
 
         Raises UserError if there is no chat template, or if it is broken or refuses the messages.
         """
         if self.chat_template is None:
             raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")
-        context = {**self.special_tokens, "messages": messages, "add_generation_prompt": add_generation_prompt}
+        own = {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        context = {**(more or {}), **self.special_tokens, **own}
         try:
             return template.render(self.chat_template, {"tools": None, "documents": None, **context})
         except UserError as error:
             raise UserError(f"the chat template of {self.folder} {error}") from error
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat(self, messages: list[dict[str, str]], more: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a chat, ready for the model to answer. The template writes BOS itself, so none is added."""
-        return self.encode(self.render(messages), add_special_tokens=False)
+        return self.encode(self.render(messages, more=more), add_special_tokens=False)
 
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into `folder`, byte for byte."""

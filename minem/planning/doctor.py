@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import minem
-from minem.data.prompts import messages
+from minem.data.prompts import load_prompts
 from minem.data.tasks import load_task
 from minem.device import free_memory, limit_threads, pick_device, pick_dtype
 from minem.em.scoring import agreement
@@ -123,7 +123,8 @@ def _generator_agrees(device: torch.device) -> tuple[bool, str]:
     dtype = pick_dtype("auto", device)
     model, tokenizer = minem.load("toy", device, dtype)
     limit_threads(model)
-    prompts = [tokenizer.chat(messages(question)) for question in load_task("toy", 16).test]
+    words = load_prompts("toy")
+    prompts = [tokenizer.chat(words.messages(question)) for question in load_task("toy", 16).test]
     params = minem.SamplingParams(n=2, max_new_tokens=48)
     drawn = minem.Generator(model, tokenizer, slots=16).generate(prompts, params)
     found = agreement(model, [draw for draws in drawn for draw in draws], pack_tokens=4096)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from minem.config import Config
-from minem.data.prompts import encode_prompt
+from minem.data.prompts import Prompts
 from minem.data.tasks import Task
 from minem.device import free_memory, pick_device
 from minem.em.checkpoints import KEPT
@@ -27,7 +27,6 @@ from minem.em.packing import plan
 from minem.em.samplers import prompts_of
 from minem.files import shown_bytes
 from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
-from minem.model.tokenizer import Tokenizer
 from minem.planning.memory import Work, e_step, fitted, m_step, trains
 from minem.runs.folder import default_path
 from minem.runs.stages import row_bytes
@@ -48,7 +47,7 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
     taken, free = process_bytes(device), free_memory(device)
     if device.type == "cpu":  # the other processes, too, take as much as this one before they allocate anything
         free = max(0, free - (gpus - 1) * taken) // gpus
-    counts, micro_batch = _iteration(config, experiment.task, estep.tokenizer, gpus)
+    counts, micro_batch = _iteration(config, experiment.task, estep.prompts, gpus)
     asked = Work(
         slots=estep.generators["plain"].slots,
         prompt=longest[0],
@@ -105,22 +104,22 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
 
 
-def _iteration(config: Config, task: Task, tokenizer: Tokenizer, gpus: int) -> tuple[dict[str, int], dict[str, Any]]:
+def _iteration(config: Config, task: Task, prompts: Prompts, gpus: int) -> tuple[dict[str, int], dict[str, Any]]:
     """The most work of one iteration; and its largest micro-batch, as fields of `Work`."""
     sampler, mstep = config.sampler, config.mstep
-    prompts = sorted(len(encode_prompt(tokenizer, question)) for question in task.train)
+    asked = sorted(len(prompts.trained(question)) for question in task.train)
     # With a part of the questions in each iteration, the longest prompts may come together.
-    prompts = prompts[-(config.run.questions_per_iteration or len(prompts)) :]
-    draws = len(prompts) * sampler.budget
-    kept = draws if sampler.draws == "all" else len(prompts)
-    lengths = [n + sampler.max_new_tokens - 1 for n in prompts] * (kept // len(prompts))
+    asked = asked[-(config.run.questions_per_iteration or len(asked)) :]
+    draws = len(asked) * sampler.budget
+    kept = draws if sampler.draws == "all" else len(asked)
+    lengths = [n + sampler.max_new_tokens - 1 for n in asked] * (kept // len(asked))
     cut = {"batch_size": mstep.batch_size, "pack_tokens": mstep.pack_tokens, "epochs": mstep.epochs}
     steps = plan(lengths, **cut, seed=config.run.seed, iteration=1, ranks=gpus)
     # Several processes have equally full micro-batches, up to one sequence.
     fair = math.ceil(sum(sorted(lengths)[-mstep.batch_size :]) / gpus) + (max(lengths) if gpus > 1 else 0)
     tokens = max(*lengths, min(mstep.pack_tokens, fair))
     counts = {
-        "questions": len(prompts),
+        "questions": len(asked),
         "draws": draws,
         "tokens_drawn": draws * sampler.max_new_tokens,
         "accepted": kept,

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from minem.config import SECTIONS
-from minem.data.prompts import HINTS, messages
+from minem.data.prompts import load_prompts
 from minem.data.tasks import Question, Task, load_task
 from minem.errors import UserError
 from minem.files import own_file, read_rows
@@ -109,12 +109,18 @@ class Run:
         return {s: {q.id: q for q in getattr(self.task, s, ())} for s in ("train", "test")}
 
     def prompt(self, id_: str, kind: str = "plain", split: str = "train") -> str | None:
-        """The words of a question's plain or hinted prompt; None if they are not available, see `task`."""
-        question = self._questions[split].get(id_)
+        """The words of a question's plain or hinted prompt, without shots; None if they are not available."""
+        question, section = self._questions[split].get(id_), self.config["task"]
         hint = self.config["sampler"].get("hint") if kind == "hinted" else None
-        if question is None or hint not in (None, *HINTS):  # of another version
+        if question is None:
             return None
-        return messages(question, hint)[0]["content"]
+        try:
+            words = load_prompts(section.get("prompt"), section["name"])
+        except UserError:
+            return None
+        if words.sha256 != self.facts.get("inputs", {}).get("prompts"):
+            return None
+        return words.messages(question, hint)[-1]["content"]
 
 
 def read_run(path: Path) -> Run:

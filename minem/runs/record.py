@@ -9,15 +9,13 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import minem
 from minem.config import Config
-from minem.data.prompts import messages
-from minem.data.tasks import Question
 from minem.files import own_file
 from minem.model.tokenizer import FILES, Tokenizer
 from minem.text import redact, visible
@@ -97,11 +95,3 @@ def model_card(config: Config, name: str, iteration: int) -> str:
         f"`{config.task.name}` with the sampler `{config.sampler.name}` (budget {config.sampler.budget}), "
         f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
     )
-
-
-def hash_prompts(questions: Sequence[Question], hint: str) -> str:
-    """SHA-256 of the words that questions are put in, plain and with the hint, before any chat template."""
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(json.dumps([messages(question), messages(question, hint)]).encode())
-    return digest.hexdigest()

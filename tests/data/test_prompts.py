@@ -8,13 +8,36 @@ from pathlib import Path
 
 import pytest
 
-from minem.data import prompts, verdict
+from minem.config import TaskSection
+from minem.data import verdict
+from minem.data.prompts import FOLDER, Prompts, PromptSet, as_text, load_prompts, make_prompts
 from minem.data.tasks import Question, read_questions
+from minem.errors import UserError
 from minem.model.tokenizer import Tokenizer
 from tests.minem.folders import make_tokenizer
 
 QUESTION = Question("q", "What do plants need?", ("light", "soup", "shoes"), ("A", "B", "C"), "B")
 FREE_FORM = Question("q", "How many eggs are 2 times 9?", (), (), "18")
+SETS = sorted(path.stem for path in FOLDER.glob("*.toml"))
+WORDINGS = [(name, hint) for name in SETS for hint in (None, *load_prompts(name).hinted)]
+OWN = """
+plain = "Q: {{ question }}{% for option in options %} {{ labels[loop.index0] }}) {{ option }}{% endfor %}"
+system = "Be brief."
+answer = "So: {{ gold }}"
+[hinted]
+given = "Q: {{ question }} It is {{ gold }}, {{ gold_text }}."
+[[shots]]
+question = "1 + 1?"
+gold = "2"
+rationale = "One more than one is two."
+[[shots]]
+question = "Which is cold?"
+options = ["ice", "fire"]
+gold = "A"
+rationale = "Ice is frozen."
+[chat_template_kwargs]
+enable_thinking = false
+"""
 # The date in Llama 3.2's template: given, else today's, else a fixed one.
 DATED = """{% if not date_string is defined %}{% if strftime_now is defined %}
 {%- set date_string = strftime_now("%d %b %Y") %}{% else %}{% set date_string = "26 Jul 2024" %}{% endif %}{% endif -%}
@@ -22,38 +45,148 @@ DATED = """{% if not date_string is defined %}{% if strftime_now is defined %}
 <s>{{ message.role }}: {{ message.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant: {% endif %}"""
 
 
-def content(question: Question, hint: str | None = None) -> str:
-    (message,) = prompts.messages(question, hint)
+def question_for(name: str) -> Question:
+    """One of the kind that the set is for."""
+    return FREE_FORM if name == "gsm8k" else QUESTION
+
+
+def content(name: str, question: Question, hint: str | None = None) -> str:
+    message = load_prompts(name).messages(question, hint)[-1]
     assert message["role"] == "user"
     return message["content"]
 
 
-def test_the_plain_prompt_word_for_word():
-    # Written down: accuracies of different releases can only be compared while this does not change.
-    assert content(QUESTION) == (
+def own(folder: Path, text: str = OWN) -> PromptSet:
+    (folder / "own.toml").write_text(text)
+    return load_prompts(str(folder / "own.toml"))
+
+
+def test_the_toys_prompt_word_for_word():
+    # Written down: the toy has read these very words, and was trained on no other.
+    assert content("toy", QUESTION) == (
         "What do plants need?\n\nA. light\nB. soup\nC. shoes\n\n"
         'Reason step by step, then end with a last line "The best answer is X", where X is A, B or C.'
     )
 
 
-def test_the_plain_prompt_does_not_depend_on_the_answer():
-    other = Question(QUESTION.id, QUESTION.text, QUESTION.options, QUESTION.labels, "A")
-    assert content(QUESTION) == content(other)
+@pytest.mark.parametrize(("name", "hint"), WORDINGS)
+def test_a_prompt_has_the_question_and_only_a_hinted_one_depends_on_the_answer(name, hint):
+    question = question_for(name)
+    asked = content(name, question, hint)
+    assert question.text in asked
+    assert all(option in asked for option in question.options)
+    assert "The best answer is" in asked
+    other = dataclasses.replace(question, gold="A" if question.options else "{{ gold }}")
+    assert (content(name, other, hint) == asked) == (hint is None)
 
 
-def test_the_free_form_prompt_word_for_word():
-    plain = (
-        'How many eggs are 2 times 9?\n\nReason step by step, then end with a last line "The best answer is X", '
-        "where X is the answer alone, in digits if it is a number."
+def test_the_hints_of_a_set_differ():
+    for name in SETS:
+        hints = load_prompts(name).hinted
+        assert "forward" in hints  # sampler.hint's default
+        assert len({*hints.values(), load_prompts(name).plain}) == len(hints) + 1
+
+
+def test_shots_are_turns_of_the_questions_kind(tmp_path):
+    words = own(tmp_path)
+    assert words.messages(QUESTION, "given", shots=True) == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Q: Which is cold? It is A, ice."},
+        {"role": "assistant", "content": "Ice is frozen.\nSo: A"},
+        {"role": "user", "content": "Q: What do plants need? It is B, soup."},
+    ]
+    system, asked, answered, last = words.messages(FREE_FORM, shots=True)
+    assert [asked["content"], answered["content"]] == ["Q: 1 + 1?", "One more than one is two.\nSo: 2"]
+    assert words.messages(FREE_FORM) == [system, last]
+
+
+def test_built_in_shots_end_in_a_line_that_the_verdict_reads():
+    for name in SETS:
+        words = load_prompts(name)
+        for shot in words.shots:
+            labels = tuple("ABCDEFGH"[: len(shot.options)])
+            question = Question("", shot.question, tuple(shot.options), labels, shot.gold)
+            alone = words.model_copy(update={"shots": [shot]})
+            worked = alone.messages(question, shots=True)[-2]
+            assert worked["role"] == "assistant"
+            assert verdict.strict(worked["content"], question) == shot.gold
+            for equation in re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)", shot.rationale):
+                left, sign, right, result = equation
+                assert eval(f"{left} {sign} {right}") == int(result)
+
+
+def test_shots_stand_in_the_prompts_that_are_asked_for(tmp_path):
+    make_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{{ enable_thinking }}"
     )
-    assert content(FREE_FORM) == plain
-    for gold in ("20", "1,000", "eighteen", "{label}"):
-        other = dataclasses.replace(FREE_FORM, gold=gold)
-        assert content(other) == plain
-        for hint, wording in prompts.HINTS.items():
-            assert content(other, hint).replace(wording.format(label=gold) + "\n\n", "", 1) == plain
-            assert f" is {gold}" in content(other, hint)
-    assert verdict.strict(plain, FREE_FORM) is verdict.flexible(plain, FREE_FORM) is None
+    tokenizer, words = Tokenizer.from_folder(tmp_path), own(tmp_path)
+    for shots, hint in (("none", "given"), ("proposal", "given"), ("always", "given")):
+        prompts = Prompts(tokenizer, words, shots, hint)
+        for ids, kind, few in (
+            (prompts.trained(QUESTION), None, shots == "always"),
+            (prompts.drawn(QUESTION, hinted=False), None, shots != "none"),
+            (prompts.drawn(QUESTION, hinted=True), "given", shots != "none"),
+        ):
+            text = tokenizer.render(words.messages(QUESTION, kind, few), more={"enable_thinking": False})
+            assert text.endswith("</s>False")
+            assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_a_base_model_reads_shots_as_text(tmp_path):
+    make_tokenizer(tmp_path)
+    tokenizer, words = Tokenizer.from_folder(tmp_path), own(tmp_path)
+    tokenizer.chat_template = None
+    chat = words.messages(QUESTION, shots=True)
+    text = (
+        "Be brief.\n\nQ: Which is cold? A) ice B) fire\nIce is frozen.\nSo: A\n\n"
+        "Q: What do plants need? A) light B) soup C) shoes\n"
+    )
+    assert as_text(chat) == text
+    assert Prompts(tokenizer, words, "always").trained(QUESTION) == tokenizer.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "plain: Field required"),
+        ('plain = ""', "plain: String should have at least 1 character"),
+        ('plain = "x"\nhint = "y"', "hint: Extra inputs are not permitted"),
+        ('plain = "{{ questoin }}"', "plain has no variable questoin; it must be one of .*did you mean question"),
+        ('plain = "{% for %}"', "plain cannot be read"),
+        ('plain = "x"\n[hinted]\na = "{{ answer }}"', "a has no variable answer"),
+        ('plain = "x"\n[[shots]]\nquestion = "q"\ngold = "1"', "shots.0.rationale: Field required"),
+        (
+            'plain = "x"\n[[shots]]\nquestion = "q"\noptions = ["a", "b"]\ngold = "C"\nrationale = "r"',
+            "shots, number 1: gold is 'C'; it must be the label of an option",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, text, words):
+    with pytest.raises(UserError, match=f"own.toml: {words}"):
+        own(tmp_path, text)
+
+
+def test_what_a_set_lacks_is_named(tmp_path):
+    make_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(UserError, match=r"task.prompt is 'defualt'; it must be one of default, .*did you mean default"):
+        load_prompts("defualt")
+    with pytest.raises(UserError, match=r"no\.toml"):
+        load_prompts("no.toml")
+    with pytest.raises(UserError, match=r"sampler.hint is 'forwards'; it must be one of forward, .*mean forward"):
+        make_prompts(tokenizer, TaskSection(), "forwards", [])
+    with pytest.raises(UserError, match=r"task.shots is 'always', but the prompt set has no shots"):
+        make_prompts(tokenizer, TaskSection(shots="always"), None, [])
+
+
+def test_each_task_has_its_words(tmp_path):
+    make_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    for task, name in (("toy", "toy"), ("gsm8k", "gsm8k"), ("openbookqa", "default"), ("my/rows.jsonl", "default")):
+        assert make_prompts(tokenizer, TaskSection(name=task), None, []).words == load_prompts(name)
+    assert make_prompts(tokenizer, TaskSection(prompt="gsm8k"), None, []).words == load_prompts("gsm8k")
+    assert len({load_prompts(name).sha256 for name in SETS}) == len(SETS)
 
 
 def test_the_date_in_a_prompt_is_not_todays(tmp_path: Path):
@@ -61,7 +194,7 @@ def test_the_date_in_a_prompt_is_not_todays(tmp_path: Path):
     make_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(DATED)
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
-    chat = prompts.messages(QUESTION, "derive")
+    chat = load_prompts("default").messages(QUESTION, "derive")
     text = ours.render(chat)
     assert text.startswith("<s>system: Today Date: 26 Jul 2024</s>")
     kinds = {"tokenize": False, "add_generation_prompt": True}
@@ -71,28 +204,12 @@ def test_the_date_in_a_prompt_is_not_todays(tmp_path: Path):
     assert re.sub(r"Today Date: [^<]*", "", today) == re.sub(r"Today Date: [^<]*", "", text)
 
 
-@pytest.mark.parametrize("hint", prompts.HINTS)
-def test_a_hint_adds_the_answer_and_changes_nothing_else(hint: str):
-    hinted = content(QUESTION, hint)
-    shown = prompts.HINTS[hint].format(label="B") + "\n\n"
-    assert hinted.replace(shown, "", 1) == content(QUESTION)
-    assert re.search(r"correct answer(, which)? is B\b", shown)
-    assert hinted.endswith("where X is A, B or C.")
-
-
-def test_the_wordings_differ():
-    assert len(set(prompts.HINTS.values())) == len(prompts.HINTS) >= 3
-    assert prompts.HINTS["derive"].startswith("First derive the answer")
-
-
-def test_a_prompt_read_back_states_no_answer():
-    assert verdict.strict(content(QUESTION), QUESTION) is None
-    assert verdict.flexible(content(QUESTION), QUESTION) is None
-
-
-def test_braces_in_a_question_are_left_alone():
-    odd = Question("q", "What is {x: 1}?", ("{label}", "b"), ("A", "B"), "A")
-    assert "A. {label}\nB. b" in content(odd, "forward")
+@pytest.mark.parametrize("name", SETS)
+def test_a_question_is_no_template(name):
+    odd = Question("q", "What is {x: 1} {{ gold }} {% if %}?", ("{{ labels }}", "b"), ("A", "B"), "A")
+    text = content(name, odd, "forward")
+    assert odd.text in text
+    assert name == "gsm8k" or "{{ labels }}" in text
 
 
 @pytest.mark.slow
@@ -109,11 +226,11 @@ def test_every_real_row_renders_to_the_text_and_ids_of_transformers(tmp_path: Pa
         (tmp_path / path.name.removesuffix(".gz")).write_bytes(unpacked)
     ours, theirs = Tokenizer.from_folder(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     files = [path for name in ("arc-challenge", "openbookqa", "mmlu") for path in (Path(root) / name).glob("*.jsonl")]
-    wordings = [None, *prompts.HINTS]
     rows = 0
     for path in files:
         for number, question in enumerate(read_questions(path)):
-            chat = prompts.messages(question, wordings[number % len(wordings)])
+            name, hint = WORDINGS[number % len(WORDINGS)]
+            chat = load_prompts(name).messages(question, hint, shots=number % 2 == 0)
             text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             assert ours.render(chat) == text
             assert ours.chat(chat) == theirs(text, add_special_tokens=False)["input_ids"]

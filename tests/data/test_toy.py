@@ -9,13 +9,15 @@ import pytest
 import torch
 
 import minem
-from minem.data import prompts, verdict
+from minem.data import verdict
+from minem.data.prompts import load_prompts
 from minem.data.tasks import SPLITS, TOY, Question, load_task
 from minem.data.toy import check
 from minem.generation.generator import Generator
 from minem.generation.request import SamplingParams
 
 FOLDER = TOY / "model"
+WORDS = load_prompts("toy")
 QUESTION = Question(
     "q", "Modulo 10, start with 3, add 9, multiply by 4, subtract 9. What is the result?", make.DIGITS, make.DIGITS, "9"
 )
@@ -115,10 +117,10 @@ def test_the_folder_is_small_and_prompts_are_short(toy):
     model, tokenizer = toy
     assert sum(parameter.numel() for parameter in model.parameters()) <= 2_000_000
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 5_000_000
-    for hint in (None, *prompts.HINTS):
-        longest = max(len(tokenizer.chat(prompts.messages(q, hint))) for q in load_task("toy").test)
-        # A changed sentence in prompts.py would be spelt out in bytes here, and unknown to the model.
-        assert longest <= 20, f"prompts.py's wording {hint!r} is not the one the toy has learnt: run bench/make_toy.py"
+    for hint in (None, *WORDS.hinted):
+        longest = max(len(tokenizer.chat(WORDS.messages(q, hint))) for q in load_task("toy").test)
+        # A changed sentence in prompt_sets/toy.toml would be spelt out in bytes here, and unknown to the model.
+        assert longest <= 20, f"the wording {hint!r} is not the one the toy has learnt: run bench/make_toy.py"
     assert len(tokenizer.encode(VALID, add_special_tokens=False)) <= 25
 
 
@@ -134,12 +136,12 @@ def test_transformers_loads_the_folder_to_the_same_ids_and_logits(toy):
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
     their_model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
     for question in load_task("toy").test[:20]:
-        for hint in (None, *prompts.HINTS):
-            chat = prompts.messages(question, hint)
+        for hint in (None, *WORDS.hinted):
+            chat = WORDS.messages(question, hint)
             text = their_tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
             assert text == tokenizer.render(chat)
             assert their_tokenizer(text, add_special_tokens=False)["input_ids"] == tokenizer.chat(chat)
-    ids = torch.tensor([tokenizer.chat(prompts.messages(QUESTION)) + tokenizer.encode(VALID, add_special_tokens=False)])
+    ids = torch.tensor([tokenizer.chat(WORDS.messages(QUESTION)) + tokenizer.encode(VALID, add_special_tokens=False)])
     with torch.no_grad():
         torch.testing.assert_close(model(ids), their_model(ids).logits, rtol=1e-4, atol=1e-4)
     assert {their_model.generation_config.eos_token_id} == tokenizer.eos_ids
@@ -150,7 +152,7 @@ def test_the_base_model_is_honestly_shaky(toy):
     model, tokenizer = toy
     test = load_task("toy").test
     generator = Generator(model, tokenizer)
-    asked = [tokenizer.chat(prompts.messages(question)) for question in test]
+    asked = [tokenizer.chat(WORDS.messages(question)) for question in test]
     draws = generator.generate(asked, SamplingParams(temperature=0.0, max_new_tokens=64))
     right = sum(
         verdict.strict(draw[0].text, question) == question.gold for draw, question in zip(draws, test, strict=True)
@@ -166,7 +168,7 @@ def test_the_wordings_do_what_they_were_chosen_for(toy):
     generator = Generator(model, tokenizer)
     accepted, valid = {}, {}
     for hint in (None, "forward", "justify"):
-        asked = [tokenizer.chat(prompts.messages(question, hint)) for question in train]
+        asked = [tokenizer.chat(WORDS.messages(question, hint)) for question in train]
         draws = generator.generate(asked, SamplingParams(max_new_tokens=64, seed=1))
         pairs = [(draw[0].text, question) for draw, question in zip(draws, train, strict=True)]
         right = [pair for pair in pairs if verdict.strict(*pair) == pair[1].gold]

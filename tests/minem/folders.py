@@ -10,6 +10,8 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from minem.data.prompts import Prompts, load_prompts
+
 VOCABULARY = 320
 BASE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -91,3 +93,8 @@ def make_folder(folder: Path, kind: str = "llama", seed: int = 0, **save: Any) -
     model.save_pretrained(folder, **save)
     make_tokenizer(folder)
     return model
+
+
+def toy_prompts(tokenizer: Any, hint: str = "forward") -> Prompts:
+    """Questions in the words of the embedded toy, whatever the tokenizer."""
+    return Prompts(tokenizer, load_prompts("toy"), hint=hint)

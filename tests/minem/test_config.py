@@ -31,7 +31,6 @@ from minem.config import (
     origins,
     to_toml,
 )
-from minem.data.prompts import HINTS
 from minem.data.tasks import TASKS
 from minem.em.mstep import MStep
 from minem.em.samplers import SAMPLERS
@@ -71,7 +70,6 @@ def test_the_fixed_keys_exist() -> None:
 def test_the_lists_of_the_page_are_what_the_code_knows() -> None:
     literal, _ = get_args(SamplerSection.model_fields["name"].annotation)
     assert get_args(literal) == tuple(SAMPLERS) == tuple(DEFAULT_BUDGETS)
-    assert get_args(SamplerSection.model_fields["hint"].annotation) == tuple(HINTS)
     for name in ("all", *TARGETS, " , ".join(TARGETS)):
         assert load_config(overrides=[f"mstep.lora_targets={name}"]).mstep.lora_targets == name
     assert all(name in PATTERNS["mstep.lora_targets"] for name in TARGETS)
@@ -183,8 +181,8 @@ MISTAKES = {
     ),
     "sampler": ('[sampler]\nname = "rms"', "must be one of rsm, star, pps or module:Class (did you mean rsm?)"),
     "number for a choice": (
-        "[sampler]\nhint = 0x1" + "0" * 4000,
-        "hint is too long to show; it must be one of forward",
+        "[sampler]\nproposal = 0x1" + "0" * 4000,
+        "proposal is too long to show; it must be one of current",
     ),
     "verdict": ('[task]\nverdict = "my_check"', 'task.verdict is "my_check"; it must be written as module:function'),
     "LoRA target": ('[mstep]\nlora_targets = "q_proj, v_prj"', 'it must be "all", or some of q_proj'),
@@ -282,6 +280,8 @@ def values(key: str) -> st.SearchStrategy[Any]:
             below, above = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
             bounds = (low if below is None else below, high if above is None else above)
             kinds.append(st.floats(*bounds, exclude_min=below is not None, exclude_max=above is not None))
+        elif schema["type"] == "array":
+            kinds.append(st.lists(texts(), max_size=3))
         elif schema["type"] == "boolean":
             kinds.append(st.booleans())
         else:
@@ -391,7 +391,8 @@ def keys_read(source: str) -> set[str]:
 
 def test_every_key_is_read() -> None:
     """No key is there for show."""
-    sources = [path for path in (ROOT / "minem").rglob("*.py") if path.name != "config.py"]
+    folders = (ROOT / "minem", ROOT / "data")
+    sources = [path for folder in folders for path in folder.rglob("*.py") if path.name != "config.py"]
     assert len(sources) > 40
     assert KEYS.keys() - set().union(*(keys_read(path.read_text()) for path in sources)) == set()
 

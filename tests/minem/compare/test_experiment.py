@@ -19,7 +19,6 @@ from minem.cli import main
 from minem.compare.experiment import Plan
 from minem.compare.results import Cell, matched
 from minem.config import load_config
-from minem.data.prompts import encode_prompt
 from minem.data.tasks import TOY, Question, load_task
 from minem.em.checkpoints import Checkpoints
 from minem.em.mstep import MStep
@@ -31,6 +30,7 @@ from minem.generation.generator import Generator
 from minem.report.charts import plot_spent, svg_spent
 from minem.runs.directory import read_journal
 from tests.minem.em.test_loop import contents
+from tests.minem.folders import toy_prompts
 from tests.minem.tiny_runs import stopped_every
 
 SMALL = ["--limit", "8", "--iterations", "1"]
@@ -269,7 +269,7 @@ def test_match_kept_trains_exactly_its_share(kept):
     assert len(share.rows) == len(rows(fewest, "accepted")) < len(rows(most, "accepted"))
     model, tokenizer = minem.load("toy")
     examples = [
-        Example(row["id"], encode_prompt(tokenizer, questions[row["id"]]), row["token_ids"])
+        Example(row["id"], toy_prompts(tokenizer).trained(questions[row["id"]]), row["token_ids"])
         for row in rows(most, "accepted")
         if (row["id"], row["attempt"]) in share.rows
     ]

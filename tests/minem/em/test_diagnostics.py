@@ -12,7 +12,6 @@ import torch
 from click.testing import CliRunner
 
 from minem.cli import main
-from minem.data.prompts import encode_prompt
 from minem.data.tasks import Question, Task, load_task
 from minem.data.verdict import strict
 from minem.em.diagnostics import EXPLAINED, Diagnosis, Draw, acceptance, choose, facts, falling, shown, summarise
@@ -24,8 +23,9 @@ from minem.generation.request import Request, SamplingParams, stream_seed
 from minem.model.weights import load
 from minem.runs.directory import read_journal
 from minem.statistics import wilson
+from tests.minem.folders import toy_prompts
 
-SETTINGS = {"hint": "forward", "hinted_draws": 3, "max_new_tokens": 64, "seed": 5, "pack_tokens": 8192}
+SETTINGS = {"hinted_draws": 3, "max_new_tokens": 64, "seed": 5, "pack_tokens": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def questions() -> list[Question]:
 
 
 def diagnose(policy, proposal, questions, **changes) -> list[Draw]:
-    diagnosis = Diagnosis(questions, policy, proposal, strict, **{**SETTINGS, **changes})
+    diagnosis = Diagnosis(questions, policy, proposal, toy_prompts(policy.tokenizer), strict, **{**SETTINGS, **changes})
     shown = []
     draws = diagnosis.draw(2, questions, shown.append)
     assert shown[-1] == len(draws) <= diagnosis.total == len(questions) * (diagnosis.hinted_draws + 1)
@@ -64,7 +64,7 @@ def test_weights_are_those_of_two_teacher_forced_passes(toy, questions):
     weights = []
     for number, one in enumerate(draws):
         question, k = questions[number // 4], (number + 1) % 4
-        plain, hinted = encode_prompt(tokenizer, question), encode_prompt(tokenizer, question, "forward")
+        plain, hinted = toy_prompts(tokenizer).trained(question), toy_prompts(tokenizer).drawn(question, hinted=True)
         prompt = hinted if k else plain
         generator.submit(Request(prompt, params, stream_seed(5, "diagnostics", 2, question.id, k)))
         (completion,) = list(generator)
@@ -124,7 +124,7 @@ def test_p_hat_is_what_plain_draws_count(toy):
         for question, completions in zip(
             some,
             generator.generate(
-                [encode_prompt(tokenizer, q) for q in some], SamplingParams(n=10, max_new_tokens=64, seed=3)
+                [toy_prompts(tokenizer).trained(q) for q in some], SamplingParams(n=10, max_new_tokens=64, seed=3)
             ),
             strict=True,
         )
@@ -136,9 +136,9 @@ def test_p_hat_is_what_plain_draws_count(toy):
 
 def test_questions_without_room_for_the_hint_are_left_out(toy, questions):
     model, tokenizer = toy
-    lengths = sorted(len(encode_prompt(tokenizer, q, "forward")) for q in questions)
+    lengths = sorted(len(toy_prompts(tokenizer).drawn(q, hinted=True)) for q in questions)
     generator = Generator(model, tokenizer, max_length=lengths[2] + 64)
-    fitting = {q.id for q in questions if len(encode_prompt(tokenizer, q, "forward")) <= lengths[2]}
+    fitting = {q.id for q in questions if len(toy_prompts(tokenizer).drawn(q, hinted=True)) <= lengths[2]}
     assert {d.id for d in diagnose(generator, generator, questions)} == fitting
     nothing = summarise([])
     assert nothing["questions"] == 0
@@ -186,7 +186,7 @@ def test_acceptance_by_stage():
 def test_the_share_of_answers_stated_early_is_that_of_the_kept_samples(toy, monkeypatch):
     monkeypatch.setattr("minem.em.diagnostics.states_early", lambda text, question: text.startswith(question.gold))
     generator = Generator(*toy)
-    diagnosis = Diagnosis([], generator, generator, strict, **SETTINGS)
+    diagnosis = Diagnosis([], generator, generator, toy_prompts(generator.tokenizer), strict, **SETTINGS)
     task = Task("mine", (Question("q", "?", ("x", "y"), ("A", "B"), "A"),), (), (), "")
     kept = [a_sample("plain", 1, "accepted", text) for text in ("A, since", "since A", "A", "B")]
     assert diagnosis.summary([], kept, kept, task, None)["early"] == 0.5

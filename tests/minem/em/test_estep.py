@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 import minem
 from minem.config import SamplerSection
-from minem.data.prompts import encode_prompt
 from minem.data.tasks import Question, Task
 from minem.data.verdict import strict
 from minem.em.estep import EStep, judge, minibatch
@@ -24,7 +23,7 @@ from minem.em.sample import Sample
 from minem.em.samplers import Attempt, make_sampler
 from minem.errors import UserError
 from minem.generation.request import Completion, Request, stream_seed
-from tests.minem.folders import make_folder, make_model
+from tests.minem.folders import make_folder, make_model, toy_prompts
 
 QUESTIONS = [
     Question(f"q{i}", f"Question {i}?", ("one", "two", "three"), ("A", "B", "C"), "ABC"[i % 3]) for i in range(24)
@@ -100,7 +99,10 @@ class _Tokenizer:
 
     has_chat_template = True
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool) -> list[str]:
+        return text.split()
+
+    def chat(self, messages: list[dict[str, str]], more: dict[str, Any]) -> list[int]:
         text = messages[0]["content"]
         number = int(text.split()[1].rstrip("?"))
         return [ord(QUESTIONS[number].gold), number, "correct answer" in text]
@@ -112,6 +114,7 @@ def e_step(generator: Any, name: str = "rsm", budget: int = 8, draws: Any = "fir
         sampler=make_sampler(name, budget, draws),
         section=SamplerSection(name=name, budget=budget, draws=draws, **{"max_new_tokens": 40, **more}),
         generators={"plain": generator, "hinted": hinted},
+        prompts=toy_prompts(generator.tokenizer),
         verdict=strict,
         seed=3,
     )
@@ -124,7 +127,7 @@ def one_after_the_other(step: EStep, oracle: Scripted, question: Question) -> li
     attempts: list[Attempt] = []
     rows: list[tuple[Any, ...]] = []
     while (prompt := step.sampler.next(question, attempts)) is not None:
-        ids = encode_prompt(oracle.tokenizer, question, "forward" if prompt == "hinted" else None)
+        ids = toy_prompts(oracle.tokenizer).drawn(question, hinted=prompt == "hinted")
         request = Request(ids, seed=stream_seed(3, 2, question.id, len(attempts) + 1))
         length, text, reason = oracle.outcome(request)
         answer, status = judge(Completion([7] * length, text, [], reason), question, strict)
@@ -191,7 +194,7 @@ def test_the_accepted_lengths_are_unbiased():
     # What the earliest finisher would have been, to show that this input does set the trap.
     earliest = []
     for question in questions:
-        ids = encode_prompt(_Tokenizer(), question)
+        ids = toy_prompts(_Tokenizer()).trained(question)
         requests = [Request(ids, seed=stream_seed(3, 2, question.id, attempt)) for attempt in range(1, 9)]
         draws = [Scripted(1).outcome(request) for request in requests]
         right = [n for n, text, reason in draws if text.endswith(question.gold) and reason == "stop"]
@@ -339,8 +342,8 @@ def test_samples_hold_what_a_real_generator_drew(tmp_path):
     assert counts["logprob_difference"] < 1e-4
     for sample in samples:
         question = next(q for q in QUESTIONS if q.id == sample.id)
-        plain = encode_prompt(tokenizer, question)
-        prompt = plain if sample.prompt == "plain" else encode_prompt(tokenizer, question, "forward")
+        plain = toy_prompts(tokenizer).trained(question)
+        prompt = plain if sample.prompt == "plain" else toy_prompts(tokenizer).drawn(question, hinted=True)
         drawn = torch.tensor(sample.token_ids)[:, None]
 
         def logprob(ids: list[int], temperature: float, sample: Sample = sample, drawn: Any = drawn) -> float:

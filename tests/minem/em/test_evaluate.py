@@ -14,6 +14,8 @@ from click.testing import CliRunner, Result
 import minem
 import minem.model.weights
 from minem.cli import main
+from minem.config import EvalSection
+from minem.data.prompts import Prompts, load_prompts
 from minem.data.tasks import Question, load_task
 from minem.data.verdict import strict
 from minem.em.evaluate import FIELDS, Evaluation, answer_file, facts, greedy_rows, majority, summarise_answers
@@ -246,10 +248,11 @@ def test_known_answers_are_not_drawn_again():
     """Greedy rows of eval.*.jsonl, without `draw`, which runs that share the base model's evaluation pass on."""
     generator = minem.Generator(*minem.load("toy"))
     questions = load_task("toy", 5).test
-    greedy = Evaluation(generator, strict, max_new_tokens=64)
+    prompts = Prompts(generator.tokenizer, load_prompts("toy"))
+    greedy = Evaluation(generator, prompts, strict, EvalSection(max_new_tokens=64, samples=0))
     rows = greedy_rows(questions, greedy.answers(questions))
     assert [(row["id"], tuple(row)) for row in rows] == [(question.id, FIELDS) for question in questions]
-    both = Evaluation(generator, strict, max_new_tokens=64, samples=1)
+    both = Evaluation(generator, prompts, strict, EvalSection(max_new_tokens=64, samples=1))
     drawn: list[dict] = []
     shown: list[Any] = []
     answers = both.answers(questions, lambda done, **more: shown.append((done, more)), rows, drawn.append)

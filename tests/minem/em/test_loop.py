@@ -19,7 +19,7 @@ import minem.model.weights
 from minem import Generator, SamplingParams
 from minem.cli import main
 from minem.config import load_config
-from minem.data.prompts import encode_prompt, messages
+from minem.data.prompts import load_prompts
 from minem.data.tasks import load_task
 from minem.device import set_deterministic
 from minem.em.estep import EStep
@@ -32,6 +32,7 @@ from minem.files import read_rows
 from minem.generation.request import Request, stream_seed
 from minem.model.decoder import Model
 from minem.runs.directory import read_journal
+from tests.minem.folders import toy_prompts
 from tests.minem.tiny_runs import stopped_every
 
 QUESTIONS = 8
@@ -135,7 +136,7 @@ def test_samples_hold_the_draws_of_the_seed(finished):
     generator = Generator(*minem.load("toy"), slots=3)
     questions = {q.id: q for q in load_task("toy", QUESTIONS).train}
     for row in rows_of(finished[0])[:12]:
-        ids = encode_prompt(generator.tokenizer, questions[row["id"]])
+        ids = toy_prompts(generator.tokenizer).trained(questions[row["id"]])
         seed = stream_seed(0, 1, row["id"], row["attempt"])
         generator.submit(Request(ids, SamplingParams(max_new_tokens=64), seed, tag=row))
     for completion in generator:
@@ -212,10 +213,10 @@ def test_base_as_start_and_as_proposal(from_base):
     again, tokenizer = minem.load("toy")
     config, task = load_config(from_base / "config.toml"), load_task("toy", QUESTIONS)
     samples = [Sample(**row) for row in rows_of(from_base, 2, "accepted")]
-    examples = make_examples(samples, task, tokenizer, config.mstep)
+    examples = make_examples(samples, task, toy_prompts(tokenizer), config.mstep)
     questions = {q.id: q for q in task.train}
     for example in examples:  # the trained prompt is the plain one, though draws were shown the answer
-        assert example.prompt_ids == encode_prompt(tokenizer, questions[example.id])
+        assert example.prompt_ids == toy_prompts(tokenizer).trained(questions[example.id])
     MStep(again, config.mstep).run(examples, 0, 2)
     trained = minem.load(from_base / "iter-02" / "model")[0].state_dict()
     for name, tensor in again.state_dict().items():
@@ -224,7 +225,7 @@ def test_base_as_start_and_as_proposal(from_base):
     hinted = [Sample(**row) for row in rows_of(from_base, 2) if row["prompt"] == "hinted"][:8]
     assert len(hinted) >= 4
     for one in hinted:
-        prompt = encode_prompt(tokenizer, questions[one.id], config.sampler.hint)
+        prompt = toy_prompts(tokenizer, config.sampler.hint).drawn(questions[one.id], hinted=True)
         with torch.no_grad():
             logprobs = base(torch.tensor([prompt + one.token_ids]))[0, len(prompt) - 1 : -1].log_softmax(-1)
         drawn = logprobs.gather(1, torch.tensor(one.token_ids)[:, None]).sum().item()
@@ -438,7 +439,7 @@ def test_eval_agrees_with_the_run(finished, tmp_path):
 
 
 def test_generate_prints_texts_or_json(tmp_path):
-    text = messages(load_task("toy", 1).test[0])[0]["content"]
+    text = load_prompts("toy").messages(load_task("toy", 1).test[0])[0]["content"]
     plain = ok(minem_cli("generate", "--prompt", text, "--chat", "--temperature", 0))
     assert "The best answer is" in plain.stdout
     prompts = tmp_path / "prompts.jsonl"

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 import minem
 from minem.config import MStepSection
 from minem.data.tasks import load_task
-from minem.em.estep import encode_prompt
 from minem.em.sample import Sample
 from minem.em.weighting import SMALLEST, make_examples, plain_logprobs, weigh
 from minem.errors import GuardError
+from tests.minem.folders import toy_prompts
 
 
 def make_sample(id_: str, **changes: Any) -> Sample:
@@ -54,7 +54,7 @@ def toy():
     model, tokenizer = minem.load("toy")
     task = load_task("toy", 8)
     generator = minem.Generator(model, tokenizer, slots=16)
-    prompts = [encode_prompt(tokenizer, question, "justify") for question in task.train]
+    prompts = [toy_prompts(tokenizer, "justify").drawn(question, hinted=True) for question in task.train]
     drawn = generator.generate(prompts, minem.SamplingParams(n=2, seed=1, max_new_tokens=60))
     samples = [
         make_sample(q.id, prompt="hinted", token_ids=d.token_ids, logprob_q=sum(d.logprobs), logprob_plain=None)
@@ -69,11 +69,11 @@ def test_hinted_draws_are_scored_under_the_plain_prompt(toy):
     model, tokenizer, task, samples = toy
     questions = {question.id: question for question in task.train}
     plain = make_sample(task.train[0].id, logprob_plain=-3.0)
-    found = plain_logprobs([plain, *samples], questions, model, tokenizer, pack_tokens=300)
+    found = plain_logprobs([plain, *samples], questions, model, toy_prompts(tokenizer), pack_tokens=300)
     assert found[0] == plain
     assert [replace(sample, logprob_plain=None) for sample in found[1:]] == samples
     for sample in found[1:]:
-        prompt, ids = encode_prompt(tokenizer, questions[sample.id]), sample.token_ids
+        prompt, ids = toy_prompts(tokenizer).trained(questions[sample.id]), sample.token_ids
         with torch.no_grad():
             logits = model(torch.tensor([prompt + ids]))[0, len(prompt) - 1 : -1]
         logprobs = logits.double().log_softmax(-1).gather(1, torch.tensor(ids)[:, None])
@@ -83,11 +83,11 @@ def test_hinted_draws_are_scored_under_the_plain_prompt(toy):
 def test_the_plain_prompt_is_trained_with_the_ids_as_drawn(toy):
     model, tokenizer, task, samples = toy
     questions = {question.id: question for question in task.train}
-    scored = plain_logprobs(samples, questions, model, tokenizer, pack_tokens=4096)
-    examples = make_examples(scored, task, tokenizer, MStepSection(weights="importance"))
+    scored = plain_logprobs(samples, questions, model, toy_prompts(tokenizer), pack_tokens=4096)
+    examples = make_examples(scored, task, toy_prompts(tokenizer), MStepSection(weights="importance"))
     assert [example.token_ids for example in examples] == [sample.token_ids for sample in samples]
     assert [example.prompt_ids for example in examples] == [
-        encode_prompt(tokenizer, questions[sample.id]) for sample in samples
+        toy_prompts(tokenizer).trained(questions[sample.id]) for sample in samples
     ]
     assert [example.weight for example in examples] == weigh(scored, "importance")
     assert {round(example.weight, 3) for example in examples} - {0.5, 1.0}  # hinted draws differ from the model's
@@ -99,4 +99,6 @@ def test_a_draw_that_cannot_be_scored_stops_with_a_guard(toy):
     with torch.no_grad():
         model.embed.weight.fill_(math.nan)
     with pytest.raises(GuardError, match=f"question '{samples[0].id}': the log-probability"):
-        plain_logprobs(samples[:1], {question.id: question for question in task.train}, model, tokenizer, 512)
+        plain_logprobs(
+            samples[:1], {question.id: question for question in task.train}, model, toy_prompts(tokenizer), 512
+        )

@@ -22,6 +22,7 @@ from minem.data.verdict import strict
 from minem.em.estep import BLOCK_ROUNDS, EStep
 from minem.em.samplers import make_sampler
 from minem.generation.request import Completion, Request
+from tests.minem.folders import toy_prompts
 
 SLOTS = 16
 PROMPT = 250  # tokens
@@ -94,7 +95,14 @@ def completion(request: Request, length: int, reason: Any, right: bool = False) 
 
 def e_step(gpu: Any) -> EStep:
     section = SamplerSection(budget=8, max_new_tokens=1024)
-    return EStep(make_sampler("rsm", 8, "first"), section, {"plain": gpu, "hinted": gpu}, strict, seed=0)
+    return EStep(
+        make_sampler("rsm", 8, "first"),
+        section,
+        {"plain": gpu, "hinted": gpu},
+        toy_prompts(gpu.tokenizer),
+        strict,
+        seed=0,
+    )
 
 
 def evenly(questions: list[Question], blocks: int) -> list[list[Question]]:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from minem.cli import main
-from minem.data.prompts import messages
+from minem.data.prompts import load_prompts
 from minem.data.tasks import load_task
 from tests.minem.made_runs import make_run, sample
 
@@ -58,7 +58,7 @@ def test_a_person_sees_prompt_status_and_log_probability(run):
     assert "hinted prompt" in heads[2]
     assert "log p" not in heads[2]
     question = next(q for q in load_task("toy").train if q.id == IDS[0])
-    plain, hinted = (messages(question, hint)[0]["content"] for hint in (None, "forward"))
+    plain, hinted = (load_prompts("toy").messages(question, hint)[0]["content"] for hint in (None, "forward"))
     shown = [line.removeprefix("│ ") for line in lines if line.startswith("│")]
     assert shown == plain.split("\n") + hinted.split("\n")  # the plain one once for two attempts
     assert lines[-1] == "3 of 3 samples that match"
