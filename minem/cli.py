@@ -192,15 +192,12 @@ def show_config(config_file: Path | None, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @_config_options
+@click.option("--models", metavar="M,M", help="Several models instead of --model, with commas.  [model.id]")
 @click.option("--samplers", default="rsm:8,star:2,pps:1", show_default=True, help="NAME:BUDGET with commas.")
+@click.option("--arm", multiple=True, metavar="NAME:A.B=V,...", help="One more row, with these keys of the config.")
 @click.option("--seeds", default="0,1,2,3,4", show_default=True, help="With commas. Claims need five or more.")
 @click.option(
-    "--match",
-    type=click.Choice(["none", "kept", "cost"]),
-    default="none",
-    show_default=True,
-    help="kept: in each iteration all samplers of a seed train on equally many examples. "
-    "cost: on what they find with equally many generated tokens.",
+    "--match", type=click.Choice(["none", "kept", "cost"]), default="none", help="Equal examples, or tokens: see above."
 )
 @_track_option
 def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) -> None:
@@ -208,19 +205,24 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 
     --task may name several tasks, with commas. The same command continues a comparison that was stopped.
 
-    --match kept takes, of each sampler's accepted rationales, the first n in an order that is random but the same for
-    all samplers, n being the fewest that one of them has: as much data for all, and as many optimizer steps. --match
-    cost takes the questions, in that order, whose attempts fit into the tokens of the thriftiest sampler, and the
-    rationales accepted among them: what each sampler finds for the same number of generated tokens.
+    --arm may be given several times. Each is a row beside the samplers, with keys of its own: the control experiment
+    is --arm control:sampler.name=rsm,sampler.filter=none. What an arm does not set is the config's.
+
+    With --match kept, all samplers of a seed train on equally many examples in each iteration: the first n of their
+    accepted rationales, in a random order that is the same for all, n being the fewest that one of them has. With
+    --match cost they train on what they find with equally many generated tokens: on what they accepted at the first
+    questions in that order whose attempts fit into the tokens of the thriftiest sampler.
     """
-    config, origins = _config(flags)
+    if flags["models"] and flags["model"]:
+        raise UserError("give either --model or --models")
+    config, origins = _config({**flags, "model": flags["models"] or flags["model"]})
     from minem.compare import experiment as comparison
     from minem.report import tables
 
     for key, flag in comparison.OWN_KEYS.items():
         if origins.get(key) == "--set":
             raise UserError(f"--set {key}: compare takes it from {flag}; leave the --set out")
-    plan = comparison.Plan.parse(config.task.name, samplers, seeds, match)
+    plan = comparison.Plan.parse(config, samplers, seeds, match, flags["arm"])
     with _session(flags, config, origins) as session:
         result = comparison.compare(config, plan, session)
     _print(result, as_json, lambda: tables.compare_tables(result))

@@ -223,21 +223,27 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     given = {key: (value, FLAGS[key]) for key, value in flags.items()}
-    for override in overrides:
-        key, equals, text = (part.strip() for part in override.partition("="))
-        if not equals or not text:
-            raise UserError(f"--set {override}: write it as section.key=value, like --set mstep.lr=2e-5")
-        _check_key(key, "--set")
+    for key, value in assignments(overrides, "--set"):
         if key in given:
             raise UserError(f"{key} is given twice on the command line, by {given[key][1]} and --set; give it once")
+        given[key] = value, "--set"
+    return given
+
+
+def assignments(texts: Iterable[str], flag: str) -> Iterator[tuple[str, Any]]:
+    """(key, value) of texts like "mstep.lr=2e-5", values not checked yet. UserError names the flag they came by."""
+    for one in texts:
+        key, equals, text = (part.strip() for part in one.partition("="))
+        if not equals or not text:
+            raise UserError(f"{flag} {one}: write it as section.key=value, like mstep.lr=2e-5")
+        _check_key(key, flag)
         try:
             parsed = tomllib.loads(f"value = {text}")
         except (ValueError, RecursionError):
             parsed = {}
         value = parsed["value"] if parsed.keys() == {"value"} else text
         # Texts need no quotes, even if they look like numbers: --set model.id=7
-        given[key] = (text if _is_text(key) and not isinstance(value, str) else value, "--set")
-    return given
+        yield key, text if _is_text(key) and not isinstance(value, str) else value
 
 
 def _check_key(key: str, origin: str) -> None:

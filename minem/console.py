@@ -112,7 +112,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
     """Print a table on stdout: the first column to the left, the others to the right."""
     made = Table(title=Text(clean(title)) if title else None, title_justify="left", box=box.SIMPLE_HEAD)
     for index, column in enumerate(columns):
-        made.add_column(Text(clean(column)), justify="right" if index else "left")
+        made.add_column(Text(clean(column)), justify="right" if index else "left", overflow="fold")
     for row in rows:
         made.add_row(*(Text(_shown(cell)) for cell in row))
     # A file has no width that a table would have to fit in.

@@ -1,12 +1,12 @@
-"""`minem compare`: the experiment of the paper, samplers x seeds (x tasks), each a run directory of its own.
+"""`minem compare`: the experiment of the paper, samplers x seeds (x tasks x models), each a run directory of its own.
 
-    minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2,3,4
+    minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2,3,4 --arm control:sampler.filter=none
     minem compare --samplers rsm:4,star:4,pps:4 --seeds 0,1,2 --match kept
 
-Its folder has plan.json (what is compared, declared before any run), the runs as `minem train` makes them, and
-comparison.json, .md, .png and report.html.
+An arm is one more row, with any keys of the config. The folder has plan.json (what is compared, declared before any
+run), the runs as `minem train` makes them, and comparison.json, .md, .png and report.html.
 
-The base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
+A base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
 for every run of a seed. With --match, what a run trains on depends on what all runs of its seed have drawn (`matched`):
 each continues until its M-step needs the E-step of another. All state is in the run directories, so the same command
 resumes a comparison that was stopped.
@@ -15,16 +15,18 @@ resumes a comparison that was stopped.
 import gc
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, product
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
-from minem.compare.results import Cell, Match, markdown, matched, read_comparison
-from minem.config import Config, load_config
+from minem.compare.results import GROUP, Cell, Match, markdown, matched, read_comparison
+from minem.config import FLAGS, Config, assignments, load_config
 from minem.em.loop import Experiment
 from minem.em.sample import Sample
 from minem.em.samplers import SAMPLERS, make_sampler
@@ -33,7 +35,7 @@ from minem.files import write_atomic
 from minem.model.weights import resolve
 from minem.plugins import hash_source
 from minem.runs.directory import read_journal, remove_run
-from minem.runs.folder import default_path, folder_name, hold_folder
+from minem.runs.folder import default_path, folder_name, hold_folder, model_name
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
 from minem.runs.stages import Stage
@@ -41,6 +43,7 @@ from minem.train import LAST_STAGE, Session, build, conclude, opened, reserve
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
+BASE = attrgetter("model", "task", "eval")  # of a config: with the seed, what evaluations of the base model depend on
 
 
 class _Waiting(Exception):
@@ -52,31 +55,33 @@ class Plan:
     """What is compared, declared before the first run."""
 
     tasks: tuple[str, ...]
-    samplers: tuple[tuple[str, int], ...]  # (name, budget)
+    models: tuple[str, ...]
+    arms: tuple[tuple[str, Mapping[str, Any]], ...]  # label and keys of each row: samplers, like "rsm:8", then --arm's
     seeds: tuple[int, ...]
     match: Match = "none"
 
     @classmethod
-    def parse(cls, tasks: str, samplers: str, seeds: str, match: Match = "none") -> Self:
-        """From the lists with commas of the command line. UserError names the flag and what would be right."""
-        names = (tasks,) if os.path.exists(tasks) else _listed("--task", tasks, "toy or arc-easy,openbookqa", str)
-        chosen = _listed("--samplers", samplers, "rsm:8,star:2,pps:1", _sampler)
-        return cls(names, chosen, _listed("--seeds", seeds, "0,1,2", int), match)
+    def parse(cls, config: Config, samplers: str, seeds: str, match: Match = "none", more: Sequence[str] = ()) -> Self:
+        """From the config and the command line's lists. UserError names the flag and what would be right."""
+        tasks = _listed("--task", config.task.name, "toy or arc-easy,openbookqa", str)
+        models = _listed("--models", config.model.id, "toy,HuggingFaceTB/SmolLM2-135M-Instruct", str)
+        arms = *_listed("--samplers", samplers, "rsm:8,star:2,pps:1", _sampler), *(_arm(config, text) for text in more)
+        return cls(tasks, models, arms, _listed("--seeds", seeds, "0,1,2", int), match)
 
 
 def _listed(flag: str, text: str, example: str, parse: Callable[[str], Any]) -> tuple[Any, ...]:
-    parts = [part.strip() for part in text.split(",")]
+    parts = [text] if os.path.exists(text) else [part.strip() for part in text.split(",")]
     try:
         values = tuple(map(parse, parts)) if all(parts) else ()
     except ValueError:
         values = ()
-    if not values or len(set(values)) < len(values):
+    if not values or len(set(map(str, values))) < len(values):
         raise UserError(f"{flag} {text!r}: give one or more different values with commas between them, like {example}")
     return values
 
 
-def _sampler(text: str) -> tuple[str, int]:
-    """ "rsm:8" -> ("rsm", 8); without a budget the sampler's default; "module:Class:4" for a user's."""
+def _sampler(text: str) -> tuple[str, dict[str, Any]]:
+    """Label and keys of "rsm:8"; without a budget the sampler's default; "module:Class:4" for a user's."""
     name, _, budget = text.rpartition(":")
     if not (name and budget.isdecimal()):
         if name in SAMPLERS:
@@ -88,7 +93,23 @@ def _sampler(text: str) -> tuple[str, int]:
         make_sampler(section.name, section.budget)
     except UserError as error:
         raise UserError(f"--samplers {text}: {error}") from error
-    return section.name, section.budget
+    return f"{section.name}:{section.budget}", {"sampler.name": section.name, "sampler.budget": section.budget}
+
+
+def _arm(config: Config, text: str) -> tuple[str, dict[str, Any]]:
+    """ "control:sampler.filter=none" -> "control" and its keys, the sampler's name and budget among them."""
+    name, _, rest = text.partition(":")
+    if not (name and rest):
+        raise UserError(f"--arm {text}: write it as NAME:section.key=value, like control:sampler.filter=none")
+    keys = dict(assignments(re.split(r",(?=\s*\w+\.\w+\s*=)", rest), f"--arm {name}:"))
+    if shared := [key for key in keys if key in FLAGS and not key.startswith("sampler.")]:
+        raise UserError(f"--arm {text}: all rows share {shared[0]}, so an arm cannot set it")
+    default = {"sampler.budget": None} if "sampler.name" in keys else {}  # and not that of another sampler
+    try:
+        own = config.changed({**default, **keys}).sampler
+    except UserError as error:
+        raise UserError(f"--arm {text}: {error}") from error
+    return name, {"sampler.name": own.name, "sampler.budget": own.budget, **keys}
 
 
 def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
@@ -102,9 +123,8 @@ def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
         if cell.seed == plan.seeds[0]:
             build(own, weights=False)
     with hold_folder(out, "plan.json", "comparison", _settings(config, plan), _clear if session.overwrite else None):
-        session = replace(session, overwrite=False, origins={**session.origins, **OWN_KEYS})
-        comparison = _Comparison(runs, plan.match, session)
-        for _, group in groupby(runs, lambda cell: (cell.task, cell.seed)):  # complete seeds are there early
+        comparison = _Comparison(runs, plan, replace(session, overwrite=False))
+        for _, group in groupby(runs, GROUP):  # complete seeds are there early
             for together in [[cell] for cell in group] if plan.match == "none" else [list(group)]:
                 comparison.finish(together)
         result = {**read_comparison(list(runs), plan.match), "stopped": comparison.stopped}
@@ -117,7 +137,7 @@ class _Comparison:
     """The runs of a comparison at work."""
 
     runs: Mapping[Cell, Config]
-    match: Match
+    plan: Plan
     session: Session
     stopped: dict[str, str] = field(default_factory=dict)  # by a guard: name and why
 
@@ -142,29 +162,32 @@ class _Comparison:
             self.session.progress.note(f"run     {cell.folder}  finished earlier, skipped")
             return
         gc.collect()  # of the run before: two models at once might not fit
-        match = {"match": f"{self.match} of {', '.join(c.sampler for c in group)}"} if self.match != "none" else {}
+        how, names = self.plan.match, ", ".join(other.sampler for other in group)
+        match = {} if how == "none" else {"match": f"{how} of {names}"}
+        own = dict.fromkeys(dict(self.plan.arms)[cell.sampler], "--samplers" if ":" in cell.sampler else "--arm")
+        session = replace(self.session, origins={**self.session.origins, "run.seed": "--seeds", **own})
         experiment = build(self.runs[cell], self.session)
 
         def select(iteration: int) -> list[Sample] | None:
-            if self.match == "none" or experiment.run.finished(iteration, "mstep"):
+            if how == "none" or experiment.run.finished(iteration, "mstep"):
                 return None
             if not all(f"iter-{iteration:02d}/estep" in read_journal(other.folder) for other in group):
                 raise _Waiting
-            rows = matched(group, iteration, self.match)[group.index(cell)].rows
+            rows = matched(group, iteration, how)[group.index(cell)].rows
             if not rows:
-                raise GuardError(f"iteration {iteration}: --match {self.match} leaves no accepted rationale")
+                raise GuardError(f"iteration {iteration}: --match {how} leaves no accepted rationale")
             kept = experiment.run.read(iteration, "accepted.jsonl", Sample)
             return [sample for sample in kept if (sample.id, sample.attempt) in rows]
 
-        with opened(self.runs[cell], experiment, self.session, **match) as run:
+        with opened(self.runs[cell], experiment, session, **match) as run:
             self._take_over(cell, experiment)
             reserve(self.runs[cell], experiment, self.session.progress)
             experiment.train(select)
             conclude(run)
 
     def _take_over(self, cell: Cell, experiment: Experiment) -> None:
-        """The evaluations of the base model, from another run of the task that has them."""
-        others = [other for other in self.runs if other.task == cell.task]
+        """The evaluations of the base model, from another run that would make the same and has them."""
+        others = [other for other, own in self.runs.items() if BASE(own) == BASE(self.runs[cell])]
         others.sort(key=lambda other: other.seed != cell.seed)  # of the same seed, if there is one
         for split in ("validation", "test"):
             name = f"eval.{split}"
@@ -183,14 +206,14 @@ def _copy(donor: Cell, name: str, stage: Stage) -> None:
 
 
 def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
-    """The config of each run: the common one with its own task, sampler and seed. UserError if names collide."""
+    """The config of each run: the common one with its own task, model, seed and keys. UserError if names collide."""
     runs: dict[Cell, Config] = {}
-    for task, seed, (name, budget) in product(plan.tasks, plan.seeds, plan.samplers):
-        own = config.changed({"task.name": task, "sampler.name": name, "sampler.budget": budget, "run.seed": seed})
-        folder = out / default_path(own).name
+    for task, model, seed, (label, keys) in product(plan.tasks, plan.models, plan.seeds, plan.arms):
+        own = config.changed({"task.name": task, "model.id": model, "run.seed": seed, **keys})
+        folder = out / default_path(own, _short(label)).name
         if folder in {cell.folder for cell in runs}:
-            raise UserError(f"two of the runs would be called {folder.name}; rename one of the tasks or samplers")
-        cell = Cell(task, f"{name}:{budget}", seed, folder, config.run.iterations)
+            raise UserError(f"two of the runs would be called {folder.name}; rename a task, model, sampler or arm")
+        cell = Cell(task, model_name(model), label, seed, folder, config.run.iterations)
         runs[cell] = own.changed({"run.out": str(folder)})
     return runs
 
@@ -198,23 +221,28 @@ def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
 def _settings(config: Config, plan: Plan) -> dict[str, dict[str, Any]]:
     """What plan.json declares; the same command must declare the same to resume."""
     own = {"task": {"name"}, "sampler": {"name", "budget"}, "run": {"seed", "out"}}
-    names = [name for name in (config.task.verdict, *dict(plan.samplers)) if name and ":" in name]
+    names = [config.task.verdict or "", *(str(keys["sampler.name"]) for _, keys in plan.arms)]
     declared = {
         "tasks": ",".join(plan.tasks),
-        "samplers": ",".join(f"{name}:{budget}" for name, budget in plan.samplers),
+        "samplers": ",".join(label for label, _ in plan.arms if ":" in label),
         "seeds": ",".join(map(str, plan.seeds)),
         "match": plan.match,
-        "base model": fingerprint(resolve(config.model.id, config.model.revision))[:16],
-        **{f"source of {name}": hash_source(name)[:16] for name in names},
+        "base model": ",".join(fingerprint(resolve(id_, config.model.revision))[:16] for id_ in plan.models),
+        **{f"source of {name}": hash_source(name)[:16] for name in names if ":" in name},
+        **{f"arm {name}": json.dumps(keys) for name, keys in plan.arms if ":" not in name},
     }
     return {"compare": declared, **config.model_dump(exclude=own)}
 
 
 def _default_out(config: Config, plan: Plan) -> Path:
-    samplers = "-".join(f"{name.rpartition(':')[2]}{budget}" for name, budget in plan.samplers)
+    tasks, models = "-".join(Path(task).name for task in plan.tasks), "-".join(map(model_name, plan.models))
     match = f".match-{plan.match}" if plan.match != "none" else ""
-    model = "toy-llama" if config.model.id == "toy" else Path(config.model.id).name
-    return Path("runs") / folder_name(f"compare.{'-'.join(Path(t).name for t in plan.tasks)}.{samplers}{match}.{model}")
+    return Path("runs") / folder_name(f"compare.{tasks}.{'-'.join(map(_short, dict(plan.arms)))}{match}.{models}")
+
+
+def _short(label: str) -> str:
+    """Of a row, for the names of folders: "rsm8" for "rsm:8"."""
+    return "".join(label.split(":")[-2:])
 
 
 def _clear(out: Path) -> None:
@@ -230,7 +258,7 @@ def _write(out: Path, comparison: dict[str, Any]) -> None:
     from minem.report.charts import plot_spent, svg_spent  # here: matplotlib takes half a second to load
     from minem.report.page import write_report
 
-    runs = comparison["runs"]
+    runs = [{**run, "task": f"{run['task']}, {run['model']}"} for run in comparison["runs"]]  # each has its panel
     write_atomic(out / "comparison.json", (json.dumps(comparison, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(out / "comparison.md", markdown(comparison).encode())
     if runs:

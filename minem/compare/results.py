@@ -1,4 +1,4 @@
-"""What a comparison of samplers found: a pure function of its run directories, as numbers and tables.
+"""What a comparison found: a pure function of its run directories, as numbers and tables.
 
     minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2      # ends with these tables
 
@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, combinations
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +26,14 @@ from minem.text import clean
 
 Match = Literal["none", "kept", "cost"]
 STEPS = re.compile(r"/(estep|mstep)(\.\d+)?$")  # stages whose time counts; a long E-step is done in numbered blocks
+NOT_KNOWN = {"n": 0, "mean": None, "low": None, "high": None, "p_value": None}  # as paired_t's
 SUMMED = ("attempts", "kept", "tokens", "cancelled_tokens", "prefill_tokens")
-NOT_AVERAGED = ("run", "task", "sampler", "seed", "curve")
+NAMES = ("task", "model", "sampler")  # by which a row of the tables is known
+NOT_AVERAGED = ("run", *NAMES, "seed", "curve")
+# Of the evaluations, and of the E-step in each iteration.
+MEASURED = ("accuracy", "flexible", "unparsed", "truncated", "sampled")
+DRAWN = ("kept", "kept_length", "valid", "tokens")
+GROUP = attrgetter("task", "model", "seed")  # of a Cell: what runs share that are matched and compared
 ENOUGH_SEEDS = 5  # with fewer a table describes its runs and supports no claim about samplers
 
 
@@ -35,7 +42,8 @@ class Cell:
     """One run of the comparison."""
 
     task: str
-    sampler: str  # name and budget, as in "rsm:8"
+    model: str  # as it is called in folder names
+    sampler: str  # name and budget, as in "rsm:8", or the name of an arm
     seed: int
     folder: Path
     iterations: int
@@ -58,7 +66,7 @@ class Share:
 
 
 def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
-    """The share of each run in a group (one task, one seed), from the E-steps that all of them have finished.
+    """The share of each run in a group (one task, model and seed), from the E-steps that all of them have finished.
 
     Questions come in a random order, the same for the whole group, fixed by seed, iteration and id.
     "kept": every run takes its first n accepted rows in that order, n being the fewest that a run of the group has.
@@ -86,47 +94,55 @@ def matched(group: Sequence[Cell], iteration: int, match: Match) -> list[Share]:
 
 
 def read_run(cell: Cell, group: Sequence[Cell], match: Match) -> dict[str, Any]:
-    """The numbers of one finished run: accuracies, the parts of its gain, its costs and its curve."""
+    """The numbers of one finished run: accuracies, the parts of its gain, its costs, its iterations and its curve."""
     run, iterations = Run(cell.folder, {}, {}, read_journal(cell.folder)), range(1, cell.iterations + 1)
-    base, test = run.result(0, "eval.test"), run.result(cell.iterations, "eval.test")
-    esteps = [run.result(i, "estep") for i in iterations]
+    base, test = (_measured(run, i, "test") for i in (0, cell.iterations))
+    esteps: list[dict[str, Any]] = [run.result(i, "estep") for i in iterations]
     spent = [estep["tokens"] for estep in esteps]
     if match == "cost":
         spent = [matched(group, i, match)[group.index(cell)].tokens for i in iterations]
+    drawn = [{key: estep.get(key) for key in DRAWN} for estep in ({}, *esteps)]
     sums = {key: sum(estep[key] for estep in esteps) for key in SUMMED}
-    journal = read_rows(cell.folder / "journal.jsonl")
     return {
-        **{"run": cell.folder.name, "task": cell.task, "sampler": cell.sampler, "seed": cell.seed},
-        **{"n": test["n"], "base": base["accuracy"], "accuracy": test["accuracy"], "sampled": test["sampled"]},
+        **{"run": cell.folder.name, **{name: getattr(cell, name) for name in NAMES}, "seed": cell.seed},
+        **{"n": run.result(0, "eval.test")["n"], **test, **{f"base_{key}": value for key, value in base.items()}},
         **_gain(cell),
         **sums,
         "accepted_share": sum(estep["statuses"].get("accepted", 0) for estep in esteps) / sums["attempts"],
         "trained": sum(run.series("mstep", "examples").values()),
         "steps": sum(run.series("mstep", "steps").values()),
         "kept_length": sum((estep["kept_length"] or 0) * estep["kept"] for estep in esteps) / sums["kept"],
-        "counted_tokens": sum(spent),
-        "seconds": sum(line["seconds"] for line in journal if STEPS.search(line["stage"])),
+        "counted_tokens": sum(spent) if match == "cost" else None,
+        "seconds": sum(s["seconds"] for s in read_rows(cell.folder / "journal.jsonl") if STEPS.search(s["stage"])),
+        "iterations": [{"iteration": i, **_measured(run, i, "validation"), **one} for i, one in enumerate(drawn)],
         "curve": [[sum(spent[:i]), share] for i, share in run.series("eval.validation", "accuracy").items()],
     }
 
 
+def _measured(run: Run, iteration: int, split: str) -> dict[str, Any]:
+    result = run.result(iteration, f"eval.{split}")
+    passed = {f"pass_at_{k}": share for k, share in result.get("pass_at_k", {}).items()}
+    return {**{key: result.get(key) for key in MEASURED}, "length": result.get("tokens"), **passed}
+
+
 def _gain(cell: Cell) -> dict[str, float]:
-    """The parts of the change from the base to the last model, as shares; gain = format + reasoning - lost."""
-    before = cell.statuses(0)
-    lost, won = flips(before, cell.statuses(cell.iterations))
-    reasoning = sum(before[i] == "wrong" for i in won)
-    parts = {"gain": len(won) - len(lost), "format": len(won) - reasoning, "reasoning": reasoning, "lost": len(lost)}
+    """What the base model gained, in shares: net reasoning (an answer was read both times) and the rest, net format."""
+    before, after = cell.statuses(0), cell.statuses(cell.iterations)
+    lost, won = flips(before, after)
+    gain = len(won) - len(lost)
+    reasoning = sum(before[i] == "wrong" for i in won) - sum(after[i] == "wrong" for i in lost)
+    parts = {"gain": gain, "reasoning": reasoning, "format": gain - reasoning}
     return {part: count / len(before) for part, count in parts.items()}
 
 
 def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every pair of samplers on every task, over the seeds that both have finished, with Holm's correction over all.
+    """Every pair of samplers on every task and model, over the seeds that both have finished, with Holm's correction.
 
     A pair without a p-value (fewer than two seeds, or no spread) counts in the correction, as a p-value of 1.
     """
     pairs: list[dict[str, Any]] = []
-    for task in dict.fromkeys(cell.task for cell in cells):
-        of = {(c.sampler, c.seed): c for c in cells if c.task == task and c in runs}
+    for task, model in dict.fromkeys((cell.task, cell.model) for cell in cells):
+        of = {(c.sampler, c.seed): c for c in cells if (c.task, c.model) == (task, model) and c in runs}
         for first, second in combinations(dict.fromkeys(c.sampler for c in cells), 2):
             tests, differences = {}, {}
             for seed in dict.fromkeys(c.seed for c in cells):
@@ -136,32 +152,29 @@ def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]])
                     tests[str(seed)] = {"only_first": a, "only_second": b, "p": mcnemar(a, b)}
                     # From counts: equal counts give differences that are equal to the last bit.
                     differences[str(seed)] = (a - b) / runs[one]["n"]
-            interval = paired_t(list(differences.values())) if tests else None
-            found = {"task": task, "first": first, "second": second, "differences": differences}
+            interval = paired_t(list(differences.values())) if tests else NOT_KNOWN
+            found = {"task": task, "model": model, "first": first, "second": second, "differences": differences}
             pairs.append({**found, "interval": interval, "mcnemar": tests})
-    raw = [_of_interval(pair, "p_value") for pair in pairs]
+    raw = [pair["interval"]["p_value"] for pair in pairs]
     for pair, p, adjusted in zip(pairs, raw, holm([1.0 if p is None else p for p in raw]), strict=True):
         pair["holm_p"] = None if p is None else adjusted
     return pairs
 
 
-def _of_interval(pair: Mapping[str, Any], key: str) -> Any:
-    return (pair["interval"] or {}).get(key)
-
-
 def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
     """All numbers of the comparison and its tables, from the runs that are finished: what comparison.json holds."""
-    groups = {cell: [c for c in cells if (c.task, c.seed) == (cell.task, cell.seed)] for cell in cells}
+    groups = {cell: [other for other in cells if GROUP(other) == GROUP(cell)] for cell in cells}
     finished = {cell for cell in cells if f"iter-{cell.iterations:02d}/eval.test" in read_journal(cell.folder)}
     # The shares of a matched group need all of its runs.
     complete = [c for c in cells if c in finished and (match == "none" or finished.issuperset(groups[c]))]
     runs = {cell: read_run(cell, groups[cell], match) for cell in complete}
-    cases = dict.fromkeys((cell.task, cell.sampler) for cell in runs)
-    same = [[run for cell, run in runs.items() if (cell.task, cell.sampler) == case] for case in cases]
+    same: dict[Any, list[Any]] = {}
+    for run in runs.values():
+        same.setdefault(tuple(run[name] for name in NAMES), []).append(run)
     comparison = {
         "match": match,
         "unfinished": [cell.folder.name for cell in cells if cell not in runs],
-        "samplers": [_summary(case) for case in same],
+        "samplers": [_summary(own) for own in same.values()],
         "pairs": compare_pairs(cells, runs),
         "runs": list(runs.values()),
     }
@@ -169,76 +182,54 @@ def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:
 
 
 def _summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one sampler on one task: means over the seeds, and the standard deviation of the accuracy; None if unknown."""
-    values = {key: [run[key] for run in runs] for key in runs[0] if key not in NOT_AVERAGED}
-    means = {key: None if None in own else mean(own) for key, own in values.items()}
-    about = {"task": runs[0]["task"], "sampler": runs[0]["sampler"], "seeds": [run["seed"] for run in runs]}
-    return {**about, **means, "spread": standard_deviation(values["accuracy"])}
+    """Of one row: means over the seeds, and the standard deviation of the accuracy; None if unknown."""
+    about = {**{name: runs[0][name] for name in NAMES}, "seeds": [run["seed"] for run in runs]}
+    means = {key: _mean([run[key] for run in runs]) for key in runs[0] if key not in NOT_AVERAGED}
+    return {**about, **means, "spread": standard_deviation([run["accuracy"] for run in runs])}
 
 
-def _points(share: float | None, sign: str = "") -> str:
-    return "-" if share is None else f"{round(100 * share, 1) + 0.0:{sign}.1f}"  # no -0.0
+def _mean(values: Sequence[Any]) -> Any:
+    """Of numbers, or of those in the same place of dicts and lists."""
+    if None in values:
+        return None
+    if isinstance(values[0], dict):
+        return {key: _mean([value[key] for value in values]) for key in values[0]}
+    return list(map(_mean, zip(*values, strict=True))) if isinstance(values[0], list) else mean(values)
 
 
-def _p(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}" if value >= 1e-15 else "<1e-15"
+def _points(share: float, sign: str = "") -> str:
+    return f"{round(100 * share, 1) + 0.0:{sign}.1f}"  # no -0.0
 
 
-def _span(pair: Mapping[str, Any]) -> str:
-    low = _of_interval(pair, "low")
-    return "-" if low is None else f"{_signed(low)} to {_signed(pair['interval']['high'])}"
-
-
-def _only(seed: str, pair: Mapping[str, Any]) -> str:
-    test = pair["mcnemar"].get(seed)
-    return "-" if test is None else f"{test['only_first']} : {test['only_second']} (p {_p(test['p'])})"
+def _p(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-15 else "<1e-15"
 
 
 _signed = partial(_points, sign="+")
-_pair = "{0[first]} - {0[second]}".format
-Columns = Mapping[str, Callable[[Mapping[str, Any]], str]]
-ACCURACY: Columns = {
-    "sampler": "{0[sampler]}".format,
-    "seeds": lambda s: str(len(s["seeds"])),
-    "base": lambda s: _points(s["base"]),
-    "last, greedy": lambda s: _points(s["accuracy"]) + ("" if s["spread"] is None else f" ± {_points(s['spread'])}"),
-    "last, temperature 1": lambda s: _points(s["sampled"]),
-    "gain": lambda s: _signed(s["gain"]),
-    "format": lambda s: _signed(s["format"]),
-    "reasoning": lambda s: _signed(s["reasoning"]),
-    "lost": lambda s: _signed(-s["lost"]),
+# How a value is shown, by its key; texts stay as they are, and all other numbers are shares, in percent.
+SHOWN: dict[str, Callable[[Any], str]] = {
+    **dict.fromkeys((*SUMMED, "iteration", "trained", "steps", "counted_tokens", "seconds"), "{:,.0f}".format),
+    **dict.fromkeys(("length", "kept_length"), "{:.1f}".format),
+    **dict.fromkeys(("gain", "reasoning", "format", "mean"), _signed),
+    **{"seeds": lambda seeds: str(len(seeds)), "p_value": _p, "holm_p": _p},
 }
-COST: Columns = {
-    "sampler": "{0[sampler]}".format,
-    "attempts": "{0[attempts]:,.0f}".format,
-    "accepted": lambda s: f"{_points(s['accepted_share'])} %",
-    "kept": "{0[kept]:,.0f}".format,
-    "trained on": "{0[trained]:,.0f}".format,
-    "steps": "{0[steps]:,.0f}".format,
-    "length": "{0[kept_length]:.1f}".format,
-    "tokens": "{0[tokens]:,.0f}".format,
-    "that count": "{0[counted_tokens]:,.0f}".format,  # of --match cost alone
-    "cancelled": "{0[cancelled_tokens]:,.0f}".format,
-    "prefill": "{0[prefill_tokens]:,.0f}".format,
-    "time": "{0[seconds]:.0f} s".format,
-}
-PAIRS: Columns = {
-    "pair": _pair,
-    "per seed": lambda pair: " ".join(map(_signed, pair["differences"].values())) or "-",
-    "mean": lambda pair: _signed(_of_interval(pair, "mean")),
-    "95 % interval": _span,
-    "p": lambda pair: _p(_of_interval(pair, "p_value")),
-    "p, Holm": lambda pair: _p(pair["holm_p"]),
-}
+ACCURACY = ("sampler", "seeds", "accuracy", "spread", "flexible", "gain", "reasoning", "format")
+ANSWERS = ("sampler", "unparsed", "truncated", "length", "sampled")
+ITERATIONS = ("sampler", "iteration", "accuracy", "flexible", "unparsed", "kept", "kept_length", "valid", "tokens")
+TRAINING = ("sampler", "attempts", "accepted_share", "kept", "kept_length", "trained", "steps")
+COST = ("sampler", "tokens", "counted_tokens", "cancelled_tokens", "prefill_tokens", "seconds")
+PAIRS = ("pair", "per seed", "mean", "95 % interval", "p_value", "holm_p")
 NOTES = {
-    "accuracy": "Greedy, mean over seeds ± their standard deviation. The gain over the base model is made of format "
-    "(unparsed or truncated before, right now), reasoning (wrong before, right now) and lost (right before, not now).",
+    "accuracy": "Greedy, base -> last model, means over seeds and their standard deviation. Flexible reads more forms "
+    "of an answer. The gain is net: reasoning is wrong to right less right to wrong, format the same with unparsed or "
+    "truncated answers in place of wrong ones.",
+    "answers": "Length is tokens per greedy answer; sampled and pass@k are of draws at temperature 1.",
+    "iterations": "Iteration 0 is the base model. Valid is the share of kept rationales whose steps hold.",
     "costs": "Tokens are all that the E-steps generated, those of rejected and of cancelled attempts too; prefill are "
-    "those of prompts that were read. Length is tokens per kept rationale. Time is that of E- and M-steps.",
-    "none": " Not matched: samplers train on as many examples as they find, and take as many steps as those need.",
-    "kept": " Matched by kept examples: in each iteration all samplers of a seed train on equally many of them.",
-    "cost": " Matched by cost: in each iteration all samplers of a seed train on what the tokens of the thriftiest "
-    "find; those are the tokens that count.",
+    "those of prompts that were read. Seconds are those of E- and M-steps.",
+    "none": "Not matched: samplers train on as many examples as they find, and take as many steps as those need.",
+    "kept": "Matched by kept examples: in each iteration all samplers of a seed train on equally many of them.",
+    "cost": "Matched by cost: in each iteration all samplers of a seed train on what the thriftiest's tokens find.",
     "descriptive": "DESCRIPTIVE ONLY: claims about samplers need {needed} seeds or more, here are {fewest}. ",
     "pairs": "Differences of test accuracy between two samplers with the same seed, in points, with Student's 95 % "
     "interval of their mean. Holm's correction is over the {count} comparisons of this command. They speak of "
@@ -250,31 +241,50 @@ NOTES = {
 
 def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tables for people, each {title, note, columns, rows of texts}; one task alone moves into the titles."""
-    match, samplers, pairs, missing = (comparison[key] for key in ("match", "samplers", "pairs", "unfinished"))
+    match, samplers, missing = (comparison[key] for key in ("match", "samplers", "unfinished"))
     left_out = f" NOT IN ANY TABLE, for they did not finish: {', '.join(missing)}." if missing else ""
-    cost = {name: show for name, show in COST.items() if match == "cost" or name != "that count"}
-    fewest = min((_of_interval(pair, "n") or 0 for pair in pairs), default=0)
+    steps = [{**{name: one[name] for name in NAMES}, **step} for one in samplers for step in one["iterations"]]
+    passed = [key for one in samplers for key in one if key.startswith("pass_at_")][-1:]  # the largest k
+    fewest = min((pair["interval"]["n"] for pair in comparison["pairs"]), default=0)
     claims = NOTES["descriptive"].format(needed=ENOUGH_SEEDS, fewest=fewest) if fewest < ENOUGH_SEEDS else ""
-    seeds = dict.fromkeys(seed for pair in pairs for seed in pair["mcnemar"])
-    tests: Columns = {"pair": _pair, **{f"seed {seed}": partial(_only, seed) for seed in seeds}}
-    made = [
-        _table("accuracy on the test split, in %", NOTES["accuracy"] + left_out, samplers, ACCURACY),
-        _table("what it cost, all iterations together, mean per run", NOTES["costs"] + NOTES[match], samplers, cost),
-        _table("paired differences", claims + NOTES["pairs"].format(count=len(pairs)), pairs, PAIRS),
-        _table("McNemar's test, seed by seed", NOTES["mcnemar"], pairs, tests),
+    pairs = list(map(_texts, comparison["pairs"]))
+    tests = dict.fromkeys(key for pair in pairs for key in pair if key.startswith("seed "))
+    axes = [name for name in ("task", "model") if len({one[name] for one in [*samplers, *pairs]}) > 1]
+    about = "" if "task" in axes else "".join(f"{one['task']}: " for one in [*samplers, *pairs][:1])
+    made: list[tuple[str, str, Sequence[Mapping[str, Any]], Sequence[str]]] = [
+        ("accuracy on the test split, in %", NOTES["accuracy"] + left_out, samplers, ACCURACY),
+        ("answers on the test split", NOTES["answers"], samplers, (*ANSWERS, *passed)),
+        ("iteration by iteration, greedy on validation", NOTES["iterations"], steps, ITERATIONS),
+        ("what was trained on, all iterations together, mean per run", NOTES[match], samplers, TRAINING),
+        ("what it cost, all iterations together, mean per run", NOTES["costs"], samplers, COST),
+        ("paired differences", claims + NOTES["pairs"].format(count=len(pairs)), pairs, PAIRS),
+        ("McNemar's test, seed by seed", NOTES["mcnemar"], pairs, ("pair", *tests)),
     ]
-    made = [table for table in made if table["rows"]]  # one sampler alone has no pairs
-    tasks = {row[0] for table in made for row in table["rows"]}
-    if len(tasks) == 1:
-        for table in made:
-            table["title"] = f"{min(tasks)}: {table['title']}"
-            table["columns"], table["rows"] = table["columns"][1:], [row[1:] for row in table["rows"]]
-    return made
+    return [_table(about + title, note, found, (*axes, *keys)) for title, note, found, keys in made if found]
 
 
-def _table(title: str, note: str, found: Sequence[Mapping[str, Any]], columns: Columns) -> dict[str, Any]:
-    rows = [[one["task"], *(show(one) for show in columns.values())] for one in found]
-    return {"title": title, "note": note, "columns": ["task", *columns], "rows": rows}
+def _texts(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """A pair with the columns that its tables have."""
+    low, high = (pair["interval"][key] for key in ("low", "high"))
+    found: dict[str, Any] = {"pair": f"{pair['first']} - {pair['second']}"}
+    for seed, test in pair["mcnemar"].items():
+        found[f"seed {seed}"] = f"{test['only_first']} : {test['only_second']} (p {_p(test['p'])})"
+    found["per seed"] = " ".join(map(_signed, pair["differences"].values())) or None
+    found["95 % interval"] = None if low is None else f"{_signed(low)} to {_signed(high)}"
+    return {**pair, **pair["interval"], **found}
+
+
+def _table(title: str, note: str, found: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, Any]:
+    """What no row knows has no column."""
+    known = [key for key in keys if any(one.get(key) is not None for one in found)]
+    columns = [key.replace("_at_", "@").replace("_", " ") for key in known]
+    return {"title": title, "note": note, "columns": columns, "rows": [[_cell(one, k) for k in known] for one in found]}
+
+
+def _cell(found: Mapping[str, Any], key: str) -> str:
+    """A value as text, after that of the base model if there is one."""
+    values = [found[name] for name in (f"base_{key}", key) if found.get(name) is not None]
+    return " -> ".join(one if isinstance(one, str) else SHOWN.get(key, _points)(one) for one in values) or "-"
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:

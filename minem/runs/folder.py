@@ -25,12 +25,16 @@ def folder_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip(".")[:200]
 
 
-def default_path(config: Config) -> Path:
-    """runs/{task}.{sampler}{budget}.{model}.s{seed}, for example runs/toy.rsm8.toy-llama.s0."""
-    model = "toy-llama" if config.model.id == "toy" else _last_part(config.model.id)
+def model_name(id_: str) -> str:
+    """The last part of a model's path or hub id."""
+    return "toy-llama" if id_ == "toy" else _last_part(id_)
+
+
+def default_path(config: Config, arm: str | None = None) -> Path:
+    """runs/{task}.{sampler}{budget}.{model}.s{seed}, like runs/toy.rsm8.toy-llama.s0; an arm stands for its sampler."""
     task = _last_part(config.task.name).removesuffix(".jsonl").removesuffix(".parquet")
-    sampler = config.sampler.name.rpartition(":")[2]
-    return Path("runs") / folder_name(f"{task}.{sampler}{config.sampler.budget}.{model}.s{config.run.seed}")
+    arm = arm or f"{config.sampler.name.rpartition(':')[2]}{config.sampler.budget}"
+    return Path("runs") / folder_name(f"{task}.{arm}.{model_name(config.model.id)}.s{config.run.seed}")
 
 
 def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO[str]:

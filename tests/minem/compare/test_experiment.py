@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import minem
@@ -21,6 +22,7 @@ from minem.compare.results import Cell, matched
 from minem.config import load_config
 from minem.data.tasks import TOY, Question, load_task
 from minem.em.checkpoints import Checkpoints
+from minem.em.evaluate import Evaluation
 from minem.em.mstep import MStep
 from minem.em.packing import Example
 from minem.em.samplers import Budgeted
@@ -74,7 +76,7 @@ def numbers(out: Path) -> dict[str, Any]:
     for one in (*found["samplers"], *found["runs"]):
         one.pop("seconds")
     for table in found["tables"]:
-        if "time" in table["columns"]:
+        if "seconds" in table["columns"]:
             table["rows"] = [row[:-1] for row in table["rows"]]
     return found
 
@@ -150,9 +152,9 @@ def test_it_ends_with_tables_a_picture_and_a_report(compared, reports):
 
 def test_numbers_of_thousands_of_digits_are_refused():
     with pytest.raises(UserError, match=r"--seeds '999.*give one or more different values .* like 0,1,2"):
-        Plan.parse("toy", "rsm:8", "9" * 5000)
+        Plan.parse(load_config(), "rsm:8", "9" * 5000)
     with pytest.raises(UserError, match=r"--samplers 'rsm:999.*give one or more different values"):
-        Plan.parse("toy", f"rsm:{'9' * 5000}", "0")
+        Plan.parse(load_config(), f"rsm:{'9' * 5000}", "0")
 
 
 def test_files_of_finished_runs_that_changed_are_made_again(compared, tmp_path):
@@ -224,7 +226,8 @@ def test_stopped_after_every_second_stage_it_ends_the_same(compared, tmp_path, m
 
 def cells(out: Path, seed: int, iterations: int = 1) -> list[Cell]:
     labels = {"rsm2": "rsm:2", "pps1": "pps:1"}
-    return [Cell("toy", label, seed, out / f"toy.{n}.toy-llama.s{seed}", iterations) for n, label in labels.items()]
+    folders = {label: out / f"toy.{name}.toy-llama.s{seed}" for name, label in labels.items()}
+    return [Cell("toy", "toy-llama", label, seed, folder, iterations) for label, folder in folders.items()]
 
 
 def rows(cell: Cell, name: str, iteration: int = 1) -> list[dict[str, Any]]:
@@ -296,7 +299,8 @@ def test_match_cost_trains_exactly_its_share(tmp_path):
     assert trained != [len(rows(cell, "accepted")) for cell in group]  # else it proves nothing
     found = numbers(tmp_path)
     assert [run["counted_tokens"] for run in found["runs"]] == [share.tokens for share in shares]
-    assert "that count" in found["tables"][1]["columns"]
+    (costs,) = [table for table in found["tables"] if "what it cost" in table["title"]]
+    assert "counted tokens" in costs["columns"]
 
 
 def test_a_matched_run_is_not_continued_by_train(kept):
@@ -399,12 +403,28 @@ def test_a_run_that_a_guard_stops_does_not_stop_the_others(match, left, tmp_path
 
 
 def test_plans_are_read_as_they_are_written():
-    plan = Plan.parse("arc-easy, mmlu", f"rsm:4,star, pps:1,{__name__}:Silent:3", "3,0")
+    config = load_config(flags={"task.name": "arc-easy, mmlu", "model.id": "one/small, other/large"})
+    arms = ["control:sampler.filter=none", "wide:sampler.name=star, mstep.lora_targets=q_proj,v_proj,mstep.lr=1e-4"]
+    plan = Plan.parse(config, f"rsm:4,star, pps:1,{__name__}:Silent:3", "3,0", "none", arms)
     assert plan.tasks == ("arc-easy", "mmlu")
-    assert plan.samplers == (("rsm", 4), ("star", 2), ("pps", 1), (f"{__name__}:Silent", 3))
+    assert plan.models == ("one/small", "other/large")
+    samplers = (("rsm", 4), ("star", 2), ("pps", 1), (f"{__name__}:Silent", 3))
+    assert plan.arms == (
+        *((f"{name}:{budget}", {"sampler.name": name, "sampler.budget": budget}) for name, budget in samplers),
+        ("control", {"sampler.name": "rsm", "sampler.budget": 8, "sampler.filter": "none"}),
+        (
+            "wide",
+            {
+                "sampler.name": "star",
+                "sampler.budget": 2,
+                "mstep.lora_targets": "q_proj,v_proj",
+                "mstep.lr": 1e-4,
+            },
+        ),
+    )
     assert plan.seeds == (3, 0)
     with pytest.raises(UserError, match=r"--samplers .*cannot be imported"):
-        Plan.parse("toy", "no.such:Thing:3", "0")
+        Plan.parse(load_config(), "no.such:Thing:3", "0")
 
 
 @pytest.mark.parametrize(
@@ -430,6 +450,17 @@ def test_plans_are_read_as_they_are_written():
         (["--set", "run.seed=3"], "--seeds"),
         (["--set", "sampler.budget=3"], "--samplers"),
         (["--set", "sampler.bugdet=3"], "sampler.budget"),
+        (["--arm", "sampler.filter=none"], "write it as NAME:section.key=value, like control:sampler.filter=none"),
+        (["--arm", "control:"], "--arm control:: write it as NAME:section.key=value"),
+        (["--arm", "control:sampler.filter"], "--arm control: sampler.filter: write it as section.key=value"),
+        (["--arm", "control:sampler.fliter=none"], "there is no key sampler.fliter; did you mean sampler.filter?"),
+        (["--arm", "control:sampler.filter=non"], '--arm control:sampler.filter=non: sampler.filter is "non"; it must'),
+        (["--arm", "control:run.seed=3"], "all rows share run.seed, so an arm cannot set it"),
+        (["--arm", "control:task.name=toy"], "all rows share task.name"),
+        (["--arm", "a:mstep.lr=1", "--arm", "a:mstep.lr=2"], "two of the runs would be called toy.a.toy-llama.s0"),
+        (["--models", "toy,toy"], "--models 'toy,toy': give one or more different values"),
+        (["--models", "no/such/model,toy"], "no/such/model"),
+        (["--models", "toy", "--model", "toy"], "give either --model or --models"),
         (["--task", "toy,arc-esay"], "arc-easy"),
         (["--model", "no/such/model"], "no/such/model"),
         (["--set", "sampler.max_new_tokens=1024"], "sampler.max_new_tokens"),
@@ -454,3 +485,91 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     assert result.exit_code == 2
     assert "thesis.tex" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory) -> Path:
+    """The toy with noise on its weights, which still answers some questions."""
+    folder = tmp_path_factory.mktemp("models") / "noisy"
+    model, tokenizer = minem.load("toy")
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data += 0.6 * parameter.data.std() * torch.randn(parameter.shape, generator=generator)
+    minem.save(model, tokenizer, folder)
+    return folder
+
+
+def test_models_and_arms_are_compared_together(compared, other_model, tmp_path):
+    """The rows of the toy are those of a comparison of its own; an arm has its keys, another model its weights."""
+    arm = "control:sampler.name=pps,sampler.filter=none,sampler.max_new_tokens=24"
+    more = ["--models", f"toy,{other_model}", "--arm", arm, "--set", "eval.samples=2"]
+    more += ["--set", "sampler.max_new_tokens=64"]  # as in the config of the toy alone
+    ok(compare(tmp_path, *more, samplers="rsm:2", seeds="0"))
+    found = numbers(tmp_path)
+    names = [f"toy.{arm}.{model}.s0" for model in ("toy-llama", "noisy") for arm in ("rsm2", "control")]
+    assert [run["run"] for run in found["runs"]] == names
+    assert [(run["model"], run["sampler"]) for run in found["runs"]] == [
+        ("toy-llama", "rsm:2"),
+        ("toy-llama", "control"),
+        ("noisy", "rsm:2"),
+        ("noisy", "control"),
+    ]
+    for name in ("samples", "accepted"):
+        toy, alone = (out / names[0] / "iter-01" / f"{name}.jsonl" for out in (tmp_path, compared[0]))
+        assert toy.read_bytes() == alone.read_bytes()
+    for first, second, equal in ((0, 1, True), (2, 3, True), (0, 2, False)):  # what a base model answers is its own
+        bases = [(tmp_path / names[i] / "iter-00" / "eval.test.jsonl").read_bytes() for i in (first, second)]
+        assert (bases[0] == bases[1]) == equal
+    for run in (names[1], names[3]):
+        config = load_config(tmp_path / run / "config.toml")
+        sampler = config.sampler
+        assert (sampler.name, sampler.budget, sampler.filter, sampler.max_new_tokens) == ("pps", 1, "none", 24)
+        assert 'filter = "none"  # by "--arm"' in (tmp_path / run / "config.toml").read_text()
+        assert {row["status"] for row in read_rows(tmp_path / run / "iter-01" / "accepted.jsonl")} != {"accepted"}
+    assert {(pair["model"], pair["first"], pair["second"]) for pair in found["pairs"]} == {
+        (model, "rsm:2", "control") for model in ("toy-llama", "noisy")
+    }
+    answers = next(table for table in found["tables"] if "answers" in table["title"])
+    assert answers["columns"][-1] == "pass@2"
+    again = compare(tmp_path, *more, samplers="rsm:2", seeds="0")
+    assert sum(f"{name}  " in again.stderr for name in names) == 4  # finished earlier
+    refused = compare(tmp_path, *more[:2], "--arm", f"{arm},mstep.lr=1e-2", *more[4:], samplers="rsm:2", seeds="0")
+    assert refused.exit_code == 2
+    assert "compare.arm control: " in refused.stderr
+
+
+def test_arms_with_other_evaluations_share_no_base(tmp_path, monkeypatch):
+    asked: Counter[str] = Counter()
+    answers = Evaluation.answers
+
+    def counting(self, questions, *rest, **more):
+        asked[f"{self.max_new_tokens} {len(list(more.get('known', ())))}"] += 1
+        return answers(self, questions, *rest, **more)
+
+    monkeypatch.setattr(Evaluation, "answers", counting)
+    arm = ["--arm", "short:eval.max_new_tokens=20", "--set", "eval.samples=0"]
+    ok(compare(tmp_path, *arm, samplers="rsm:2,pps", seeds="0"))
+    assert asked == {"24 0": 2 + 2 * 2, "20 0": 2 + 2}  # of the base once, of each last model; two splits
+    arms = ("rsm2", "short")
+    first, short = (list(read_rows(tmp_path / f"toy.{arm}.toy-llama.s0/iter-00/eval.test.jsonl")) for arm in arms)
+    assert max(row["tokens"] for row in first) == 24
+    assert max(row["tokens"] for row in short) == 20
+
+
+OLD_PLAN = {"tasks": "toy", "samplers": "rsm:2,pps:1", "seeds": "0,1", "match": "none"}
+
+
+def test_a_folder_of_an_earlier_version_is_resumed(compared, tmp_path):
+    """What plan.json declared before there were arms and several models is declared the same, under the same names."""
+    out = tmp_path / "old"
+    shutil.copytree(compared[0], out)
+    plan = json.loads((out / "plan.json").read_text())
+    assert {key: value for key, value in plan["compare"].items() if key != "base model"} == OLD_PLAN
+    assert plan["model"]["id"] == "toy"
+    journal = out / RUNS[3] / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:4]))  # in the middle of its iteration
+    (out / "comparison.json").write_text('{"samplers": [{"lost": 0.1}], "tables": []}')  # as it was
+    resumed = ok(compare(out))
+    assert sum(f"{name}  " in resumed.stderr for name in RUNS) == 3
+    assert same(out, compared[0])
