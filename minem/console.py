@@ -33,12 +33,17 @@ class Line:
 
     def __init__(self, name: str, total: int | None, clock: Callable[[], float]) -> None:
         self.name, self.total, self.done = clean(name), total, 0
+        self.now = ""
         self.facts: dict[str, str | float] = {}
         self.on_update: Callable[[], None] = lambda: None
         self._clock, self._start = clock, clock()
 
-    def update(self, done: int | None = None, **facts: str | float) -> None:
-        """Set how much of `total` is done, and numbers or texts by name; "tokens_per_s" is shown as "tokens/s"."""
+    def update(self, done: int | None = None, now: str = "", **facts: str | float) -> None:
+        """Set how much of `total` is done, and numbers or texts by name; "tokens_per_s" is shown as "tokens/s".
+
+        now: what goes on while nothing is counted, shown in place of the time that is left.
+        """
+        self.now = now
         self.done = self.done if done is None else done
         self.facts |= facts
         self.on_update()
@@ -56,6 +61,8 @@ class Line:
         clock = duration(self.elapsed)
         if ending:
             clock = f"{ending} after {clock}"
+        elif self.now:
+            clock += f", {self.now}"
         elif self.total and 0 < self.done <= self.total:
             clock += f", {duration(self.elapsed * (self.total - self.done) / self.done)} left"
         return "  ".join(part for part in (*parts, clock) if part)

@@ -43,7 +43,7 @@ from minem.train import LAST_STAGE, Session, build, conclude, opened, reserve
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}
-BASE = attrgetter("model", "task", "eval")  # of a config: with the seed, what evaluations of the base model depend on
+BASE = attrgetter("model", "task", "eval", "sampler.stop")  # what evaluations of the base depend on, with the seed
 
 
 class _Waiting(Exception):

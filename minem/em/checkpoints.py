@@ -80,6 +80,7 @@ class Checkpoints:
 
 def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card: str, continues: bool) -> None:
     """Write the trained model as a Hugging Face folder, LoRA's adapter, and the state if a later M-step `continues`."""
+    stage.line.update(now="saving the model")
     release_cached_memory(mstep.model.device)
     if mstep.state_bytes and (continues or mstep.lora is not None):
         mstep.save(stage.path("state"))
@@ -114,7 +115,7 @@ def restore(run: Run, iteration: int, mstep: MStep) -> None:
         mstep.load(folder / "state")
 
 
-def _facts(row: dict[str, Any]) -> dict[str, str | float]:
+def _facts(row: dict[str, Any]) -> dict[str, Any]:
     """What the line of an M-step shows of a step's metrics."""
     facts = {key: row[key] for key in ("loss", "grad_norm", "lr")} | {"tokens_per_s": row["tokens_per_second"]}
     mfu = {} if row["mfu"] is None else {"MFU": percent(row["mfu"])}

@@ -12,6 +12,7 @@ p(y* | x) without bias if q covers the posterior. A sampler stops at a success, 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from minem.console import percent
@@ -78,13 +79,27 @@ class Diagnosis:
         return len(self.questions) * (self.hinted_draws + 1)
 
     def draw(
-        self, iteration: int, questions: Sequence[Question], show: Callable[..., None] = lambda done: None
+        self,
+        iteration: int,
+        most: float,
+        questions: Sequence[Question],
+        show: Callable[..., None] = lambda done: None,
     ) -> list[Draw]:
         """`hinted_draws` draws from the hinted and one from the plain prompt of each question, the hinted ones first.
 
+        In growing rounds, as long as the next one is expected to stay within `most` tokens, for a share of the E-step.
         Questions whose hinted prompt leaves no room for `max_new_tokens` are left out.
         show: called with the finished draws after every decoding step.
         """
+        draws: list[Draw] = []
+        each, spent, done = float(self.max_new_tokens * (1 + self.hinted_draws)), 0, 0  # tokens of a question, of all
+        while done < len(questions) and (size := min(max(1, done), int((most - spent) / each))) > 0:
+            draws += self._round(iteration, questions[done : done + size], partial(_after, len(draws), show))
+            spent, done = sum(len(draw.entropies) for draw in draws), done + size
+            each = max(1.0, spent / done)
+        return draws
+
+    def _round(self, iteration: int, questions: Sequence[Question], show: Callable[[int], None]) -> list[Draw]:
         requests = [request for question in questions for request in self._requests(iteration, question)]
         for request in requests:
             (self.policy if request.tag[1] == "plain" else self.proposal).submit(request)
@@ -125,6 +140,10 @@ class Diagnosis:
         found["early"] = _mean([states_early(sample.text, questions[sample.id]) for sample in kept])
         found["attempts"] = acceptance(samples)
         return found | {"falling": falling(first or found, found)}
+
+
+def _after(before: int, show: Callable[..., None], done: int) -> None:
+    show(before + done)
 
 
 def summarise(draws: Iterable[Draw]) -> dict[str, Any]:

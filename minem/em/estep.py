@@ -70,6 +70,13 @@ def judge(completion: Completion, question: Question, verdict: Verdict) -> tuple
     return answer, "accepted" if answer == question.gold else "wrong"
 
 
+def rationale_tokens(text: str, tokenizer: Tokenizer) -> int:
+    """The tokens of a text before its answer line, or before its last line if it has no answer line."""
+    text = text.rstrip()
+    end = max(text.rfind(ANSWER_LINE), text.rfind("\n") + 1)
+    return len(tokenizer.encode(text[:end].rstrip(), add_special_tokens=False))
+
+
 @dataclass
 class EStep:
     """The E-step: `begin` an iteration, then `run` it on questions.
@@ -122,15 +129,9 @@ class EStep:
         right = (
             sample.status == "accepted"
             and not (sample.leak and leaks)
-            and (not least or self.rationale_tokens(sample) >= least)
+            and (not least or rationale_tokens(sample.text, self.tokenizer) >= least)
         )
         return right or self.section.filter == "none"
-
-    def rationale_tokens(self, sample: Sample) -> int:
-        """The tokens of its text before the answer line; of its text before the last line if it has no answer line."""
-        text = sample.text.rstrip()
-        end = max(text.rfind(ANSWER_LINE), text.rfind("\n") + 1)
-        return len(self.tokenizer.encode(text[:end].rstrip(), add_special_tokens=False))
 
     def run(
         self, questions: Sequence[Question], show: Callable[..., None] = lambda done, **facts: None
@@ -150,11 +151,13 @@ class EStep:
         samples = [sample for state in search.states for sample in state.samples]
         model = self.generators["plain"].model
         if self.score_plain:
+            show(len(questions), now="scoring the kept draws")
             kept = [sample for sample in samples if self.keeps(sample)]
             by_id = {question.id: question for question in questions}
             scored = iter(plain_logprobs(kept, by_id, model, self.prompts, self.pack_tokens))
             samples = [next(scored) if self.keeps(sample) else sample for sample in samples]
         if search.checked:
+            show(len(questions), now="comparing generator and trainer")
             found = agreement(model, search.checked, self.pack_tokens)
             found.require(model.dtype)
             search.counts |= {"logprob_difference": found.difference, "policy_kl": found.kl}
@@ -168,13 +171,14 @@ class EStep:
         drawn = Counter(sample.prompt for sample in samples)
         accepted = [sample for sample in samples if sample.status == "accepted"]
         right = Counter(sample.prompt for sample in accepted)
+        fewest = max(SHORT, self.section.min_rationale_tokens)
         return {
             "solved": len({sample.id for sample in accepted}),
             "attempts": len(samples),
             "kept": len(kept),
             "kept_length": mean([len(sample.token_ids) for sample in kept]) if kept else None,
             "leaks": sum(sample.leak for sample in samples),
-            "short": sum(self.rationale_tokens(s) < max(SHORT, self.section.min_rationale_tokens) for s in accepted),
+            "short": sum(rationale_tokens(sample.text, self.tokenizer) < fewest for sample in accepted),
             **counts,
             "statuses": dict(sorted(Counter(sample.status for sample in samples).items())),
             "acceptance": {prompt: right[prompt] / n for prompt, n in sorted(drawn.items())},

@@ -83,7 +83,8 @@ class Evaluation:
 
 def facts(summary: Mapping[str, Any]) -> dict[str, str]:
     """The line of progress at the end of an evaluation."""
-    return {"accuracy": percent(summary["accuracy"], (summary["low"], summary["high"]))}
+    shares = {key: percent(summary[key]) for key in ("unparsed", "truncated")}
+    return {"accuracy": percent(summary["accuracy"], (summary["low"], summary["high"]))} | shares
 
 
 def greedy_rows(questions: Sequence[Question], answers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -5,8 +5,7 @@
     E-step   draw (z, y) ~ q(. | x, y*) with the current weights; keep the draws whose answer y is y*
     M-step   maximise sum_i w_i log pi(z_i, y_i | x_i) over the kept draws, always from the plain prompt
 
-Each step is a *stage*: `run.do` skips it if it is finished, shows progress, gives each rank its share of the questions,
-and makes files appear all at once. None of that is EM, so none of it is here (runs/stages.py).
+Each step is a *stage* (runs/stages.py): `run.do` skips it if it is finished, and minds ranks, progress and files.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +73,7 @@ class Experiment:
 
         def train(stage: Stage) -> None:
             kept = self.run.read(iteration, "accepted.jsonl", Sample) if samples is None else samples
-            warnings.stop_if_empty(kept, iteration, self.run.results, self.run.path)
+            warnings.stop_if_empty(kept, self.run, iteration)
             if self.section.init == "base":
                 self.mstep.restart()
             make_room(self.estep.generators["plain"], self.mstep)
@@ -82,25 +81,26 @@ class Experiment:
             examples = make_examples(kept, self.task, self.estep.prompts, self.mstep.config)
             found = self.mstep.run(examples, self.section.seed, iteration, checkpoints.after_step)
             export(stage, self.mstep, self.estep.tokenizer, self.model_id, self.card(iteration), continues)
-            found["warnings"] = warnings.of_training(self.mstep.losses, found["entropy"], iteration, self.run.results)
-            stage.report(**found)
+            stage.report(**found, warnings=warnings.of_training(self.mstep.losses, found, iteration, self.run.results))
 
         self.run.do(iteration, "mstep", train, writes=export_bytes(self.mstep))
         self.run.discard(iteration, *(f"checkpoint.{n}" for n in self.run.parts(iteration, "mstep")))
         self.run.discard(iteration - 1, "state", *(["model", "adapter"] if self.section.keep == "last" else []))
 
     def diagnose(self, iteration: int) -> None:
-        """Hinted draws on a few fixed questions: p-hat, effective sample size, leaks."""
+        """Hinted draws on a few fixed questions, a quarter of the E-step at most: p-hat, effective sample size."""
+        estep = self.run.result(iteration, "estep")
 
         def look(stage: Stage) -> None:
-            draws = stage.sharded(self.diagnosis.questions, partial(self.diagnosis.draw, iteration))
+            most = estep["tokens"] / 4 / self.run.ranks.size
+            draws = stage.sharded(self.diagnosis.questions, partial(self.diagnosis.draw, iteration, most))
             samples, kept = (self.run.read(iteration, f"{name}.jsonl", Sample) for name in ("samples", "accepted"))
             first = self.run.results.get("iter-01/diagnostics")
             found = self.diagnosis.summary(draws, samples, kept, self.task, first)
             stage.show(**diagnostics.facts(found))
             stage.report(**found, warnings=warnings.of_diagnostics(found, first))
 
-        if self.diagnosis.questions:
+        if self.diagnosis.questions and estep["kept"]:
             self.run.do(iteration, "diagnostics", look, self.diagnosis.total)
 
     def evaluate(self, iteration: int, split: str, questions: Sequence[Question], known: Sequence[dict] = ()) -> None:
@@ -111,7 +111,7 @@ class Experiment:
             found = evaluate.summarise_answers(questions, answers, self.evaluation.section.samples)
             stage.show(**evaluate.facts(found))
             stage.write(f"eval.{split}.jsonl", evaluate.greedy_rows(questions, answers))
-            stage.report(**found)
+            stage.report(**found, warnings=warnings.of_answers(found))
 
         writes = row_bytes(len(questions), self.evaluation.section.max_new_tokens)
         self.run.do(iteration, f"eval.{split}", measure, self.evaluation.total(questions), writes)

@@ -7,13 +7,13 @@ Each rule is a function of the numbers that the journal and the metrics have.
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from minem.console import percent
 from minem.em.diagnostics import FALLING_RULE
 from minem.em.sample import Sample
 from minem.errors import GuardError
+from minem.runs.stages import Run
 from minem.statistics import mean, standard_deviation
 
 ALL_ACCEPTED = 0.99  # share of the attempts from which on rejection selects nothing
@@ -21,6 +21,12 @@ FEW_SOLVED = 0.05  # share of the questions below which hardly anything is learn
 FEWEST_STEPS = 8  # of an M-step that are enough to judge its losses
 LEAST_FALL = 0.02  # of the loss, from the first half of the steps to the second
 COLLAPSED = 0.25  # of the first iteration's entropy: of 10,000 likely rationales 10,000^(1/4) = 10 are left
+FAILED = 0.5  # share of the answers that fail for their form from which on nothing else matters
+LONGER = "raise sampler.max_new_tokens and eval.max_new_tokens, or name a text that ends an answer in sampler.stop"
+SHOW_THE_FORM = (
+    "show the form by worked examples (--set task.shots=proposal, or always), try another prompt set (--prompt) or a "
+    "lower sampler.temperature, or accept other forms (--verdict minem.data.verdict:flexible)"
+)
 UNSOLVED = 0.1  # share of the questions that other draws would still be needed for
 
 
@@ -29,9 +35,9 @@ def of_draws(estep: Mapping[str, Any]) -> list[str]:
     return [sentence for sentence in (everything_accepted(estep), almost_nothing_accepted(estep)) if sentence]
 
 
-def of_training(losses: list[float], entropy: float | None, iteration: int, results: Mapping[str, Any]) -> list[str]:
-    """What an M-step warns of. losses: of its steps. entropy: nats per token, if known. results: of earlier stages."""
-    entropies = [results[f"iter-{i:02d}/mstep"]["entropy"] for i in range(1, iteration)] + [entropy]
+def of_training(losses: list[float], found: Mapping[str, Any], iteration: int, results: Mapping[str, Any]) -> list[str]:
+    """What an M-step warns of. losses: of its steps. found: what it reports. results: of earlier stages."""
+    entropies = [results[f"iter-{i:02d}/mstep"]["entropy"] for i in range(1, iteration)] + [found["entropy"]]
     drawn = results.get(f"iter-{iteration:02d}/estep")  # there is none if the M-step is done alone
     solved = drawn["solved"] / drawn["questions"] if drawn else None
     return [sentence for sentence in (loss_not_falling(losses), entropy_collapsing(entropies, solved)) if sentence]
@@ -45,15 +51,30 @@ def of_diagnostics(found: Mapping[str, Any], first: Mapping[str, Any] | None) ->
     return [f"hinted acceptance fell from {before} to {now} since iteration 1: {FALLING_RULE}"]
 
 
-def stop_if_empty(kept: Sequence[Sample], iteration: int, results: Mapping[str, Any], folder: Path) -> None:
-    """Raises GuardError, with what to do next, if there is nothing to train on. folder: of the run."""
-    if not kept:
-        drawn = results.get(f"iter-{iteration:02d}/estep")
-        hint = f"{advice(drawn)}; " if drawn else ""
-        raise GuardError(
-            f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {hint}"
-            f"see {folder / f'iter-{iteration:02d}' / 'samples.jsonl'} for what the model wrote"
-        )
+def of_answers(found: Mapping[str, Any]) -> list[str]:
+    """What an evaluation (`minem.em.evaluate.summarise_answers`) warns of."""
+    if found["truncated"] > FAILED:
+        return [f"{percent(found['truncated'])} of the answers are cut off at the limit: {LONGER}"]
+    if found["unparsed"] > FAILED:
+        shares = f"{percent(found['flexible'])} are right if read leniently"
+        return [f"{percent(found['unparsed'])} of the answers state none that can be read ({shares}): {SHOW_THE_FORM}"]
+    return []
+
+
+def stop_if_empty(kept: Sequence[Sample], run: Run, iteration: int) -> None:
+    """Raises GuardError, with what to do next and three texts as examples, if there is nothing to train on."""
+    if kept:
+        return
+    drawn = run.results.get(f"iter-{iteration:02d}/estep")
+    samples = run.read(iteration, "samples.jsonl", Sample) if drawn else []
+    for sample in samples[:: max(1, len(samples) // 3)][:3]:
+        text = " ".join(sample.text.split())[:300]
+        run.progress.note(f"example {sample.id}, {sample.prompt}, {sample.status}: {text}")
+    hint = f"{advice(drawn)}; " if drawn else ""
+    raise GuardError(
+        f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {hint}"
+        f"minem show {run.path} prints what the model wrote"
+    )
 
 
 def everything_accepted(estep: Mapping[str, Any]) -> str | None:
@@ -81,12 +102,9 @@ def advice(estep: Mapping[str, Any]) -> str:
     rejected = {status: n for status, n in estep["statuses"].items() if status != "accepted"}
     reason = max(rejected, key=rejected.__getitem__, default="wrong")
     if reason == "truncated":
-        return "most draws were cut off at the limit, so raise sampler.max_new_tokens"
+        return f"most draws were cut off at the limit: {LONGER}"
     if reason == "unparsed":
-        return (
-            "most draws state no answer that can be read (minem show --status unparsed), so take a model that follows "
-            "instructions, or a verdict of your own (--verdict) that reads its answers"
-        )
+        return f"most draws state no answer that can be read (minem show --status unparsed): {SHOW_THE_FORM}"
     if estep["acceptance"].keys() == {"plain"}:
         return "most draws are wrong, so raise sampler.budget, or let star or pps show the answer"
     return "most draws are wrong although the answer was shown, so raise sampler.budget, or take a larger model"

@@ -218,6 +218,11 @@ class RunDirectory:
         flush_folders(self.path, self.path)
         self._lines[line["stage"]] = json.loads(content)  # exactly what a resumed run reads
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each finished stage took."""
+        return {name: line["seconds"] for name, line in self._lines.items()}
+
     def log_metrics(self, stage: str, values: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is resumed."""
         with open(self.path / "metrics.jsonl", "ab") as metrics:

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any, Protocol, Self, TypeVar
 
 from minem.config import Config
-from minem.console import Line, Progress
+from minem.console import Line, Progress, duration
 from minem.device import out_of_memory
 from minem.errors import GuardError, Interrupted, NotFinite, UserError
 from minem.files import read_rows, write_atomic, write_rows
@@ -141,6 +141,17 @@ class Run:
             self.commit(stage_name, line, work, writes)
         for sentence in self.results[stage_name].get("warnings", ()):
             self.progress.note(f"warning {sentence}")
+        if name == "eval.validation" and iteration and self.directory is not None:
+            self.progress.note(f"time    {self._time(self.directory.seconds, iteration)}")
+
+    def _time(self, seconds: Mapping[str, float], iteration: int) -> str:
+        """What an iteration took, and about what the rest of the run will take."""
+        names = ("estep", "diagnostics", "mstep", "eval.validation")
+        own = sum(seconds.get(_stage(iteration, name), 0) for name in names)
+        more = self.config.run.iterations - iteration
+        left = more * own + seconds.get(_stage(0, "eval.test"), 0)
+        rest = f"the {more} to come and the last test will take about {duration(left)}"
+        return f"iteration {iteration} took {duration(own)}; {rest}"
 
     def commit(self, stage_name: str, line: Line, work: Callable[["Stage"], None], writes: int = 0) -> None:
         """The stage itself, under a line of progress that may show several."""
@@ -242,8 +253,10 @@ class Stage:
                 own = [block[i] for i in self.run.ranks.share([step.expected(item) for item in block])]
 
                 def show(done: int, **facts: Any) -> None:
-                    rate = facts.get("tokens", 0) / max(1e-9, self.line.elapsed)
-                    self.show(start + done, **facts, tokens_per_s=rate)
+                    rate = (
+                        {"tokens_per_s": facts["tokens"] / max(1e-9, self.line.elapsed)} if facts.get("tokens") else {}
+                    )
+                    self.show(start + done, **facts, **rate)
 
                 shares = self.run.ranks.gather(step.run(own, show))
                 order = {item.id: place for place, item in enumerate(block)}

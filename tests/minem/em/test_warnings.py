@@ -110,7 +110,7 @@ def test_an_entropy_that_collapses(entropies, solved, warned):
     results = {f"iter-{i:02d}/mstep": {"entropy": entropy} for i, entropy in enumerate(entropies[:-1], start=1)}
     if solved is not None:
         results[f"iter-{n:02d}/estep"] = {"solved": 100 * solved, "questions": 100}
-    assert health.of_training([], entropies[-1], n, results) == ([found] if warned else [])
+    assert health.of_training([], {"entropy": entropies[-1]}, n, results) == ([found] if warned else [])
 
 
 def test_a_fall_of_hinted_acceptance():
