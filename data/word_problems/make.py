@@ -2,8 +2,8 @@
 
     python data/word_problems/make.py            # rewrites train, validation and test.jsonl, byte for byte
 
-No two problems have the same numbers. The numbers of a problem differ, and only one formula reaches its answer with
-each of them (check.py). Each structure has one wording that stands in the test split alone.
+The numbers of a problem, in whatever order, decide its split: no set of numbers is in two of them. They differ, and
+one formula alone reaches the answer with each of them (check.py). Each structure has one wording that only test has.
 """
 
 import json
@@ -20,24 +20,31 @@ SIZES = {"train": 1200, "validation": 200, "test": 400}
 GIRLS = ("Anna", "Bella", "Clara", "Emma", "Grace", "Hana", "Julia", "Lena", "Maria", "Nina", "Olivia", "Priya", "Rosa")
 BOYS = ("Adam", "Ben", "Carlos", "David", "Eric", "Felix", "Henry", "Ivan", "Jack", "Leo", "Omar", "Paul", "Tom")
 SHE = {"he": "she", "him": "her", "his": "her", "He": "She"}
-LARGEST = 99  # answer
 
 
-def draw_problem(page: dict[str, Any], rng: random.Random, split: str, seen: set[tuple[int, ...]]) -> dict[str, str]:
-    """The row of a problem whose sorted numbers are not in `seen`; they are added. Without an id."""
-    structure = rng.choice(page["structures"])
-    wording = rng.choice(structure["wordings"] + (structure["test_only"] if split == "test" else []))
-    names = rng.sample(GIRLS + BOYS, 2)
-    pronouns = SHE if names[0] in GIRLS else {word: word for word in SHE}
-    words = {"N": names[0], "M": names[1], "things": rng.choice(page["things"]), **pronouns}
+def draw_problem(page: dict[str, Any], rng: random.Random, split: str, seen: set[tuple[object, ...]]) -> dict[str, str]:
+    """The row of a problem, without an id. Its wording and numbers are not in `seen`; they are added."""
     while True:
+        structure = rng.choice(page["structures"])
+        wording = rng.choice(structure["wordings"] + (structure["test_only"] if split == "test" else []))
+        names = rng.sample(GIRLS + BOYS, 2)
+        pronouns = SHE if names[0] in GIRLS else {word: word for word in SHE}
         numbers = {letter: rng.randint(*limits) for letter, limits in structure["ranges"].items()}
+        things = rng.choice(page["things"])
+        text = wording.format(N=names[0], M=names[1], things=things, **pronouns, **numbers)
         answer = eval(structure["formula"], {}, numbers)
-        text = wording.format(**words, **numbers)
-        key = tuple(sorted(set(numbers.values())))
-        if not 0 < answer <= LARGEST or len(key) < len(numbers) or key in seen or len(solutions(text, answer)) > 1:
+        key = sorted(set(numbers.values()))
+        home = random.Random(str(key)).choices(list(SIZES), weights=list(SIZES.values()))[0]
+        problem = (wording, *numbers.values())
+        if (
+            home != split
+            or problem in seen
+            or answer < 1
+            or len(key) < len(numbers)
+            or len(solutions(text, answer)) > 1
+        ):
             continue
-        seen.add(key)
+        seen.add(problem)
         unseen = {"subject": f"{'unseen' if wording in structure['test_only'] else 'seen'} wordings"}
         return {"question": text, "answer": str(answer)} | (unseen if split == "test" else {})
 
@@ -46,7 +53,7 @@ def make_rows() -> dict[str, list[dict[str, str]]]:
     """The rows of each split. Those of the test split name in `subject` whether their wording is also in train."""
     page = tomllib.loads((HERE / "wordings.toml").read_text())
     rng = random.Random(SEED)
-    seen: set[tuple[int, ...]] = set()
+    seen: set[tuple[object, ...]] = set()
     return {
         split: [{"id": f"words-{split}-{i + 1:04}"} | draw_problem(page, rng, split, seen) for i in range(size)]
         for split, size in SIZES.items()

@@ -75,10 +75,12 @@ def test_the_committed_files_are_those_the_script_writes(tmp_path: Path, monkeyp
         assert (tmp_path / f"{split}.jsonl").read_bytes() == (FOLDER / f"{split}.jsonl").read_bytes()
 
 
-def test_no_two_problems_have_the_same_numbers(task):
+def test_no_numbers_are_in_two_splits_and_no_problem_is_there_twice(task):
     assert [len(task.train), len(task.validation), len(task.test)] == [1200, 200, 400]
-    everything = [tuple(sorted(numbers(question))) for split in SPLITS for question in getattr(task, split)]
-    assert len(set(everything)) == len(everything)
+    sets = [{tuple(sorted(numbers(question))) for question in getattr(task, split)} for split in SPLITS]
+    assert sum(map(len, sets)) == len(set.union(*sets))
+    problems = [(worded(q)[0], *numbers(q)) for split in SPLITS for q in getattr(task, split)]
+    assert len(set(problems)) == len(problems)
     assert task.note == ""
 
 
@@ -113,7 +115,7 @@ def test_two_steps_are_the_rule_and_three_the_exception(task):
         for result in re.findall(r"= (\S+)", solution(question).rsplit("\n", 1)[0])
     ]
     assert 0 < min(results) <= max(results) < 100
-    assert 0.15 < steps.count(3) / len(steps) < 0.4
+    assert 0.1 < steps.count(3) / len(steps) < 0.4
 
 
 def test_no_answer_is_frequent_enough_to_guess(task):
