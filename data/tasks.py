@@ -1,4 +1,4 @@
-"""Tasks: questions from the hub, from local files, or the embedded toy, as one plain `Task` of three splits.
+"""Tasks: questions from the hub, from local files or embedded ones, as one plain `Task` of three splits.
 
     task = load_task("arc-challenge")        # a name of TASKS; "mmlu@REVISION" pins the hub's
     task = load_task("my/questions")         # a folder with train, validation and test as .jsonl or .parquet
@@ -31,8 +31,9 @@ HUB = {
     "mmlu": ("cais/mmlu", "all"),
     "gsm8k": ("openai/gsm8k", "main"),
 }
-TASKS = ("toy", *HUB)
 TOY = Path(__file__).parent / "toy"
+EMBEDDED = {"toy": TOY, "word-problems": TOY.parent / "word_problems"}
+TASKS = (*EMBEDDED, *HUB)
 MMLU_TRAIN = 5_000  # questions sampled from the 99,842 of auxiliary_train: about as many as OpenBookQA has
 GSM8K_VALIDATION = 500  # of GSM8K's 7,473 training questions: about as many as OpenBookQA has
 
@@ -59,8 +60,8 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Tas
     if limit is not None and limit < 1:
         raise UserError(f"task.limit must be at least 1, not {limit}")
     name, _, revision = name_or_path.partition("@")
-    if name == "toy" and not revision:
-        splits, note = _folder(TOY)
+    if name in EMBEDDED and not revision:
+        splits, note = _folder(EMBEDDED[name])
     elif name == "mmlu":
         splits, note = _mmlu(revision or None, seed)
     elif name == "gsm8k":

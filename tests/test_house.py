@@ -105,7 +105,7 @@ def test_the_wheel_holds_everything_and_works(tmp_path):
     for top, patterns in {
         "minem": ["*.py", "report/page.*"],
         "kernels": ["*.py"],
-        "data": ["*.py", "toy/*.jsonl"],
+        "data": ["*.py", "*.jsonl", "wordings.toml"],
         "configs": ["*.toml"],
     }.items():
         for pattern in patterns:

@@ -6,10 +6,9 @@ A right answer can be reached by a false step, which the filter cannot see; on t
 """
 
 import re
-from collections.abc import Sequence
 
 from minem.data import verdict
-from minem.data.tasks import Question, Task
+from minem.data.rows import Question
 
 # How a question names an operation, how a rationale writes it, and what it does.
 OPERATIONS = {"add": "+", "subtract": "-", "multiply by": "*"}
@@ -41,11 +40,3 @@ def valid_steps(text: str, question: Question) -> bool:
             return False
         value = result
     return verdict.strict(lines[-1], question) == str(value)
-
-
-def valid_share(task: Task, rationales: Sequence[tuple[str, str]]) -> float | None:
-    """The share of (question id, text) with valid steps throughout; None on other tasks, which no program can check."""
-    if task.name != "toy" or not rationales:
-        return None
-    questions = {question.id: question for question in task.train}
-    return sum(valid_steps(text, questions[id_]) for id_, text in rationales) / len(rationales)

@@ -20,9 +20,9 @@ from typing import Any
 
 from minem.config import SamplerSection
 from minem.console import percent
+from minem.data.checks import valid_share
 from minem.data.prompts import ANSWER_LINE, Prompts
 from minem.data.tasks import Question, Task
-from minem.data.toy.check import valid_share
 from minem.data.verdict import Verdict, cites_hint
 from minem.em.sample import Prompt, Sample, Status
 from minem.em.samplers import Attempt, Sampler, altered, prompts_of

@@ -270,7 +270,7 @@ def test_limit_caps_every_split_alike_and_is_nested(tmp_path: Path):
 def test_a_name_that_is_not_known_gets_the_nearest_one():
     with pytest.raises(UserError, match="did you mean 'arc-challenge'"):
         load_task("arc-chalenge")
-    with pytest.raises(UserError, match="known tasks are toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k;"):
+    with pytest.raises(UserError, match=r"known tasks are toy, word-problems, arc-challenge, .* gsm8k;"):
         load_task("no/such/folder")
 
 
