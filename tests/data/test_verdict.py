@@ -1,6 +1,8 @@
 """Verdicts on endings as models really write them: `python -m pytest tests/data/test_verdict.py`."""
 
+import json
 import os
+from collections import Counter
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +20,7 @@ def question(labels: str, gold: str = "") -> Question:
     return Question("q", "Which?", tuple(f"option {name}" for name in names), names, gold or names[0])
 
 
+ANSWERS = Path(__file__).parent / "answers.jsonl"
 ABCD, ABC, ABCDE, DIGITS, TEN = "A B C D", "A B C", "A B C D E", "1 2 3 4", "0 1 2 3 4 5 6 7 8 9"
 WORDS = "1 10 100 yes no"
 SAME = object()  # flexible agrees with strict
@@ -130,8 +133,42 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (WORDS, "The best answer is 100", "100", SAME),
     (WORDS, "The best answer is Yes.", "yes", SAME),
     (WORDS, "The best answer is nothing.", None, SAME),
+    # The statement stands anywhere in its line, with adverbs and marks; a colon may end the line.
+    (ABCD, "So the best answer is B.", "B", SAME),
+    (ABCD, "The best answer is indeed D.", "D", SAME),
+    (ABCD, "Therefore, the best answer is B", "B", SAME),
+    (ABCD, "Heat rises, so the best answer is clearly (B).", "B", SAME),
+    (ABCD, "The best answer, therefore, is B.", "B", SAME),
+    (ABCD, "The best answer is, indeed, B.", "B", SAME),
+    (ABCD, "The **best answer** is **B. gravity**", "B", SAME),
+    (ABCD, "The best answer is:\nB", "B", SAME),
+    (ABCD, "Hence the best answer is:\n\n**B. gravity**", "B", SAME),
+    (ABCD, "The best answer is:\n\n\\[\n\\boxed{B}\n\\]", "B", SAME),
+    (ABCD, "The best answer to this question is (B).", "B", SAME),
+    (ABCD, "The best answer among these options is B.", "B", SAME),
+    (ABCD, "The best answer is A, which is A.", "A", SAME),
+    (ABCD, "The best answer is the option B.", "B", SAME),
+    # Another label is offered after the first one's text, or in a list.
+    (ABCD, "The best answer is B) x or C) y", None, SAME),
+    (ABCD, "The best answer is A) x or B) y.", None, SAME),
+    (ABCD, "The best answer is A. x or B. y", None, SAME),
+    (ABCD, "The best answer is **A) x** and **B) y**", None, SAME),
+    (ABCD, "The best answer is A) x, B) y", None, SAME),
+    (ABCD, "The best answer is A: x; B: y", None, SAME),
+    (ABCD, "The best answer is A (or B, if there is no air).", None, SAME),
+    (ABCD, "The best answer is A. B. C. D.", None, SAME),
+    (ABCD, "The best answer is:\n\nA. x\nB. y\nC. z\nD. w", None, SAME),
+    (ABCD, "The best answer is B. It is neither A nor C.", "B", SAME),
+    (ABCD, "The best answer is (A) rather than (B)", "A", SAME),
+    # What is denied, doubted or supposed is not stated. A denial takes back the same answer, no other.
+    (ABCD, "The best answer is B. The best answer is not C.", "B", SAME),
+    (ABCD, "The best answer is B. No, the best answer is not B.", None, SAME),
+    (ABCD, "The best answer is not (B).", None, SAME),
+    (ABCD, "I don't think the best answer is B.", None, SAME),
+    (ABCD, "If the best answer is A, it needs contact.", None, SAME),
+    (ABCD, "It is not clear whether the best answer is A.", None, SAME),
+    (ABCD, "The best answer is B.\nThis answer is based on what we know.", "B", SAME),
     # Not the line that was asked for: unparsed for the reward, readable all the same.
-    (ABCD, "So the best answer is B.", None, "B"),
     (ABCD, "Therefore, the correct answer is (B).", None, "B"),
     (ABCD, "The answer is B.", None, "B"),
     (ABCD, "The correct answer is: **D. The mitochondria**", None, "D"),
@@ -154,7 +191,19 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (ABCD, "It needs light.\n(C)", None, "C"),
     (ABCD, "It needs light.\nC.", None, "C"),
     (ABCD, "B", None, "B"),
-    (ABCD, "The best answer is:\nB", None, "B"),
+    (ABCD, "The correct answer is:\n\n**B. gravity**", None, "B"),
+    (ABCD, "The answer is therefore (B).", None, "B"),
+    (ABCD, "I would choose B, since it is green.", None, "B"),
+    (ABCD, "B. gravity\n\nIt pulls the ball.", None, "B"),
+    (ABCD, "A) friction is not an answer.", None, None),
+    (ABCD, "A. x\nB. y\nC. z\nD. w", None, None),
+    (ABCD, "A. x\nB. y\nC. z\nD. w\n\nB", None, "B"),
+    (ABCD, "A is correct that friction exists, but it is weak.", None, None),
+    (ABCD, "A is correct, but B is better.", None, None),
+    (ABCD, "B) x or C) y", None, None),
+    (ABCD, "If A is correct, it falls.", None, None),
+    (ABCD, "Neither A nor B is correct.", None, None),
+    (ABCD, "B is not correct.", None, None),
     (ABCD, "The answer is The Sun", None, None),
     (ABCD, "The answer is a plant.", None, None),
     (ABCD, "The answer is A plant", None, None),
@@ -170,7 +219,7 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (ABCD, "The best answer is \\[\\boxed{B}\\]", "B", SAME),
     (ABCD, "The best answer is \\(\\boxed{\\textbf{(C)}}\\).", "C", SAME),
     (ABCD, "The best answer is $\\mathrm{C}$", "C", SAME),
-    (ABCD, "The final answer is $\\boxed{A}$ and not $\\boxed{B}$", None, "B"),
+    (ABCD, "The final answer is $\\boxed{A}$ and not $\\boxed{B}$", None, "A"),
     (ABCD, "$\\boxed{A \\text{ or } B}$", None, None),
     # Markdown and Unicode.
     (ABCD, "The best answer is __B__", "B", SAME),
@@ -196,7 +245,6 @@ ENDINGS: list[tuple[str, str, str | None, object]] = [
     (ABCD, "The best answer is B|C", None, SAME),
     (ABCD, "The best answer is B; C", None, SAME),
     (ABCD, "The best answer is C is wrong, so B", None, SAME),
-    (ABCD, "The best answer is B. The best answer is not C.", None, SAME),
     (ABCD, "The best answers are B and C.", None, SAME),
     (ABCD, "The best answer isn't B.", None, SAME),
     (ABCD, "The best answer is all of the above.", None, SAME),
@@ -307,12 +355,51 @@ FREE_FORM: list[tuple[str, str, str | None, object]] = [
 ]
 
 
+FORCES = Question("q", "?", ("friction", "gravity", "magnetism", "air pressure"), ("A", "B", "C", "D"), "B")
+OTHERS = Question("q", "?", ("the Sun", "a plant", "soup", "A and B"), ("A", "B", "C", "D"), "B")
+NUMBERS = Question("q", "?", ("3", "4", "5 m", "6,000"), ("1", "2", "3", "4"), "2")
+TWICE = Question("q", "?", ("rises", "falls", "rises"), ("A", "B", "C"), "B")
+# (question, how a completion ends, strict, flexible): the text of an option stands for its label, if it is whole
+OPTIONS: list[tuple[Question, str, str | None, object]] = [
+    (FORCES, "The best answer is gravity.", "B", SAME),
+    (FORCES, "The best answer is **Gravity**", "B", SAME),
+    (FORCES, "The best answer is: the gravity", "B", SAME),
+    (FORCES, "The best answer is gravity (B).", "B", SAME),
+    (FORCES, "The best answer is gravity, because it pulls.", "B", SAME),
+    (FORCES, "The best answer is B gravity", "B", SAME),
+    (FORCES, "The best answer is B. friction", "B", SAME),  # the label counts
+    (FORCES, "The best answer is gravity (C).", None, SAME),
+    (FORCES, "The best answer is gravity or friction.", None, SAME),
+    (FORCES, "The best answer is gravity, friction", None, SAME),
+    (FORCES, "The best answer is gravity's pull.", None, SAME),
+    (FORCES, "The best answer is zero gravity.", None, SAME),
+    (FORCES, "The best answer is not gravity.", None, SAME),
+    (FORCES, "The correct answer is gravity.", None, "B"),
+    (FORCES, "Gravity is the correct answer.", None, "B"),
+    (FORCES, "It pulls the ball.\n\nGravity", None, "B"),
+    (FORCES, "Option B, gravity, is the best answer.", None, "B"),
+    (FORCES, "Gravity pulls the ball.", None, None),
+    (OTHERS, "The best answer is the Sun", "A", SAME),
+    (OTHERS, "The best answer is a plant.", "B", SAME),
+    (OTHERS, "The best answer is A soup", None, SAME),
+    (OTHERS, "The best answer is a planet", None, SAME),
+    (OTHERS, "The best answer is A and B", None, SAME),
+    (OTHERS, "The best answer is D. A and B", "D", SAME),
+    (NUMBERS, "The best answer is 3", "3", SAME),  # a label before an option
+    (NUMBERS, "The best answer is 6,000", "4", SAME),
+    (NUMBERS, "The best answer is 3.5", None, SAME),
+    (NUMBERS, "1. We add one.\nIt is even.", None, None),
+    (TWICE, "The best answer is rises.", None, SAME),
+    (TWICE, "The best answer is falls.", "B", SAME),
+]
+
+
 def free_form(gold: str) -> Question:
     return Question("q", "How many?", (), (), gold)
 
 
 def test_the_tables_are_long_enough_and_have_no_row_twice():
-    assert len(ENDINGS) >= 170
+    assert len(ENDINGS) >= 210
     assert len({(labels, text) for labels, text, _, _ in ENDINGS}) == len(ENDINGS)
     assert len(FREE_FORM) >= 80
     assert len({(gold, text) for gold, text, _, _ in FREE_FORM}) == len(FREE_FORM)
@@ -325,6 +412,87 @@ def test_endings(labels: str, text: str, strict: str | None, flexible: object):
     asked = question(labels)
     assert verdict.strict(text, asked) == strict
     assert verdict.flexible(text, asked) == (strict if flexible is SAME else flexible)
+
+
+@pytest.mark.parametrize(("asked", "text", "strict", "flexible"), OPTIONS)
+def test_the_text_of_an_option(asked: Question, text: str, strict: str | None, flexible: object):
+    assert verdict.strict(text, asked) == strict
+    assert verdict.flexible(text, asked) == (strict if flexible is SAME else flexible)
+
+
+BEFORE = ["", "So ", "So, ", "Therefore, ", "It is warm, thus ", "I believe that ", "**", "> ", "Hence, **", "Step 3: "]
+ADVERBS = ["", " indeed", " therefore", ", thus,", " clearly", " most likely", ":", ": ", ":\n\n", ":\n- ", " hence:\n"]
+NAMED = [
+    "{0}",
+    "({0})",
+    "**{0}**",
+    "**{0}. {1}**",
+    "**{0}** {1}",
+    "{0}. {1}",
+    "{0}) {1}.",
+    "option {0}",
+    "[{0}]",
+    "`{0}`",
+]
+NAMED += [
+    "{0}, {1}",
+    '"{0}"',
+    "{0}: {1}",
+    "\\boxed{{{0}}}",
+    "$\\boxed{{\\text{{{0}}}}}$",
+    "{0}, since it is so",
+    "{1}",
+    "**{1}**",
+]
+DOUBTED = [
+    "{0} or {2}",
+    "({0}) or ({2})",
+    "{0}) {1} or {2}) {3}",
+    "**{0}. {1}** or **{2}. {3}**",
+    "{0}, {2}",
+    "{1} or {3}",
+]
+DOUBTED += ["not {0}", "not **{0}. {1}**", "either {0} or {2}", "{0} and {2}", "{0}/{2}", "a {1}like thing", "unknown"]
+
+
+@given(
+    st.sampled_from(BEFORE),
+    st.sampled_from(["the best answer", "The best answer", "the **best answer**", "the best answer to this question"]),
+    st.sampled_from(ADVERBS),
+    st.sampled_from(["", ".", "**", "\n", "\n\nI hope this helps!"]),
+    st.permutations(["A", "B", "C", "D"]),
+)
+def test_every_wording_is_read_and_every_doubt_is_not(before: str, noun: str, adverb: str, end: str, labels: list[str]):
+    label, other = labels[:2]
+    option, another = (FORCES.options[FORCES.labels.index(name)] for name in (label, other))
+    start = f"{before}{noun} is{adverb} "
+    for form in NAMED:
+        text = start + form.format(label, option) + end
+        assert verdict.strict(text, FORCES) == verdict.flexible(text, FORCES) == label, text
+        text = text.replace("best answer", "correct answer")
+        assert (verdict.strict(text, FORCES), verdict.flexible(text, FORCES)) == (None, label), text
+    for form in DOUBTED:
+        text = start + form.format(label, option, other, another) + end
+        assert verdict.strict(text, FORCES) is verdict.flexible(text, FORCES) is None, text
+
+
+def test_answers_as_real_models_write_them():
+    """Labelled by reading: `asked` is what "the best answer is" states, `person` what a person finds in the text."""
+    rows = [json.loads(line) for line in ANSWERS.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= 150
+    assert sum(row["source"].startswith("drawn") for row in rows) >= 100
+    strict, flexible = Counter[str](), Counter[str]()
+    for row in rows:
+        asked = Question("q", row["question"], tuple(row["options"]), tuple(row["labels"]), row["gold"])
+        strict[score(verdict.strict(row["text"], asked), row["asked"])] += 1
+        flexible[score(verdict.flexible(row["text"], asked), row["person"])] += 1
+    for found, least in ((strict, 0.85), (flexible, 0.93)):
+        assert found["wrong"] == 0, (strict, flexible)
+        assert found["read"] >= least * (found["read"] + found["missed"]), (strict, flexible)
+
+
+def score(read: str | None, right: str | None) -> str:
+    return "wrong" if read not in (None, right) else "read" if read else "missed" if right else "none"
 
 
 @pytest.mark.parametrize(("gold", "text", "strict", "flexible"), FREE_FORM)
@@ -571,4 +739,4 @@ def test_labels_beside_real_options_are_never_taken_for_others():
                     read += stated is not None
                     unread += stated is None
     assert read > 160_000
-    assert unread < read / 2000  # options that begin with "and", or read "A and B"
+    assert unread < read / 5000
