@@ -100,6 +100,11 @@ class Prompts:
         """The plain or hinted prompt that the E-step draws from."""
         return self._encode(question, self.hint if hinted else None, self.shots != "none")
 
+    @property
+    def sha256(self) -> str:
+        """A fingerprint of the words, where shots stand and what ends an answer; of the plain prompts alone."""
+        return hashlib.sha256(json.dumps([self.words.sha256, self.shots, self.stop]).encode()).hexdigest()
+
     def _encode(self, question: Question, hint: str | None, shots: bool) -> list[int]:
         chat = self.words.messages(question, hint, shots)
         try:

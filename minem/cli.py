@@ -249,7 +249,7 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 @click.option(
     "--samples", type=click.IntRange(0, 1000), default=0, show_default=True, help="Draws per question at temperature 1."
 )
-@click.option("--max-new-tokens", type=click.IntRange(min=1), help="By default 1024, or what the model has room for.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="By default 512, or what the model has room for.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @_device_option
 @click.option("--out", type=click.Path(path_type=Path), help="By default evals/MODEL.TASK.SPLIT.sSEED.")

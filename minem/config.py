@@ -76,7 +76,7 @@ class SamplerSection(Section):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0  # 0: off
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: off
     min_p: Share = 0.0  # 0: off
-    max_new_tokens: Count = 1024  # a longer draw is truncated and rejected
+    max_new_tokens: Count = 512  # a longer draw is truncated and rejected
     stop: Annotated[list[Text], Field(max_length=16)] = []  # texts that end an answer, as base models need them
 
 
@@ -101,7 +101,7 @@ class MStepSection(Section):
 
 
 class EvalSection(Section):
-    max_new_tokens: Count = 1024  # a longer answer is truncated and counts as wrong
+    max_new_tokens: Count = 512  # a longer answer is truncated and counts as wrong
     samples: Annotated[int, Field(ge=0, le=1_000)] = 1  # draws per question at temperature 1, beside the greedy answer
     diagnostics: CountOrZero = 32  # training questions with hinted draws; 0: off
     hinted_draws: Few = 4  # for each of them

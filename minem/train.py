@@ -21,8 +21,8 @@ import torch
 import minem
 from minem.config import Config, EvalSection, TaskSection
 from minem.console import Progress
-from minem.data.prompts import Shots, make_prompts
-from minem.data.tasks import load_task
+from minem.data.prompts import Prompts, Shots, make_prompts
+from minem.data.tasks import Question, load_task
 from minem.data.verdict import load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
 from minem.em import diagnostics
@@ -86,32 +86,24 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
     generator = hinted = Generator(model, tokenizer, slots=slots, on_note=note)
     if config.sampler.proposal == "base" and "hinted" in prompts_of(sampler) and weights:
         hinted = Generator(load_model(folder, device, dtype), tokenizer, slots=slots, on_note=note)
+    estep = EStep(
+        sampler=sampler,
+        section=config.sampler,
+        generators={"plain": generator, "hinted": hinted},
+        prompts=prompts,
+        verdict=verdict,
+        seed=config.run.seed,
+        score_plain=config.mstep.weights == "importance",
+        pack_tokens=config.mstep.pack_tokens,
+    )
+    looked_at = diagnostics.choose(task.train, config.eval.diagnostics, config.run.seed)
     experiment = Experiment(
         section=config.run,
         task=task,
-        estep=EStep(
-            sampler=sampler,
-            section=config.sampler,
-            generators={"plain": generator, "hinted": hinted},
-            prompts=prompts,
-            verdict=verdict,
-            seed=config.run.seed,
-            score_plain=config.mstep.weights == "importance",
-            pack_tokens=config.mstep.pack_tokens,
-        ),
+        estep=estep,
         mstep=MStep(model, config.mstep, session.ranks, config.run.seed, folder),
         evaluation=Evaluation(generator, prompts, verdict, config.eval, config.run.seed),
-        diagnosis=Diagnosis(
-            questions=diagnostics.choose(task.train, config.eval.diagnostics, config.run.seed),
-            policy=generator,
-            proposal=hinted,
-            prompts=prompts,
-            verdict=verdict,
-            hinted_draws=config.eval.hinted_draws,
-            max_new_tokens=config.sampler.max_new_tokens,
-            pack_tokens=config.mstep.pack_tokens,
-            seed=config.run.seed,
-        ),
+        diagnosis=Diagnosis(looked_at, estep, config.eval.hinted_draws),
         model_id=config.model.id,
         card=partial(model_card, config, Path(config.run.out or default_path(config)).name),
     )
@@ -311,21 +303,11 @@ def evaluate(
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)
     prompts = make_prompts(generator.tokenizer, TaskSection(name=task, prompt=prompt, shots=shots), None, stop)
-    longest, id_ = max((len(prompts.trained(question)), question.id) for question in questions)
-    room = generator.max_length - longest  # known before the folder is made
-    if room < (max_new_tokens or 1):
-        advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
-        raise UserError(
-            f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's "
-            f"{generator.max_length} positions for max_new_tokens; {advice}"
-        )
-    new = max_new_tokens or min(1024, room)
+    new = _new_tokens(max_new_tokens, prompts, questions, generator.max_length)  # before the folder is made
     settings = {
         "model": fingerprint(folder)[:16],
         **{name: digest[:16] for name, digest in hash_tokenizer(prompts.tokenizer).items()},
-        "prompts": prompts.words.sha256[:16],
-        "shots": shots,
-        "stop": list(stop),
+        "prompts": prompts.sha256[:16],
         "rows": loaded.rows_sha256[:16],
         "split": split,
         "limit": limit,
@@ -345,6 +327,19 @@ def evaluate(
             answers = evaluation.answers(questions, line.update, known, append)
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
     return named | summarise_answers(questions, answers, samples)
+
+
+def _new_tokens(wanted: int | None, prompts: Prompts, questions: Sequence[Question], positions: int) -> int:
+    """How many tokens an answer may have. UserError if the longest prompt leaves no room for as many as are wanted."""
+    longest, id_ = max((len(prompts.trained(question)), question.id) for question in questions)
+    room = positions - longest
+    if room >= (wanted or 1):
+        return wanted or min(512, room)
+    advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
+    raise UserError(
+        f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's {positions} positions "
+        f"for max_new_tokens; {advice}"
+    )
 
 
 def make_generator(name: str, device: str, progress: Progress) -> Generator:

@@ -16,14 +16,12 @@ from functools import partial
 from typing import Any
 
 from minem.console import percent
-from minem.data.prompts import Prompts
 from minem.data.tasks import Question, Task
-from minem.data.verdict import Verdict, states_early
-from minem.em.estep import judge
+from minem.data.verdict import states_early
+from minem.em.estep import EStep, judge
 from minem.em.packing import Example
 from minem.em.sample import Prompt, Sample
 from minem.em.scoring import score
-from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
 from minem.statistics import importance, mean, standard_deviation
 
@@ -40,6 +38,7 @@ EXPLAINED: dict[str, tuple[str, str]] = {
     "early": ("answer stated early", "Share of kept rationales that state the answer in their first fifth."),
     "entropy": ("entropy", "Mean entropy of the policy per token of plain draws, in nats; near 0 all draws are equal."),
 }
+CAUTION = 1.5  # the next questions may take longer than those before
 FALLING_RULE = "its mean change over the questions, each compared with itself, is more than two standard errors below 0"
 
 
@@ -62,17 +61,11 @@ def choose(questions: Sequence[Question], n: int, seed: int) -> list[Question]:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The draws that a run's diagnostics make in every iteration. pack_tokens: as of `EStep`."""
+    """The draws that a run's diagnostics make in every iteration: of the E-step's generators, at temperature 1."""
 
     questions: Sequence[Question]
-    policy: Generator  # of plain draws
-    proposal: Generator  # of hinted draws; another one if they come from the base model
-    prompts: Prompts
-    verdict: Verdict
+    estep: EStep
     hinted_draws: int
-    max_new_tokens: int
-    pack_tokens: int
-    seed: int
 
     @property
     def total(self) -> int:
@@ -81,53 +74,58 @@ class Diagnosis:
     def draw(
         self,
         iteration: int,
-        most: float,
+        estep: Mapping[str, float],
+        ranks: int,
         questions: Sequence[Question],
         show: Callable[..., None] = lambda done: None,
     ) -> list[Draw]:
         """`hinted_draws` draws from the hinted and one from the plain prompt of each question, the hinted ones first.
 
-        In growing rounds, as long as the next one is expected to stay within `most` tokens, for a share of the E-step.
+        In growing rounds, as long as the next one is expected to stay within a quarter of the E-step's tokens.
         Questions whose hinted prompt leaves no room for `max_new_tokens` are left out.
-        show: called with the finished draws after every decoding step.
+        estep: its counts, of all ranks. show: called with the finished draws after every decoding step.
         """
         draws: list[Draw] = []
-        each, spent, done = float(self.max_new_tokens * (1 + self.hinted_draws)), 0, 0  # tokens of a question, of all
-        while done < len(questions) and (size := min(max(1, done), int((most - spent) / each))) > 0:
+        most, done = estep["tokens"] / 4 / ranks, 0
+        left = most
+        length = (estep["tokens"] - estep["cancelled_tokens"]) / estep["attempts"]
+        mean_tokens = max(1, (1 + self.hinted_draws) * length)  # of a question
+        while done < len(questions) and (size := min(max(1, done), int(left / (CAUTION * mean_tokens)))) > 0:
             draws += self._round(iteration, questions[done : done + size], partial(_after, len(draws), show))
             spent, done = sum(len(draw.entropies) for draw in draws), done + size
-            each = max(1.0, spent / done)
+            left, mean_tokens = most - spent, max(1, spent / done)
         return draws
 
     def _round(self, iteration: int, questions: Sequence[Question], show: Callable[[int], None]) -> list[Draw]:
         requests = [request for question in questions for request in self._requests(iteration, question)]
         for request in requests:
-            (self.policy if request.tag[1] == "plain" else self.proposal).submit(request)
+            self.estep.generators[request.tag[1]].submit(request)
         finished: dict[Request | None, Completion] = {}
         while len(finished) < len(requests):
-            for generator in dict.fromkeys((self.policy, self.proposal)):
+            for generator in dict.fromkeys(self.estep.generators.values()):
                 finished |= {completion.request: completion for completion in generator.step()}
             show(len(finished))
         completions = [finished[request] for request in requests]
         examples = [Example(r.tag[0].id, r.tag[2], c.token_ids) for r, c in zip(requests, completions, strict=True)]
-        scored = score(self.policy.model, examples, self.pack_tokens)
+        scored = score(self.estep.generators["plain"].model, examples, self.estep.pack_tokens)
         draws = []
         for request, completion, (logprobs, entropies) in zip(requests, completions, scored, strict=True):
             question, prompt, _ = request.tag
-            accepted = judge(completion, question, self.verdict)[1] == "accepted"
+            accepted = judge(completion, question, self.estep.verdict)[1] == "accepted"
             log_q, log_p = math.fsum(completion.proposal_logprobs), math.fsum(logprobs)
             draws.append(Draw(question.id, prompt, accepted, log_q, log_p, tuple(entropies)))
         return draws
 
     def _requests(self, iteration: int, question: Question) -> list[Request]:
-        plain, hinted = self.prompts.trained(question), self.prompts.drawn(question, hinted=True)
-        if len(hinted) + self.max_new_tokens > self.proposal.max_length:
+        prompts, most = self.estep.prompts, self.estep.section.max_new_tokens
+        plain, hinted = prompts.trained(question), prompts.drawn(question, hinted=True)
+        if len(hinted) + most > self.estep.generators["hinted"].max_length:
             return []
-        params = SamplingParams(max_new_tokens=self.max_new_tokens, stop=self.prompts.stop)
+        params = SamplingParams(max_new_tokens=most, stop=prompts.stop)
         requests = []
         for k in (*range(1, self.hinted_draws + 1), 0):
             prompt, ids = ("hinted", hinted) if k else ("plain", plain)
-            stream = stream_seed(self.seed, "diagnostics", iteration, question.id, k)
+            stream = stream_seed(self.estep.seed, "diagnostics", iteration, question.id, k)
             requests.append(Request(ids, params, stream, tag=(question, prompt, plain)))
         return requests
 

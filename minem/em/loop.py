@@ -92,8 +92,8 @@ class Experiment:
         estep = self.run.result(iteration, "estep")
 
         def look(stage: Stage) -> None:
-            most = estep["tokens"] / 4 / self.run.ranks.size
-            draws = stage.sharded(self.diagnosis.questions, partial(self.diagnosis.draw, iteration, most))
+            draw = partial(self.diagnosis.draw, iteration, estep, self.run.ranks.size)
+            draws = stage.sharded(self.diagnosis.questions, draw)
             samples, kept = (self.run.read(iteration, f"{name}.jsonl", Sample) for name in ("samples", "accepted"))
             first = self.run.results.get("iter-01/diagnostics")
             found = self.diagnosis.summary(draws, samples, kept, self.task, first)

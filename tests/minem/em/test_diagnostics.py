@@ -12,11 +12,13 @@ import torch
 from click.testing import CliRunner
 
 from minem.cli import main
+from minem.config import SamplerSection
 from minem.data.tasks import Question, Task, load_task
 from minem.data.verdict import strict
 from minem.em.diagnostics import EXPLAINED, Diagnosis, Draw, acceptance, choose, facts, falling, shown, summarise
-from minem.em.estep import judge
+from minem.em.estep import EStep, judge
 from minem.em.sample import Sample
+from minem.em.samplers import make_sampler
 from minem.files import read_rows
 from minem.generation.generator import Generator
 from minem.generation.request import Request, SamplingParams, stream_seed
@@ -24,8 +26,6 @@ from minem.model.weights import load
 from minem.runs.directory import read_journal
 from minem.statistics import wilson
 from tests.minem.folders import toy_prompts
-
-SETTINGS = {"hinted_draws": 3, "max_new_tokens": 64, "seed": 5, "pack_tokens": 8192}
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,28 @@ def questions() -> list[Question]:
     return choose(load_task("toy").train, 4, seed=5)
 
 
+def make_diagnosis(policy, proposal, questions, hinted_draws: int = 3, pack_tokens: int = 8192) -> Diagnosis:
+    step = EStep(
+        sampler=make_sampler("pps", 1),
+        section=SamplerSection(max_new_tokens=64),
+        generators={"plain": policy, "hinted": proposal},
+        prompts=toy_prompts(policy.tokenizer),
+        verdict=strict,
+        seed=5,
+        pack_tokens=pack_tokens,
+    )
+    return Diagnosis(questions, step, hinted_draws)
+
+
+def drawn(tokens: float) -> dict[str, float]:
+    """An E-step with draws of about 14 tokens."""
+    return {"tokens": tokens, "cancelled_tokens": 0, "attempts": tokens / 14}
+
+
 def diagnose(policy, proposal, questions, **changes) -> list[Draw]:
-    diagnosis = Diagnosis(questions, policy, proposal, toy_prompts(policy.tokenizer), strict, **{**SETTINGS, **changes})
+    diagnosis = make_diagnosis(policy, proposal, questions, **changes)
     shown = []
-    draws = diagnosis.draw(2, questions, shown.append)
+    draws = diagnosis.draw(2, drawn(1e6), 1, questions, shown.append)
     assert shown[-1] == len(draws) <= diagnosis.total == len(questions) * (diagnosis.hinted_draws + 1)
     return draws
 
@@ -145,6 +163,25 @@ def test_questions_without_room_for_the_hint_are_left_out(toy, questions):
     assert {shown(nothing, key) for key in EXPLAINED} == {"-"} == set(facts(nothing).values())
 
 
+def test_the_draws_stay_within_their_share_of_the_tokens(toy):
+    """And are those of the first questions, whatever the share: the same draws as with tokens to spare."""
+    model, tokenizer = toy
+    generator = Generator(model, tokenizer)
+    some = choose(load_task("toy").train, 16, seed=5)
+    diagnosis = make_diagnosis(generator, generator, some)
+    whole = diagnosis.draw(2, drawn(1e6), 1, some)
+    tokens = [len(draw.entropies) for draw in whole]
+    for share in (0.02, 0.1, 0.4, 0.9):
+        most = share * sum(tokens)
+        found = diagnosis.draw(2, drawn(8 * most), 2, some)
+        assert [(d.id, d.prompt, len(d.entropies)) for d in found] == [
+            (d.id, d.prompt, len(d.entropies)) for d in whole[: len(found)]
+        ]
+        assert len(found) % 4 == 0
+        assert sum(tokens[: len(found)]) <= most
+        assert len(found) >= (len(whole) * share - 1) / 4 - 4
+
+
 def test_the_questions_are_the_same_in_every_iteration_and_spread_by_the_seed():
     train = load_task("toy").train
     assert choose(train, 32, 0) == choose(tuple(reversed(train)), 32, 0)
@@ -186,7 +223,7 @@ def test_acceptance_by_stage():
 def test_the_share_of_answers_stated_early_is_that_of_the_kept_samples(toy, monkeypatch):
     monkeypatch.setattr("minem.em.diagnostics.states_early", lambda text, question: text.startswith(question.gold))
     generator = Generator(*toy)
-    diagnosis = Diagnosis([], generator, generator, toy_prompts(generator.tokenizer), strict, **SETTINGS)
+    diagnosis = make_diagnosis(generator, generator, [])
     task = Task("mine", (Question("q", "?", ("x", "y"), ("A", "B"), "A"),), (), (), "")
     kept = [a_sample("plain", 1, "accepted", text) for text in ("A, since", "since A", "A", "B")]
     assert diagnosis.summary([], kept, kept, task, None)["early"] == 0.5
@@ -230,11 +267,13 @@ def test_a_run_records_them_and_is_otherwise_as_without_them(measured, tmp_path)
     for iteration in ("iter-01", "iter-02"):
         found = journal[f"{iteration}/diagnostics"]
         assert found.items() <= metrics[f"{iteration}/diagnostics"].items()
-        assert (found["questions"], found["hinted_draws"]) == (8, 2)
+        assert 1 <= found["questions"] <= 8  # as many as a quarter of so short an E-step allows
+        assert found["hinted_draws"] == 2
         samples = list(read_rows(out / iteration / "samples.jsonl"))
         assert sum(stage["drawn"] for stage in found["attempts"]) == len(samples)
         assert sum(stage["accepted"] for stage in found["attempts"]) == sum(r["status"] == "accepted" for r in samples)
-        assert list(found["hinted_accepted"]) == [q.id for q in choose(load_task("toy", 8).train, 8, 0)]
+        chosen = [q.id for q in choose(load_task("toy", 8).train, 8, 0)]
+        assert list(found["hinted_accepted"]) == chosen[: found["questions"]]
 
 
 def test_a_fall_is_warned_of(measured):
