@@ -160,13 +160,6 @@ def acceptance_by_stage(name: str, run: Run) -> dict[str, Any] | None:
 
 
 def warnings(name: str, run: Run) -> list[str]:
-    """The warnings of a run's E- and M-steps (minem.em.warnings)."""
-    steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "mstep")]
+    """The warnings of a run's stages (minem.em.warnings)."""
+    steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "diagnostics", "mstep")]
     return [f"{name}, iteration {i}: {sentence}" for i, result in steps for sentence in result.get("warnings", ())]
-
-
-def falls(name: str, run: Run) -> list[str]:
-    """Sentences on hinted acceptance that fell."""
-    hinted = run.series("diagnostics", "hinted")
-    fell = [i for i in hinted if run.result(i, "diagnostics").get("falling") and 1 in hinted]
-    return [f"{name}: from {percent(hinted[1])} in iteration 1 to {percent(hinted[i])} in iteration {i}" for i in fell]

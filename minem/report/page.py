@@ -19,7 +19,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import minem
-from minem.em.diagnostics import FALLING_RULE
 from minem.errors import UserError
 from minem.files import TOML_LIMIT, own_file, read_limited, write_atomic
 from minem.report import figures
@@ -68,8 +67,6 @@ def _render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
         warnings=[sentence for one in named for sentence in figures.warnings(*one)],
         tasks=figures.by_task(runs),
         stages=[stages for one in named if (stages := figures.acceptance_by_stage(*one))],
-        falls=[sentence for one in named for sentence in figures.falls(*one)],
-        falling_rule=FALLING_RULE,
         runs=[_reproduction(*one) for one in named],
         data=_for_script(_lists(named)),
     )
