@@ -351,7 +351,7 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 def doctor(device: str, as_json: bool) -> None:
     """Print what this machine has, what each part will run on, and what to do about the rest.
 
-    A self-test of some seconds compares generator, loss and sampling with references; exit code 4 if one fails.
+    A self-test of some seconds compares the generator with the trainer; exit code 4 if they disagree.
     """
     from minem.planning import doctor as doctors
 
