@@ -62,13 +62,10 @@ def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -
 def flatten(stage: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line by name: ("iter-02/mstep", {"loss": 0.5}) -> {"iteration": 2, "mstep/loss": 0.5}."""
     folder, _, kind = stage.partition("/")
-    found: dict[str, float] = {"iteration": int(folder.rpartition("-")[2])}
-    waiting = [(kind, dict(values))]
-    while waiting:
-        name, inner = waiting.pop()
-        for key, value in inner.items():
-            if isinstance(value, Mapping):
-                waiting.append((f"{name}/{key}", dict(value)))
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                found[f"{name}/{key}"] = value
+    found: dict[str, float] = {"iteration": int(folder.removeprefix("iter-"))}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flatten(f"{stage}/{key}", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{kind}/{key}"] = value
     return found
