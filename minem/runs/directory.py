@@ -23,25 +23,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+from minem import files
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
-from minem.files import (
-    PARTIAL,
-    complete_rows,
-    damaged,
-    flush_folders,
-    flush_tree,
-    is_as_written,
-    is_full,
-    json_line,
-    manifest,
-    own_file,
-    read_json,
-    read_toml,
-    remove,
-    shortage,
-    write_atomic,
-)
 from minem.runs.folder import claim, default_path, disk_errors, full_disk, refuse
 from minem.runs.record import now, run_facts
 
@@ -65,29 +49,29 @@ class Record:
         """Where to write the file or folder that becomes `name` in the run directory when the stage is done."""
         final = self._folder / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(PARTIAL + final.name)
-        remove(partial)
+        partial = final.with_name(files.PARTIAL + final.name)
+        files.remove(partial)
         self._paths.append((partial, final))
         return partial
 
     def commit(self) -> dict[str, dict[str, Any]]:
         """Flush and rename all files; returns their manifest, {name: {"bytes": ..., "sha256": ...}}."""
-        files: dict[str, dict[str, Any]] = {}
+        written: dict[str, dict[str, Any]] = {}
         for partial, final in self._paths:
-            flush_tree(partial)
-            files |= manifest(partial, final.relative_to(self._folder).as_posix())
+            files.flush_tree(partial)
+            written |= files.manifest(partial, final.relative_to(self._folder).as_posix())
         for partial, final in self._paths:
             if final.is_dir():  # left by a run that died before its journal line: os.replace does not replace folders
-                remove(final)
+                files.remove(final)
             os.replace(partial, final)
         for parent in {final.parent for _, final in self._paths}:
-            flush_folders(parent, self._folder)
-        return files
+            files.flush_folders(parent, self._folder)
+        return written
 
     def abandon(self) -> None:
         """Remove what was written."""
         for partial, _ in self._paths:
-            remove(partial)
+            files.remove(partial)
 
 
 class RunDirectory:
@@ -134,7 +118,7 @@ class RunDirectory:
             run._start_or_resume(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
         except BaseException as error:
             run.close()
-            if is_full(error):
+            if files.is_full(error):
                 raise full_disk(path) from error
             if isinstance(error, OSError):
                 raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
@@ -166,8 +150,8 @@ class RunDirectory:
 
     def damaged(self, stage: str) -> list[str]:
         """The files of a finished stage that are missing or not what it wrote."""
-        files = self._lines[stage]["files"].items()
-        return [name for name, written in files if not is_as_written(self.path / name, written)]
+        entries = self._lines[stage]["files"].items()
+        return [name for name, written in entries if not files.is_as_written(self.path / name, written)]
 
     def undo(self, stage: str) -> list[str]:
         """Take back a finished stage and all that came after it; they will be done again. Returns their names.
@@ -178,7 +162,7 @@ class RunDirectory:
         undone = stages[stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}
         with disk_errors(self.path):
-            write_atomic(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
+            files.write_atomic(self.path / "journal.jsonl", b"".join(map(files.json_line, kept.values())))
             self._lines = kept
             self._drop_metrics()
         return undone
@@ -192,7 +176,7 @@ class RunDirectory:
         Raises Interrupted if the disk is full or broken, or too full to begin: nothing but this stage is lost.
         """
         with disk_errors(self.path, f": it continues with {name}"):
-            if short := shortage(self.path, writes):
+            if short := files.shortage(self.path, writes):
                 raise Interrupted(
                     f"the disk of {self.path} has no room for {name}: {short}; free some space, then give the same "
                     "command again"
@@ -200,38 +184,38 @@ class RunDirectory:
             record, start = Record(self.path), time.monotonic()
             try:
                 yield record
-                files = record.commit()
+                written = record.commit()
             except BaseException:
                 with contextlib.suppress(OSError):  # of a folder that is gone or read-only: report that instead
                     record.abandon()
                 raise
-            self._enter({"stage": name, "result": record.result, "files": files}, time.monotonic() - start)
+            self._enter({"stage": name, "result": record.result, "files": written}, time.monotonic() - start)
 
     def _enter(self, line: dict[str, Any], seconds: float) -> None:
         """The journal line that makes a stage finished, after all that it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
-            flush_tree(self.path / "metrics.jsonl")
-        content = json_line({**line, "seconds": round(seconds, 3), "time": now()})
+            files.flush_tree(self.path / "metrics.jsonl")
+        content = files.json_line({**line, "seconds": round(seconds, 3), "time": now()})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(content)
-        flush_tree(self.path / "journal.jsonl")
-        flush_folders(self.path, self.path)
+        files.flush_tree(self.path / "journal.jsonl")
+        files.flush_folders(self.path, self.path)
         self._lines[line["stage"]] = json.loads(content)  # exactly what a resumed run reads
 
     def log_metrics(self, stage: str, values: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is resumed."""
         with open(self.path / "metrics.jsonl", "ab") as metrics:
-            metrics.write(json_line({"stage": stage, **values}))
+            metrics.write(files.json_line({"stage": stage, **values}))
         self.on_metrics(stage, values)
 
     def discard(self, name: str) -> None:
         """Delete a file or folder that is no longer needed, if it is there; it is never seen half deleted."""
         final = self.path / name
         if final.exists():
-            partial = final.with_name(PARTIAL + final.name)
-            remove(partial)
+            partial = final.with_name(files.PARTIAL + final.name)
+            files.remove(partial)
             os.replace(final, partial)
-            remove(partial)
+            files.remove(partial)
 
     # ------------------------------------------------------------------------------------------------- opening
 
@@ -241,9 +225,9 @@ class RunDirectory:
         if overwrite:
             remove_run(self.path)
         for name in ("run.json", "config.toml", "journal.jsonl", "metrics.jsonl"):  # read, cut and added to in place
-            own_file(self.path, name)
-        for partial in list(self.path.rglob(PARTIAL + "*")):
-            remove(partial)
+            files.own_file(self.path, name)
+        for partial in list(self.path.rglob(files.PARTIAL + "*")):
+            files.remove(partial)
         journal = self.path / "journal.jsonl"
         if (before := self._config_before()) is not None:
             self._refuse_another_run(before, inputs)
@@ -252,26 +236,26 @@ class RunDirectory:
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = run_facts(self.config, command, inputs, origins)
-            write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
-            write_atomic(journal, b"")
+            files.write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+            files.write_atomic(journal, b"")
         if not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
-        self._lines = _replay(complete_rows(journal, repair=True), self.path)
+            files.write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
+        self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
         self._drop_metrics()
 
     def _drop_metrics(self) -> None:
         """Keep the lines of metrics.jsonl that finished stages wrote."""
-        metrics = complete_rows(self.path / "metrics.jsonl", repair=True)
+        metrics = files.complete_rows(self.path / "metrics.jsonl", repair=True)
         kept = [row for row in metrics if row.get("stage") in self._lines]
         if len(kept) < len(metrics):
-            write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
+            files.write_atomic(self.path / "metrics.jsonl", b"".join(map(files.json_line, kept)))
 
     def _config_before(self) -> Mapping[str, Mapping[str, Any]] | None:
         """The config that the run was started with; None for a new run."""
         config, journal = self.path / "config.toml", self.path / "journal.jsonl"
         if config.exists():
-            found: Any = read_toml(config)
+            found: Any = files.read_toml(config)
         elif journal.exists() and journal.stat().st_size:  # config.toml was removed since
             found = read_facts(self.path).get("config")
         else:
@@ -297,7 +281,7 @@ def remove_run(path: Path) -> None:
     # without it the rest would be a stranger's folder, which nothing is ever written to.
     for name in sorted(os.listdir(path), key=lambda name: (name == "run.json") - (name == "journal.jsonl")):
         if OWN_NAMES.fullmatch(name):
-            remove(path / name)
+            files.remove(path / name)
 
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -308,16 +292,16 @@ def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """run.json. UserError if `folder` is no run directory."""
     try:
-        return read_json(own_file(Path(folder), "run.json"))
+        return files.read_json(files.own_file(Path(folder), "run.json"))
     except UserError as error:
         raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
 def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    path = own_file(folder, "journal.jsonl")
+    path = files.own_file(folder, "journal.jsonl")
     if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
         raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    return _replay(complete_rows(path), folder)
+    return _replay(files.complete_rows(path), folder)
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
@@ -326,9 +310,9 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     for number, line in enumerate(lines, start=1):
         wanted = {"stage": str, "result": dict, "files": dict}
         if not all(isinstance(line.get(key), kind) for key, kind in wanted.items()):
-            raise damaged(path, number)
+            raise files.damaged(path, number)
         if line["stage"] in journal or not STAGE.fullmatch(line["stage"]):
-            raise damaged(path, number)
+            raise files.damaged(path, number)
         for needed in needs(line["stage"]):
             # `minem train --samples` has no E-step.
             if needed in journal or (needed == "iter-01/estep" and "samples" in read_facts(folder).get("inputs", {})):
