@@ -11,10 +11,7 @@ from typing import Any
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0.
-
-    Unlike the normal approximation it does not collapse to a point at 0 and n successes.
-    """
+    """95 % score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     share, z = successes / n, 1.959963984540054  # the 97.5 % quantile of the standard normal
@@ -95,10 +92,7 @@ def t_quantile(level: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (1979), in the order given: rejecting those <= alpha keeps its family-wise error.
-
-    The smallest is multiplied by the number of tests, the next by one less, and so on; none falls below the one before.
-    """
+    """Holm's adjusted p-values (1979), in the order given: rejecting those <= alpha keeps its family-wise error."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))

@@ -44,8 +44,7 @@ def trainable(model: Model, lora: LoRA | None) -> dict[str, nn.Parameter]:
 class Masters(dict[str, Tensor]):
     """The float32 masters, by the names of the parameters.
 
-    model: the generator's model. One rank trains it in place; several train a second model, which is replicated or
-        sharded (`minem.parallel.sharding`) by the strategy, "ddp" or "fsdp".
+    One rank trains the generator's `model` in place; several train a second one, replicated or sharded by `strategy`.
     """
 
     def __init__(self, model: Model, config: MStepSection, lora: LoRA | None, ranks: Ranks, strategy: str) -> None:
@@ -140,7 +139,7 @@ class Masters(dict[str, Tensor]):
         return [name for name, master in self.items() if not local(master).isfinite().all()]
 
     def save(self, folder: Path | None, history: Sequence[Sequence[float]]) -> None:
-        """Write masters, AdamW's moments if there are any, and a row of numbers for each update so far.
+        """Write masters, AdamW's moments and a row of numbers for each update so far.
         A collective, since shards are gathered; all ranks but the first give no folder.
         """
         state, files = self._state(), 0

@@ -60,9 +60,9 @@ class Totals(NamedTuple):
 class MStep:
     """Trains a model in place, and keeps float32 masters (`minem.em.masters`) from one iteration to the next.
 
-    Frozen parameters (requires_grad False) stay as they are. With `lora_rank` adapters are trained, which `run` merges
-    into the model's weights. Several ranks train a second model, of which `model` gets the weights at the end of `run`.
-    seed: of new adapters. base: the folder of the weights that the model holds now. LoRA and `restart` need it.
+    With `lora_rank` adapters are trained, which `run` merges into the model's weights. Several ranks train a second
+    model, of which `model` gets the weights at the end of `run`. seed: of new adapters.
+    base: the folder of the weights that the model holds now. LoRA and `restart` need it.
     """
 
     def __init__(
@@ -146,8 +146,7 @@ class MStep:
     ) -> dict[str, Any]:
         """Train on the examples (at least one) for all epochs; after `load`, from the step that it was saved after.
 
-        on_step: called after every update with its `_metrics`, lr and grad_norm (before clipping). It may call `save`.
-        Returns the metrics of all updates together, grad_norm as the mean, the first and the last loss, and counts.
+        on_step: called after every update with its `_metrics`, lr and grad_norm. It may call `save`. Returns `_finish`.
         Raises GuardError for what is not finite, before the weights are touched; Interrupted if memory runs out.
         """
         config, lengths = self.config, [len(example) for example in examples]

@@ -22,10 +22,9 @@ MEANINGS = {"logprob_plain": "the plain prompt", "logprob_q": "the prompt they w
 def read_samples(
     file: Path, task: Task, tokenizer: Tokenizer, max_length: int, vocab_size: int, weights: str, drop_leaks: bool
 ) -> list[Sample]:
-    """The rows with status "accepted", and those without a status.
+    """The rows with status "accepted", and those without a status; with `drop_leaks` no rows that are marked as leaks.
 
-    max_length, vocab_size: of the model, in tokens. drop_leaks: leave out rows that are marked as leaks.
-    weights: as `mstep.weights`; "importance" needs both log-probabilities of each row.
+    max_length, vocab_size: of the model, in tokens. weights: as `mstep.weights`.
     Raises UserError for a row without a training question, fitting token ids or a log-probability that is needed.
     """
     questions = {question.id: question for question in task.train}

@@ -70,8 +70,7 @@ def activation_bytes(
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without those of `loss_bytes`.
 
-    tokens, supervised: as for `flops`.
-    checkpointed: blocks that keep their input alone. The backward pass recomputes one of them at a time.
+    tokens, supervised: as for `flops`. checkpointed: blocks that keep their input alone, recomputed one at a time.
     device: "cuda" for the Triton kernels, or "cpu" for the eager references, which keep more.
     """
     width, size = config.hidden_size, dtype.itemsize
@@ -85,10 +84,7 @@ def activation_bytes(
 def loss_bytes(
     config: ModelConfig, supervised: int, dtype: torch.dtype, device: str = "cuda", trained: bool = True
 ) -> int:
-    """Bytes at the peak of `linear_cross_entropy`, beside those of `activation_bytes`.
-
-    trained: whether the head gets a gradient; under LoRA it does not.
-    """
+    """Bytes at the peak of `linear_cross_entropy`. trained: the head gets a gradient; under LoRA it does not."""
     vocabulary, size = config.vocab_size, dtype.itemsize
     rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))  # of one chunk of logits
     # Eager: shifted logits and their exponentials in float32, and the logits themselves if these are narrower.

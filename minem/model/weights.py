@@ -3,8 +3,8 @@
     python -c "import minem; m, t = minem.load('toy'); minem.save(m, t, 'copy')"
 
 Queries, keys and values are one merged parameter in the model and three tensors in the file, gate and up one and two.
-`checkpoint_views` gives each tensor of the file as a slice of a parameter; reading and writing both use it. Reading
-copies from the memory-mapped file into the parameters, so there is never a second copy of the weights in memory.
+`checkpoint_views` gives each tensor of the file as a slice of a parameter, into which reading copies from the
+memory-mapped file: there is never a second copy of the weights in memory.
 """
 
 import json
@@ -57,8 +57,7 @@ def load(
     """Load a model and its tokenizer, ready for evaluation and for training.
 
     folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
-    device: "meta" checks the folder and copies no weights. dtype: the weights are converted to it.
-    revision: branch, tag or commit on the hub.
+    device: "meta" checks the folder and copies no weights. revision: branch, tag or commit on the hub.
     Raises UserError for a broken or missing file, and for tensors that do not fit the config.
     """
     folder = resolve(folder_or_hub_id, revision)

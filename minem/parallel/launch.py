@@ -40,8 +40,7 @@ def check_gpus(count: int, device: str) -> None:
         return
     from torch import cuda
 
-    if count > cuda.device_count():
-        found = cuda.device_count()
+    if count > (found := cuda.device_count()):
         advice = f"give --gpus {found} or fewer" if found else "--device cpu runs them as processes on the CPU"
         raise UserError(f"--gpus {count}, but torch sees {found} CUDA device(s) here; {advice}")
 
@@ -94,8 +93,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 def joined(device: str) -> Iterator[Ranks]:
     """This process among those that torchrun or `launch` started with it; ALONE if there is no other.
 
-    device: "auto", "cpu" or "cuda". On GPUs each process takes the one of its local rank.
-
+    device: "auto", "cpu" or "cuda"; each process takes the GPU of its local rank.
     The first process that fails raises its error; the others exit silently, with the same code.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -113,10 +111,8 @@ def joined(device: str) -> Iterator[Ranks]:
     store.set_timeout(TIMEOUT)
     try:
         if on_gpu:
-            if (gpu := int(os.environ["LOCAL_RANK"])) >= cuda.device_count():
-                raise UserError(
-                    f"a process needs GPU {gpu}, but torch sees {cuda.device_count()}; start fewer processes"
-                )
+            if (gpu := int(os.environ["LOCAL_RANK"])) >= (seen := cuda.device_count()):
+                raise UserError(f"a process needs GPU {gpu}, but torch sees {seen}; start fewer processes")
             cuda.set_device(gpu)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # host values never touch a GPU
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -2,8 +2,7 @@
 
     ranks.gather(len(ranks.share(costs)))      # [12, 11] in both of two processes
 
-`minem.parallel.launch` makes the Ranks of a process. torch.distributed is the engine: gradients travel through NCCL on
-GPUs and gloo on the CPU, the host's values always through gloo.
+Gradients travel through NCCL on GPUs and gloo on the CPU, the host's values always through gloo.
 """
 
 from collections.abc import Sequence
@@ -42,7 +41,7 @@ class Ranks:
         """The sums over all processes, in float64."""
         if self.size == 1:
             return list(values)
-        import torch
+        import torch  # here and below: `import minem` loads no torch
 
         sums = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(sums)

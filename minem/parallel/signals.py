@@ -15,10 +15,7 @@ from minem.errors import Interrupted
 
 
 class Stop:
-    """True once this process was asked to stop.
-
-    signal: by which one: "SIGTERM", "SIGUSR1" or "Ctrl-C".
-    """
+    """True once this process was asked to stop, by `signal`: "SIGTERM", "SIGUSR1" or "Ctrl-C"."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -36,9 +33,8 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While open, signals are noted here."""
-        before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:

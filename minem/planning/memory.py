@@ -77,8 +77,7 @@ def fitted(
 ) -> Work:
     """The work as a run will do it with `free` bytes: as many slots and, under "auto", as few recomputed blocks as fit.
 
-    The cache is released for an M-step that does not fit beside it, before anything is recomputed. What never fits is
-    returned with one slot, or with all blocks recomputed.
+    What never fits is returned with one slot, or with all blocks recomputed.
     """
     beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
     slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))

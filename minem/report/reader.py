@@ -104,13 +104,13 @@ class Run:
         return task
 
     @cached_property
-    def _questions(self) -> dict[str, dict[str, Question]]:
-        """{split: {id: question}}; empty without the task."""
-        return {s: {q.id: q for q in getattr(self.task, s, ())} for s in ("train", "test")}
+    def _questions(self) -> dict[tuple[str, str], Question]:
+        """By split and id; empty without the task."""
+        return {(s, q.id): q for s in ("train", "test") for q in getattr(self.task, s, ())}
 
     def prompt(self, id_: str, kind: str = "plain", split: str = "train") -> str | None:
         """The words of a question's plain or hinted prompt; None if they are not available, see `task`."""
-        question = self._questions[split].get(id_)
+        question = self._questions.get((split, id_))
         hint = self.config["sampler"].get("hint") if kind == "hinted" else None
         if question is None or hint not in (None, *HINTS):  # of another version
             return None
@@ -140,8 +140,7 @@ def checked(*paths: Path) -> Iterator[None]:
 def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[int, SimpleNamespace]], int]:
     """At most `most` samples as (number of the run, row), and how many samples there are.
 
-    Questions are taken whole, in the order of a hash of their ids, until `most` rows or `characters` of text are full:
-    so each can be followed through all iterations and samplers.
+    Questions are taken whole, in the order of a hash of their ids, so that each can be followed through all iterations.
     """
     counts, sizes = Counter[str](), Counter[str]()  # the files are read twice, so that few rows are held in memory
     for run in runs:

@@ -3,15 +3,10 @@
     minem train                                  # makes runs/toy.rsm8.toy-llama.s0, or continues it
     cat runs/toy.rsm8.toy-llama.s0/journal.jsonl
 
-    config.toml     the config, as `minem train RUN/config.toml --out NEW` reads it back
-    run.json        versions, command line, commit, inputs, start
-    journal.jsonl   one line per finished stage: the state of a run is the replay of this file
-    metrics.jsonl   numbers to plot, one line at a time
-    iter-00/ ...    what the stages wrote
-
-A stage writes every file beside its place, under a name that starts with ".partial."; at its end the files are flushed
-to the disk and renamed, and then the journal gets its line, with the size and the SHA-256 of each file. So a file under
-its own name is complete, a finished stage has all its files, and a stage in flight when a run dies is done again.
+The state of a run is the replay of its journal. A stage writes every file beside its place, under a name that starts
+with ".partial."; at its end the files are flushed to the disk and renamed, and then the journal gets its line, with the
+size and the SHA-256 of each file. So a file under its own name is complete, a finished stage has all its files, and a
+stage in flight when a run dies is done again.
 """
 
 import contextlib
@@ -74,7 +69,7 @@ class Record:
             files.remove(partial)
 
 
-class RunDirectory:
+class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     """A run directory held open by this process alone.
 
     with RunDirectory.open(config, command=sys.argv) as run:
@@ -103,11 +98,8 @@ class RunDirectory:
     ) -> Self:
         """Make the directory `config.run.out` (by default `default_path`), or resume the run that is in it.
 
-        command: the command line, for the record.
-        overwrite: remove a run that is already there.
-        inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}. A run is resumed
-            only with the same ones.
-        origins: where values of the config were written (`minem.config.origins`), for the record.
+        command, origins (`minem.config.origins`): for the record. overwrite: remove a run that is already there.
+        inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}.
 
         Raises UserError if the directory holds something else, belongs to a running process, was started with a
         different config (MEMORY_ALONE apart) or other inputs, or cannot be written; Interrupted if the disk is full.
@@ -136,9 +128,6 @@ class RunDirectory:
         """Let other processes use the directory."""
         if self._lock is not None:
             self._lock.close()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -171,9 +160,7 @@ class RunDirectory:
     def stage(self, name: str, writes: int = 0) -> Iterator[Record]:
         """Do a stage: all that it writes appears at once when the block ends well, and nothing otherwise.
 
-        writes: bytes, about, that the disk must have room for before the stage begins.
-
-        Raises Interrupted if the disk is full or broken, or too full to begin: nothing but this stage is lost.
+        writes: bytes, about, that the disk must have room for. Raises Interrupted if it is full or broken.
         """
         with disk_errors(self.path, f": it continues with {name}"):
             if short := files.shortage(self.path, writes):
@@ -309,9 +296,8 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     path, journal = folder / "journal.jsonl", dict[str, dict[str, Any]]()
     for number, line in enumerate(lines, start=1):
         wanted = {"stage": str, "result": dict, "files": dict}
-        if not all(isinstance(line.get(key), kind) for key, kind in wanted.items()):
-            raise files.damaged(path, number)
-        if line["stage"] in journal or not STAGE.fullmatch(line["stage"]):
+        whole = all(isinstance(line.get(key), kind) for key, kind in wanted.items())
+        if not whole or line["stage"] in journal or not STAGE.fullmatch(line["stage"]):
             raise files.damaged(path, number)
         for needed in needs(line["stage"]):
             # `minem train --samples` has no E-step.

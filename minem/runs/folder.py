@@ -94,20 +94,18 @@ def hold_folder(
     """Keep a folder of results for this process alone, made now or continued with the same settings only.
 
     mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}.
-    clear: removes what an earlier start wrote, for --overwrite.
-
-    Raises UserError if the folder holds something else, other settings (with the difference), or cannot be written.
+    clear: removes what an earlier start wrote, for --overwrite. UserError as for `claim`, and for other settings.
     """
     with claim(path, mark, kind), disk_errors(path):
-        if clear is not None:
-            clear(path)
-        if (path / mark).exists() and clear is None:
+        if clear is None and (path / mark).exists():
             try:
                 changes = difference(read_json(path / mark), settings)
             except (UserError, AttributeError) as error:
                 raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
             refuse(path, changes)
         else:
+            if clear is not None:
+                clear(path)
             write_atomic(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
         yield
 

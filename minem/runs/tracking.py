@@ -2,8 +2,8 @@
 
     minem train --track trackio
 
-Both packages take the same calls. Neither is needed, nor imported unless asked for, and what goes wrong in one of them
-never stops a run. What is sent: the config and the numbers of the stages; no sample, no command line, no environment.
+Both packages take the same calls, and what goes wrong in one never stops a run. What is sent: the config and the
+numbers of the stages; no sample, no command line, no environment.
 """
 
 import importlib
