@@ -24,7 +24,6 @@ from minem.errors import Interrupted, UserError
 from minem.runs.folder import claim, default_path, disk_errors, full_disk, refuse
 from minem.runs.record import now, run_facts
 
-JOURNAL_LIMIT = 256 << 20  # bytes
 STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
 # May differ when a run resumes: they change memory and time, and results by rounding only.
 MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
@@ -285,10 +284,7 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    path = files.own_file(folder, "journal.jsonl")
-    if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
-        raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    return _replay(files.complete_rows(path), folder)
+    return _replay(files.complete_rows(files.own_file(folder, "journal.jsonl")), folder)
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
