@@ -10,7 +10,6 @@ on the same examples in the same order, so the weights are those of a run that n
 import time
 from typing import Any
 
-from minem.console import percent
 from minem.device import release_cached_memory
 from minem.em.mstep import MStep
 from minem.errors import Interrupted
@@ -117,6 +116,5 @@ def restore(run: Run, iteration: int, mstep: MStep) -> None:
 def _facts(row: dict[str, Any]) -> dict[str, str | float]:
     """What the line of an M-step shows of a step's metrics."""
     facts = {key: row[key] for key in ("loss", "grad_norm", "lr")} | {"tokens_per_s": row["tokens_per_second"]}
-    mfu = {} if row["mfu"] is None else {"MFU": percent(row["mfu"])}
     peak = next(value for key, value in row.items() if key.startswith("peak_"))
-    return facts | mfu | {"peak_memory": f"{peak / 1e9:.2f} GB"}
+    return facts | {"peak_memory": f"{peak / 1e9:.2f} GB"}

@@ -18,13 +18,13 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minem.config import MStepSection
-from minem.device import free_memory, out_of_memory, peak_flops, peak_memory
+from minem.device import free_memory, out_of_memory, peak_memory
 from minem.em.masters import MOMENTS, Masters, trainable
 from minem.em.packing import Example, Step, pack, plan
 from minem.errors import GuardError, Interrupted, NotFinite, some
 from minem.model.decoder import Model
 from minem.model.lora import LoRA
-from minem.model.sizes import SAFE_SHARE, activation_bytes, flops, loss_bytes
+from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes
 from minem.model.weights import read_weights
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.sharding import complete
@@ -242,18 +242,14 @@ class MStep:
         }
 
     def _metrics(self, totals: Totals) -> dict[str, Any]:
-        """Loss (weighted as the examples are) and entropy per supervised token, in nats; speed and memory.
-
-        entropy: None if not finite. tokens: prompts included. mfu: FLOP/s over the peak, if that is known.
-        """
-        entropy, peak = totals.entropy / totals.supervised, peak_flops(self.model.device)
-        work = flops(self.model.config, totals.tokens, totals.supervised)
+        """Loss (weighted as the examples are) and entropy (None if not finite) per supervised token, in nats; speed
+        and memory. tokens: prompts included."""
+        entropy = totals.entropy / totals.supervised
         return {
             "loss": totals.loss / totals.weight,
             "entropy": entropy if math.isfinite(entropy) else None,
             "tokens": totals.tokens,
             "supervised_tokens": totals.supervised,
             "tokens_per_second": totals.tokens / totals.seconds,
-            "mfu": None if peak is None else work / totals.seconds / (peak * self.ranks.size),
             **peak_memory(self.model.device),
         }
