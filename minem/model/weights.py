@@ -29,6 +29,7 @@ from minem.model.tokenizer import Tokenizer, copy_files
 TOY = Path(__file__).parents[1] / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
+FILE_NAMES = "model{suffix}.safetensors"
 FILE_DTYPES = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 16 * 2**20  # bytes of a shard index, which names every tensor
@@ -196,19 +197,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _write_weights(model: Model, folder: Path) -> None:
     """Write model.safetensors, or shards of at most SHARD_BYTES with their index."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     for old in folder.glob("model*.safetensors*"):  # a single file of an earlier save would hide new shards
         old.unlink()
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in checkpoint_views(model).items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor
-    files: dict[str, str] = {}  # tensor -> its file
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
+    views = checkpoint_views(model)
+    shards = split_state_dict_into_shards_factory(
+        views, get_storage_size=lambda view: view.nbytes, filename_pattern=FILE_NAMES, max_shard_size=SHARD_BYTES
+    )
+    for name, tensors in shards.filename_to_tensors.items():
+        save_file({tensor: views[tensor] for tensor in tensors}, folder / name, {"format": "pt"})
         (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
-        files |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": saved_bytes(model)}, "weight_map": files}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
