@@ -2,9 +2,8 @@
 
     minem --help
 
-Results go to stdout (with --json as one object on one line, the last), progress and warnings to stderr. Exit codes:
-0 done, 2 bad input (one sentence), 3 stopped but resumable, 4 stopped by a guard. Nothing heavy is imported before a
-command runs, so that help is there at once.
+Results go to stdout (with --json as one object on one line, the last), progress and warnings to stderr; minem.errors
+has the exit codes. Nothing heavy is imported before a command runs, so that help is there at once.
 """
 
 import io
@@ -14,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,6 @@ def _session(flags: dict[str, Any], config: Any, origins: dict[str, str]) -> Ite
     from minem.console import Progress
     from minem.parallel.launch import check_gpus, joined, launch
     from minem.parallel.signals import Stop
-    from minem.runs.tracking import load_tracker
     from minem.train import Session
 
     gpus = flags.get("gpus", 1)
@@ -104,7 +103,7 @@ def _session(flags: dict[str, Any], config: Any, origins: dict[str, str]) -> Ite
     stop = Stop()
     with stop.listening(), joined(config.run.device) as ranks:
         progress = Progress() if ranks.first else Progress(io.StringIO(), interval=math.inf)
-        tracker = load_tracker(flags.get("track") if ranks.first else None)
+        tracker = import_module(flags["track"]) if flags.get("track") and ranks.first else None
         yield Session(progress, ranks, stop, sys.argv, flags["overwrite"], tracker, origins)
 
 
@@ -205,12 +204,8 @@ def show_config(config_file: Path | None, overrides: tuple[str, ...]) -> None:
 def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) -> None:
     """Compare samplers over several seeds, each a run of its own, and print what they reach and cost.
 
-    --task may name several tasks, with commas. The same command continues a comparison that was stopped.
-
-    --match kept takes, of each sampler's accepted rationales, the first n in an order that is random but the same for
-    all samplers, n being the fewest that one of them has: as much data for all, and as many optimizer steps. --match
-    cost takes the questions, in that order, whose attempts fit into the tokens of the thriftiest sampler, and the
-    rationales accepted among them: what each sampler finds for the same number of generated tokens.
+    --task may name several tasks, with commas. The same command continues a comparison that was stopped. With --match,
+    examples and questions are chosen in an order that is random but the same for all samplers of a seed.
     """
     config, origins = _config(flags)
     from minem.compare import experiment as comparison
@@ -290,8 +285,6 @@ def generate(
     generator = make_generator(model, device, Progress())
     asked: list[Any] = texts
     if chat:
-        if not generator.tokenizer.has_chat_template:
-            raise UserError(f"--chat: {model} has no chat template; leave --chat out")
         asked = [generator.tokenizer.chat([{"role": "user", "content": text}]) for text in texts]
     answers = generator.generate(asked, params)
     fields = ("token_ids", "text", "logprobs", "finish_reason")

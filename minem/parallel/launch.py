@@ -17,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from torch import cuda, distributed
+from torch.distributed.rendezvous import rendezvous
+
 from minem.errors import Interrupted, UserError
 from minem.parallel.ranks import ALONE, Ranks
 
@@ -38,8 +41,6 @@ def check_gpus(count: int, device: str) -> None:
     """UserError if torch sees fewer GPUs than `--gpus` asks for."""
     if count == 1 or device == "cpu":
         return
-    from torch import cuda
-
     if count > (found := cuda.device_count()):
         advice = f"give --gpus {found} or fewer" if found else "--device cpu runs them as processes on the CPU"
         raise UserError(f"--gpus {count}, but torch sees {found} CUDA device(s) here; {advice}")
@@ -101,8 +102,6 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes by --gpus N or torchrun")
-    from torch import cuda, distributed
-    from torch.distributed.rendezvous import rendezvous
 
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a process ends with its agent

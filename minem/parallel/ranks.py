@@ -8,6 +8,9 @@ Gradients travel through NCCL on GPUs and gloo on the CPU, the host's values alw
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import distributed
+
 
 class Ranks:
     """One process (`rank`, from 0) among the `size` that train a model together.
@@ -41,10 +44,8 @@ class Ranks:
         """The sums over all processes, in float64."""
         if self.size == 1:
             return list(values)
-        import torch  # here and below: `import minem` loads no torch
-
         sums = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(sums)
+        distributed.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
 
     def any(self, flag: bool) -> bool:
@@ -55,8 +56,6 @@ class Ranks:
         """The values of all processes by rank, in all processes."""
         if self.size == 1:
             return [value]
-        from torch import distributed
-
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
@@ -65,8 +64,6 @@ class Ranks:
         """The first process's value, in all processes."""
         if self.size == 1:
             return value
-        from torch import distributed
-
         values = [value]
         distributed.broadcast_object_list(values)
         return values[0]

@@ -31,7 +31,12 @@ def sharded_copy(model: Model, ranks: Ranks, replicate: bool) -> Model:
     """
     shape, names = ((ranks.size, 1), ("replicas", "shards")) if replicate else ((ranks.size,), ("shards",))
     mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=names)
-    sharded = _on_meta(model)
+    # First without memory: the complete float32 weights of a large model are never on one device.
+    stand_ins: dict[int, Any] = {}
+    for p in model.parameters():
+        dtype = torch.float32 if p.requires_grad else p.dtype
+        stand_ins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), p.requires_grad)
+    sharded = copy.deepcopy(model, stand_ins)
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
     for unit in (*sharded.layers, sharded):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -42,15 +47,6 @@ def sharded_copy(model: Model, ranks: Ranks, replicate: bool) -> Model:
     sharded.to_empty(device=model.device)
     scatter(model, sharded)
     return sharded
-
-
-def _on_meta(model: Model) -> Model:
-    """A copy without memory: the complete float32 weights of a large model are never on one device."""
-    stand_ins: dict[int, Any] = {}
-    for p in model.parameters():
-        dtype = torch.float32 if p.requires_grad else p.dtype
-        stand_ins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), p.requires_grad)
-    return copy.deepcopy(model, stand_ins)
 
 
 @torch.no_grad()

@@ -6,27 +6,13 @@ Both packages take the same calls, and what goes wrong in one never stops a run.
 numbers of the stages; no sample, no command line, no environment.
 """
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from minem.console import Progress
-from minem.errors import UserError
 from minem.runs.directory import RunDirectory
-
-
-def load_tracker(name: str | None) -> ModuleType | None:
-    """The package called `name`. UserError, with what to do, if it is not installed."""
-    if name is None:
-        return None
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"--track {name}: the package is not installed here; pip install {name}, or leave --track out"
-        ) from error
 
 
 @contextmanager
