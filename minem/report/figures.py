@@ -147,18 +147,6 @@ def _series(run: Run, stage: str, key: str) -> dict[int, float]:
     return run.series(stage, key)
 
 
-def acceptance_by_stage(name: str, run: Run) -> dict[str, Any] | None:
-    """Attempts by prompt and number, a column for each iteration, as the diagnostics counted them."""
-    cells: dict[int, dict[tuple[str, int], str]] = {}
-    for i in run.iterations:
-        for one in run.result(i, "diagnostics").get("attempts") or ():
-            text = f"{percent(one['accepted'] / one['drawn'])} of {one['drawn']:,}"
-            cells.setdefault(i, {})[one["prompt"], one["attempt"]] = text
-    stages = sorted(set().union(*cells.values()), key=lambda stage: (stage[0] != "plain", stage[1]))
-    rows = [[f"{prompt}, attempt {n}", *(by.get((prompt, n), "") for by in cells.values())] for prompt, n in stages]
-    return {"name": name, "columns": ["prompt", *(f"iteration {i}" for i in cells)], "rows": rows} if rows else None
-
-
 def warnings(name: str, run: Run) -> list[str]:
     """The warnings of a run's stages (minem.em.warnings)."""
     steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "diagnostics", "mstep")]

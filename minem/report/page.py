@@ -66,7 +66,6 @@ def _render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
         summary=[figures.summary(*one) for one in named],
         warnings=[sentence for one in named for sentence in figures.warnings(*one)],
         tasks=figures.by_task(runs),
-        stages=[stages for one in named if (stages := figures.acceptance_by_stage(*one))],
         runs=[_reproduction(*one) for one in named],
         data=_lists(named),
     )
