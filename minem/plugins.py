@@ -14,10 +14,7 @@ from minem.errors import UserError, shown
 
 
 def import_object(name: str, key: str, known: str = "") -> Any:
-    """What "module:attribute" names.
-
-    key: the config key it stands under. known: the built-in names, with commas. UserError if it does not exist.
-    """
+    """What "module:attribute" under a config key names, or a UserError. known: the built-in names, with commas."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         choices = f"one of {known}, or " if known else ""

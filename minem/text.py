@@ -33,13 +33,11 @@ def clean(text: str, keep_lines: bool = False) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with all that a terminal or browser acts on as escapes, like \\u202e.
-
-    These are control characters, reordering marks and lone surrogates.
-    """
+    """The text with control characters, reordering marks and lone surrogates as escapes, like \\u202e."""
     if text.isascii() and text.isprintable():  # nearly all text is
         return text
-    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _is_unsafe(c) else c for c in text.replace("\r\n", "\n"))
+    unsafe = {c for c in text if c in BIDI_CONTROLS or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    return text.replace("\r\n", "\n").translate({ord(c): f"\\u{ord(c):04x}" for c in unsafe - {"\n", "\t"}})
 
 
 def sentence(text: str) -> str:
@@ -57,7 +55,3 @@ def redact(text: str) -> str:
         if len(value) >= 8 and _SECRET_VARIABLE.search(name):
             text = text.replace(value, REDACTED)
     return _NAMED.sub(rf"\1\2{REDACTED}", _TOKEN.sub(REDACTED, text))
-
-
-def _is_unsafe(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS

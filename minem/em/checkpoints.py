@@ -52,7 +52,9 @@ class Checkpoints:
         self.rows.append(row)
         self.stage.log(**row)
         self.stage.line.total = row["steps"]
-        self.stage.line.update(row["step"], **_facts(row))
+        peak = next(value for key, value in row.items() if key.startswith("peak_"))
+        facts = {key: row[key] for key in ("loss", "grad_norm", "lr")} | {"tokens_per_s": row["tokens_per_second"]}
+        self.stage.line.update(row["step"], **facts, peak_memory=f"{peak / 1e9:.2f} GB")
         ranks, stop = self.run.ranks, self.run.stop
         stopped = ranks.any(bool(stop))
         if stopped or ranks.any(ranks.first and time.monotonic() - self.last > self.seconds):
@@ -111,10 +113,3 @@ def restore(run: Run, iteration: int, mstep: MStep) -> None:
         mstep.reset()
     if iteration and (folder / "state").exists():
         mstep.load(folder / "state")
-
-
-def _facts(row: dict[str, Any]) -> dict[str, str | float]:
-    """What the line of an M-step shows of a step's metrics."""
-    facts = {key: row[key] for key in ("loss", "grad_norm", "lr")} | {"tokens_per_s": row["tokens_per_second"]}
-    peak = next(value for key, value in row.items() if key.startswith("peak_"))
-    return facts | {"peak_memory": f"{peak / 1e9:.2f} GB"}

@@ -27,7 +27,7 @@ from minem.files import read_json
 from minem.model.decoder import Model
 from minem.model.lora import LoRA, adapter_parameters
 from minem.parallel.ranks import Ranks
-from minem.parallel.sharding import assign, complete, gather_weights, local, scatter, sharded_copy
+from minem.parallel.sharding import assign, complete, gather_weights, scatter, sharded_copy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, by its names in torch
 FILE_BYTES = 2 * 2**30  # of one file, about
@@ -133,10 +133,6 @@ class Masters(dict[str, Tensor]):
     def complete(self) -> dict[str, Tensor]:
         """All values of all masters, on every rank; a collective."""
         return {name: complete(master.detach()) for name, master in self.items()}
-
-    def not_finite(self) -> list[str]:
-        """Names of the masters that are not finite, of which this rank sees its own shard."""
-        return [name for name, master in self.items() if not local(master).isfinite().all()]
 
     def save(self, folder: Path | None, history: Sequence[Sequence[float]]) -> None:
         """Write masters, AdamW's moments and a row of numbers for each update so far.

@@ -27,7 +27,7 @@ from minem.model.lora import LoRA
 from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes
 from minem.model.weights import read_weights
 from minem.parallel.ranks import ALONE, Ranks
-from minem.parallel.sharding import complete
+from minem.parallel.sharding import complete, local
 
 
 def learning_rate(config: MStepSection, step: int, steps: int) -> float:
@@ -163,7 +163,8 @@ class MStep:
                 self.history.append(totals)
                 row = {"iteration": iteration, "epoch": step.epoch, "step": number + 1, "steps": len(steps)}
                 on_step({**row, "lr": rate, "grad_norm": totals.grad_norm, **self._metrics(totals)})
-        if self.ranks.any(bool(odd := self.masters.not_finite())):  # no loss after the last update would show it
+        odd = [name for name, master in self.masters.items() if not local(master).isfinite().all()]
+        if self.ranks.any(bool(odd)):  # no loss after the last update would show it
             raise GuardError(f"weights are not finite after the last update ({some(odd)}); lower mstep.lr")
         self.masters.export_weights()
         return self._finish(len(examples), steps)

@@ -53,10 +53,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
-        """Read a parsed config.json; `source` is its path, for messages.
-
-        UserError names a field that is missing, has the wrong type, or asks for what this decoder does not support.
-        """
+        """Read a parsed config.json (its path is `source`). UserError names a field that is missing or unsupported."""
         _refuse_unsupported(raw, source)
         kind, bias = raw["model_type"], bool(raw.get("attention_bias", False))
         names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

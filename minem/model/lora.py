@@ -101,7 +101,7 @@ class LoRA:
         self._unmerge()
         for linear, adapter in self.adapters.items():
             linear.add_module("lora", adapter)
-        hooks = [linear.register_forward_hook(_add_low_rank) for linear in self.adapters]
+        hooks = [linear.register_forward_hook(lambda own, x, y: own.lora(x[0], y)) for linear in self.adapters]
         try:
             yield
         finally:
@@ -155,10 +155,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for short, name in adapter.names.items()
         for letter, factors in (("A", adapter.A), ("B", adapter.B))
     }
-
-
-def _add_low_rank(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return linear.get_submodule("lora")(inputs[0], output)
 
 
 def _peft_name(module: str, letter: str) -> str:

@@ -56,7 +56,10 @@ def _machine() -> dict[str, Any]:
         token = False
     cache, info = Path(constants.HF_HUB_CACHE), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
-    gpus = {f"gpu_{index}": _gpu(index) for index in range(torch.cuda.device_count())}
+    gpus = {}
+    for index in range(torch.cuda.device_count()):
+        gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+        gpus[f"gpu_{index}"] = f"{gpu.name}, {decimal(total)} ({decimal(free)} free), sm_{gpu.major}{gpu.minor}"
     driver = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
     return {
         "python": platform.python_version(),
@@ -76,11 +79,6 @@ def _machine() -> dict[str, Any]:
         "hub_token": token,
         "hub_offline": constants.HF_HUB_OFFLINE,
     }
-
-
-def _gpu(index: int) -> str:
-    gpu, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
-    return f"{gpu.name}, {decimal(total)} ({decimal(free)} free), sm_{gpu.major}{gpu.minor}"
 
 
 def _parts(device: torch.device) -> dict[str, str]:

@@ -75,10 +75,7 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
 def fitted(
     config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int, checkpointing: str = "auto"
 ) -> Work:
-    """The work as a run will do it with `free` bytes: as many slots and, under "auto", as few recomputed blocks as fit.
-
-    What never fits is returned with one slot, or with all blocks recomputed.
-    """
+    """The work as a run does it with `free` bytes: as many slots (one at least) and as few recomputed blocks as fit."""
     beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
     slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))
     blocks = config.num_hidden_layers

@@ -138,15 +138,11 @@ def checked(*paths: Path) -> Iterator[None]:
 
 
 def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[int, SimpleNamespace]], int]:
-    """At most `most` samples as (number of the run, row), and how many samples there are.
-
-    Questions are taken whole, in the order of a hash of their ids, so that each can be followed through all iterations.
-    """
+    """At most `most` samples, of whole questions in random order, as (number of the run, row); and how many there are."""
     counts, sizes = Counter[str](), Counter[str]()  # the files are read twice, so that few rows are held in memory
-    for run in runs:
-        for row in run.samples():
-            counts[row.id] += 1
-            sizes[row.id] += len(row.text)
+    for row in (row for run in runs for row in run.samples()):
+        counts[row.id] += 1
+        sizes[row.id] += len(row.text)
     ids, rows, size = set[str](), 0, 0
     for id_ in sorted(counts, key=lambda id_: hashlib.sha256(id_.encode("utf-8", "surrogatepass")).digest()):
         rows, size = rows + counts[id_], size + sizes[id_]

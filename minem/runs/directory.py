@@ -142,10 +142,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         return [name for name, written in entries if not files.is_as_written(self.path / name, written)]
 
     def undo(self, stage: str) -> list[str]:
-        """Take back a finished stage and all that came after it; they will be done again. Returns their names.
-
-        Their files stay until they are replaced, as after a run that died before its journal line.
-        """
+        """Take back a finished stage and all after it; returns their names. Their files stay until replaced."""
         stages = list(self._lines)
         undone = stages[stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}

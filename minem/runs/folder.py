@@ -34,10 +34,7 @@ def default_path(config: Config) -> Path:
 
 
 def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO[str]:
-    """Make a folder, or take one of our own kind, which holds the file `mark`, for this process alone.
-
-    Returns the lock, held until the file is closed. Raises UserError if the folder is something else or is in use.
-    """
+    """Make a folder, or take one of our own kind (it holds the file `mark`); returns its lock, or raises UserError."""
     try:
         check_place(path, mark, kind)
         path.mkdir(parents=True, exist_ok=True)
