@@ -34,46 +34,34 @@ def main() -> None:
     """
 
 
-def _options(*options: Callable[..., Any]) -> Callable[..., Any]:
-    """Several flags as one decorator, in this order."""
-
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_file_option = click.argument("config_file", metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))
-_set_option = click.option("--set", "overrides", multiple=True, metavar="A.B=V", help="Set any key of the config.")
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
+_file_option = click.Argument(["config_file"], metavar="[CONFIG.toml]", required=False, type=click.Path(path_type=Path))
+_set_option = click.Option(["--set", "overrides"], multiple=True, metavar="A.B=V", help="Set any key of the config.")
 _device_option = click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to compute."
 )
 _model_option = click.option("--model", default="toy", show_default=True, help="Hugging Face folder, hub id, or toy.")
 # Each of these is short for the key of the config that its help names in brackets.
-_config_options = _options(
+_config_options = [
     _file_option,
-    click.option("--model", help="Hugging Face folder, hub id, or toy (the default).  [model.id]"),
-    click.option(
-        "--task", help="toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k, a folder or file.  [task.name]"
+    click.Option(["--model"], help="Hugging Face folder, hub id, or toy (the default).  [model.id]"),
+    click.Option(
+        ["--task"], help="toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k, a folder or file.  [task.name]"
     ),
-    click.option("--limit", type=int, help="At most N questions of each split.  [task.limit]"),
-    click.option("--verdict", help="Your own answer check, module:function.  [task.verdict]"),
-    click.option("--iterations", type=int, help="EM iterations.  [run.iterations]"),
-    click.option("--out", help="The run's directory.  [run.out]"),
-    click.option("--device", help="auto, cpu or cuda.  [run.device]"),
+    click.Option(["--limit"], type=int, help="At most N questions of each split.  [task.limit]"),
+    click.Option(["--verdict"], help="Your own answer check, module:function.  [task.verdict]"),
+    click.Option(["--iterations"], type=int, help="EM iterations.  [run.iterations]"),
+    click.Option(["--out"], help="The run's directory.  [run.out]"),
+    click.Option(["--device"], help="auto, cpu or cuda.  [run.device]"),
     _set_option,
-    click.option("--overwrite", is_flag=True, help="Start from scratch if --out holds a run already."),
-    _json_option,
-)
-_sampler_options = _options(
-    click.option("--sampler", help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
-    click.option("--budget", type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
-    click.option("--seed", type=int, help="Decides every random choice.  [run.seed]"),
-    click.option("--gpus", type=click.IntRange(min=1), default=1, help="Use N GPUs, one process on each."),
-)
+    click.Option(["--overwrite"], is_flag=True, help="Start from scratch if --out holds a run already."),
+    click.Option(["--json", "as_json"], is_flag=True, help="Print the result as one JSON object on one line."),
+]
+_sampler_options = [
+    click.Option(["--sampler"], help="rsm, star, pps or your own, module:Class.  [sampler.name]"),
+    click.Option(["--budget"], type=int, help="Most attempts per question and iteration.  [sampler.budget]"),
+    click.Option(["--seed"], type=int, help="Decides every random choice.  [run.seed]"),
+    click.Option(["--gpus"], type=click.IntRange(min=1), default=1, help="Use N GPUs, one process on each."),
+]
 _track_option = click.option(
     "--track", type=click.Choice(["wandb", "trackio"]), help="Also send the metrics to one of these as they come."
 )
@@ -107,9 +95,7 @@ def _session(flags: dict[str, Any], config: Any, origins: dict[str, str]) -> Ite
         yield Session(progress, ranks, stop, sys.argv, flags["overwrite"], tracker, origins)
 
 
-@main.command()
-@_config_options
-@_sampler_options
+@main.command(params=[*_config_options, *_sampler_options])
 @click.option(
     "--samples",
     type=click.Path(path_type=Path),
@@ -159,9 +145,7 @@ def _dry_run(config: Any, gpus: int, as_json: bool) -> None:
     _print(result, as_json, show)
 
 
-@main.command()
-@_config_options
-@_sampler_options
+@main.command(params=[*_config_options, *_sampler_options])
 @click.option("--iteration", type=click.IntRange(min=1), default=1, show_default=True, help="Which E-step.")
 def sample(iteration: int, as_json: bool, **flags: Any) -> None:
     """Run the E-step of one iteration alone: write samples.jsonl and accepted.jsonl.
@@ -178,9 +162,7 @@ def sample(iteration: int, as_json: bool, **flags: Any) -> None:
             _print(result, as_json, lambda: tables.sample_line(result))
 
 
-@main.command("config")
-@_file_option
-@_set_option
+@main.command("config", params=[_file_option, _set_option])
 def show_config(config_file: Path | None, overrides: tuple[str, ...]) -> None:
     """Print every key of the config with its value and its meaning, as TOML: the reference."""
     from minem.config import load_config, reference
@@ -188,8 +170,7 @@ def show_config(config_file: Path | None, overrides: tuple[str, ...]) -> None:
     click.echo(reference(load_config(config_file, overrides)))
 
 
-@main.command()
-@_config_options
+@main.command(params=[*_config_options])
 @click.option("--samplers", default="rsm:8,star:2,pps:1", show_default=True, help="NAME:BUDGET with commas.")
 @click.option("--seeds", default="0,1,2,3,4", show_default=True, help="With commas. Claims need five or more.")
 @click.option(
@@ -237,7 +218,7 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 @_device_option
 @click.option("--out", type=click.Path(path_type=Path), help="By default evals/MODEL.TASK.SPLIT.sSEED.")
 @click.option("--overwrite", is_flag=True, help="Draw again what --out holds already.")
-@_json_option
+@click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
 def evaluate(as_json: bool, **flags: Any) -> None:
     """Measure accuracy: greedy with its 95 % interval, and of draws at temperature 1 the mean, pass@k and the vote.
 
