@@ -18,10 +18,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minem.config import MStepSection
-from minem.device import free_memory, out_of_memory, peak_memory
+from minem.device import free_memory, peak_memory
 from minem.em.masters import MOMENTS, Masters, trainable
 from minem.em.packing import Example, Step, pack, plan
-from minem.errors import GuardError, Interrupted, NotFinite, some
+from minem.errors import GuardError, NotFinite, some
 from minem.model.decoder import Model
 from minem.model.lora import LoRA
 from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes
@@ -147,7 +147,7 @@ class MStep:
         """Train on the examples (at least one) for all epochs; after `load`, from the step that it was saved after.
 
         on_step: called after every update with its `_metrics`, lr and grad_norm. It may call `save`. Returns `_finish`.
-        Raises GuardError for what is not finite, before the weights are touched; Interrupted if memory runs out.
+        Raises GuardError for what is not finite, before the weights are touched.
         """
         config, lengths = self.config, [len(example) for example in examples]
         cut = {"batch_size": config.batch_size, "pack_tokens": config.pack_tokens, "epochs": config.epochs}
@@ -172,19 +172,12 @@ class MStep:
     def _step(self, examples: Sequence[Example], step: Step, divisor: float, rate: float) -> Totals:
         """One update of the weights."""
         started = time.perf_counter()
-        try:
-            totals = self.accumulate(examples, step, divisor)
-            norm = self.masters.gradient_norm()
-            grad_norm = float(complete(norm))
-            if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
-                raise self._not_finite(examples, step, totals.loss, grad_norm)
-            self.masters.step(norm, rate)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            sharded = ", or mstep.parallel = fsdp" if self.ranks.size > 1 else ""
-            keys = f"mstep.pack_tokens below {self.config.pack_tokens}, or mstep.checkpointing = full{sharded}"
-            raise Interrupted(f"out of memory in the M-step; resume with {keys}") from error
+        totals = self.accumulate(examples, step, divisor)
+        norm = self.masters.gradient_norm()
+        grad_norm = float(complete(norm))
+        if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
+            raise self._not_finite(examples, step, totals.loss, grad_norm)
+        self.masters.step(norm, rate)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # or the update would count as a part of the next step
         return totals._replace(grad_norm=grad_norm, seconds=time.perf_counter() - started)

@@ -141,8 +141,10 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                keys = "lower run.slots or mstep.pack_tokens"
-                raise Interrupted(f"out of memory in {stage_name}; {keys}, then give the same command again") from error
+                training = "mstep.pack_tokens, or set mstep.checkpointing = full"
+                keys = training if "/mstep" in stage_name else "run.slots or mstep.pack_tokens"
+                advice = f"lower {keys}, then give the same command again"
+                raise Interrupted(f"out of memory in {stage_name}; {advice}") from error
         self.results[stage_name] = self.ranks.broadcast(self.directory and self.directory.results[stage_name])
 
     def _dumped(self, stage_name: str, error: NotFinite) -> GuardError:

@@ -12,7 +12,7 @@ from minem.config import MStepSection
 from minem.em.masters import Masters
 from minem.em.mstep import MStep, Totals, learning_rate, loss_divisor
 from minem.em.packing import Example, Step, plan
-from minem.errors import GuardError, Interrupted, UserError
+from minem.errors import GuardError, UserError
 from minem.kernels import linear_cross_entropy
 from minem.model.decoder import Model
 from minem.model.sizes import SAFE_SHARE
@@ -300,7 +300,7 @@ def test_long_rationales_are_not_weighed_down(folders, recorded):
 # ------------------------------------------------------------------------------------------- memory
 
 
-def test_out_of_memory_stops_and_names_the_keys_to_change(folders, monkeypatch):
+def test_out_of_memory_leaves_the_weights_alone(folders, monkeypatch):
     forward = Model.forward
 
     def limited(self, **batch):
@@ -311,11 +311,10 @@ def test_out_of_memory_stops_and_names_the_keys_to_change(folders, monkeypatch):
 
     monkeypatch.setattr(Model, "forward", limited)
     monkeypatch.setattr("minem.em.masters.sharded_copy", lambda model, ranks, replicate: copy.deepcopy(model))
-    keys = r"out of memory in the M-step; resume with mstep.pack_tokens below 500, or mstep.checkpointing = full"
-    for ranks, more in ((Ranks(), "$"), (Second(), ", or mstep.parallel = fsdp$")):
+    for ranks in (Ranks(), Second()):
         model = load_model(folders["llama"])
         start, mstep = weights_of(model), MStep(model, MStepSection(batch_size=16, pack_tokens=500), ranks)
-        with pytest.raises(Interrupted, match=keys + more):
+        with pytest.raises(torch.OutOfMemoryError):
             mstep.run(make_examples(32), seed=0, iteration=1)
         assert_untouched(model, start)
 
