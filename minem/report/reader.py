@@ -138,7 +138,7 @@ def checked(*paths: Path) -> Iterator[None]:
 
 
 def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[int, SimpleNamespace]], int]:
-    """At most `most` samples, of whole questions in random order, as (number of the run, row); and how many there are."""
+    """At most `most` samples, of whole questions in random order, as (number of the run, row); and how many in all."""
     counts, sizes = Counter[str](), Counter[str]()  # the files are read twice, so that few rows are held in memory
     for row in (row for run in runs for row in run.samples()):
         counts[row.id] += 1

@@ -81,7 +81,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         self.path = path
         self.config = config
         self.changes: list[str] = []  # of MEMORY_ALONE, since the run was started
-        self.on_metrics: Callable[[str, Mapping[str, Any]], None] = lambda stage, values: None
+        self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # called with each line of metrics
         self._lock = lock
         self._lines: dict[str, dict[str, Any]] = {}  # of the journal, by stage
 
@@ -189,7 +189,8 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is resumed."""
         with open(self.path / "metrics.jsonl", "ab") as metrics:
             metrics.write(files.json_line({"stage": stage, **values}))
-        self.on_metrics(stage, values)
+        if self.on_metrics is not None:
+            self.on_metrics(stage, values)
 
     def discard(self, name: str) -> None:
         """Delete a file or folder that is no longer needed, if it is there; it is never seen half deleted."""

@@ -21,27 +21,21 @@ def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -
     if tracker is None:
         yield
         return
-    working = True
 
     def attempt(call: str, *arguments: Any, **named: Any) -> None:
-        nonlocal working
         try:
             getattr(tracker, call)(*arguments, **named)
         except Exception as error:  # a network, a server, a package of others: not worth a run
-            working = False
+            run.on_metrics = None
             progress.note(f"warning {tracker.__name__} failed ({error!r}); the run continues without it")
 
-    def send(stage: str, values: Mapping[str, Any]) -> None:
-        if working:
-            attempt("log", flatten(stage, values))
-
+    run.on_metrics = lambda stage, values: attempt("log", flatten(stage, values))
     attempt("init", project="minem", name=run.path.name, config=run.config.model_dump(), resume="allow")
-    run.on_metrics = send
     try:
         yield
     finally:
-        run.on_metrics = lambda stage, values: None
-        if working:
+        if run.on_metrics is not None:
+            run.on_metrics = None
             attempt("finish")
 
 
