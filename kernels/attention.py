@@ -59,11 +59,9 @@ def decode_attention(
 
     Returns [S, H, C] in the dtype of q; scores and sums in float32 or wider. No gradients: this is for decoding.
     """
-    if q.shape[1] % prefix_k.shape[1] or prefix_k.shape[1] != suffix_k.shape[1]:
-        raise ValueError(
-            f"the query heads ({q.shape[1]}) must be a multiple of the key heads, the same in both segments "
-            f"({prefix_k.shape[1]} and {suffix_k.shape[1]})"
-        )
+    heads = [x.shape[1] for x in (q, prefix_k, suffix_k)]
+    if heads[0] % heads[1] or heads[1] != heads[2]:
+        raise ValueError(f"heads of q must be a multiple of the key heads, equal in both segments; got {heads}")
     attend = _decode_attention_triton if pick(backend, q) == "triton" else _decode_attention_eager
     prefix, suffix = (prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)
     return attend(q, prefix, suffix, (siblings, sibling_index), (prefix_rows, suffix_rows))

@@ -73,10 +73,7 @@ def set_deterministic(device: torch.device, wanted: bool) -> None:
 
 
 def limit_threads(model: torch.nn.Module) -> None:
-    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS is set.
-
-    Its matrix products are too short to share, and threads that wait for each other are slow on a busy machine.
-    """
+    """One thread on the CPU for a model whose products are too short to share, unless OMP_NUM_THREADS is set."""
     parameters = list(model.parameters())
     small = sum(p.numel() for p in parameters) < 10_000_000
     if parameters[0].device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:

@@ -43,7 +43,5 @@ def check_origin(key: str, name: str, origin: str, flag: str) -> None:
     place = Path.cwd().joinpath(*module.split("."))
     here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
     if top != "minem" and (top in sys.stdlib_module_names or not here):
-        raise UserError(
-            f"{origin}: {key} is {shown(name)}, which is no code of this folder; a config may not run code from "
-            f"elsewhere: if you trust it, give {flag} {name} on the command line"
-        )
+        advice = f"a config may not run code from elsewhere: if you trust it, give {flag} {name} on the command line"
+        raise UserError(f"{origin}: {key} is {shown(name)}, which is no code of this folder; {advice}")

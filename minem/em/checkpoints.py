@@ -16,7 +16,7 @@ from minem.errors import Interrupted
 from minem.files import read_rows, write_rows
 from minem.generation.generator import Generator
 from minem.model.tokenizer import Tokenizer
-from minem.model.weights import read_weights, save, saved_bytes
+from minem.model.weights import read_weights, save
 from minem.runs.stages import Run, Stage
 
 KEPT = 2  # checkpoints on the disk
@@ -61,10 +61,8 @@ class Checkpoints:
             self._write(row["step"])
         if stopped:
             why = f"by {stop.signal}" if stop else "with another process"
-            raise Interrupted(
-                f"stopped {why} after step {row['step']} of {row['steps']} of {self.stage.name}, which are kept: "
-                "give the same command again to resume"
-            )
+            where = f"after step {row['step']} of {row['steps']} of {self.stage.name}"
+            raise Interrupted(f"stopped {why} {where}: give the same command again to resume")
 
     def _write(self, step: int) -> None:
         def save_state(stage: Stage) -> None:
@@ -95,7 +93,7 @@ def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card
 
 def export_bytes(mstep: MStep) -> int:
     """Bytes that `export` writes, about."""
-    return saved_bytes(mstep.model) + mstep.state_bytes
+    return sum(p.nbytes for p in mstep.model.parameters()) + mstep.state_bytes
 
 
 def make_room(generator: Generator, mstep: MStep) -> None:

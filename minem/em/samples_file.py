@@ -39,10 +39,8 @@ def read_samples(
             raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
         prompt = encode_prompt(tokenizer, question)
         if outside := [i for i in (*ids, *prompt) if not 0 <= i < vocab_size]:
-            raise UserError(
-                f"{where}: token id {outside[0]} is outside the model's vocabulary of {vocab_size}; the samples must "
-                "come from a model with the same tokenizer"
-            )
+            reason = f"outside the model's vocabulary of {vocab_size}; the samples come from another tokenizer"
+            raise UserError(f"{where}: token id {outside[0]} is {reason}")
         text = row.get("text")
         if isinstance(text, str) and tokenizer.decode(ids).split() != text.split():
             raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")

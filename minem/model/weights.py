@@ -143,11 +143,6 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     _write_weights(model, folder)
 
 
-def saved_bytes(model: Model) -> int:
-    """Bytes of the weights that `save` writes; its other files are small."""
-    return sum(view.nbytes for view in checkpoint_views(model).values())
-
-
 def checkpoint_views(model: Model) -> dict[str, Tensor]:
     """Each tensor of the checkpoint, by its Hugging Face name, as a contiguous view of the model's parameters."""
     config = model.config

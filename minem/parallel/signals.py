@@ -26,9 +26,7 @@ class Stop:
     def check(self, what: str) -> None:
         """Raises Interrupted if this process was asked to stop; `what` is being done."""
         if self:
-            raise Interrupted(
-                f"stopped by {self.signal} in {what}; what was finished is kept: give the same command again to resume"
-            )
+            raise Interrupted(f"stopped by {self.signal} in {what}; give the same command again to resume")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -16,9 +16,8 @@ from minem.generation.kv_cache import MIN_ROWS, cache_bytes, fitting_slots
 from minem.model.hf_config import ModelConfig
 from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes, parameters
 
-# Of all other parts, on the CPU, whose heap has gaps between tensors that stay and tensors that come and go. Runs of
-# 59 M parameters (the slow test) took 1 to 13 % more in one process; among several, where FSDP makes and frees whole
-# blocks all the time, 28 and 38 %. A GPU's gaps are in SAFE_SHARE.
+# Of all other parts, for gaps in the heap of a CPU. Runs of 59 M parameters (the slow test) took 1 to 13 % more in one
+# process, 28 and 38 % among several, where FSDP makes and frees whole blocks. A GPU's gaps are in SAFE_SHARE.
 MARGIN, MARGIN_AMONG_SEVERAL = 0.05, 0.3
 
 

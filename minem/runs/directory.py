@@ -160,10 +160,8 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """
         with disk_errors(self.path, f": it continues with {name}"):
             if short := files.shortage(self.path, writes):
-                raise Interrupted(
-                    f"the disk of {self.path} has no room for {name}: {short}; free some space, then give the same "
-                    "command again"
-                )
+                more = f"{short}; free some space, then give the same command again"
+                raise Interrupted(f"the disk of {self.path} has no room for {name}: {more}")
             record, start = Record(self.path), time.monotonic()
             try:
                 yield record

@@ -74,10 +74,8 @@ def _take_lock(path: Path) -> IO[str]:
 def refuse(path: Path, changes: Sequence[str]) -> None:
     """Raises UserError if a folder was started with something else."""
     if changes:
-        raise UserError(
-            f"{path} was started differently ({'; '.join(changes)}): "
-            "give --overwrite to start from scratch, or another --out to keep both"
-        )
+        advice = "give --overwrite to start from scratch, or another --out to keep both"
+        raise UserError(f"{path} was started differently ({'; '.join(changes)}): {advice}")
 
 
 @contextlib.contextmanager
@@ -125,10 +123,8 @@ def disk_errors(path: Path, more: str = "") -> Iterator[None]:
         own = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(path)
         refused = own and error.errno in (errno.EACCES, errno.EPERM)
         if refused or error.errno in (errno.EIO, errno.EROFS, errno.ESTALE) or not path.is_dir():
-            raise Interrupted(
-                f"{path} cannot be read or written any more ({error.strerror}); repair that, then give the same "
-                f"command again{more}"
-            ) from error
+            advice = f"repair that, then give the same command again{more}"
+            raise Interrupted(f"{path} cannot be read or written any more ({error.strerror}); {advice}") from error
         raise
 
 

@@ -116,11 +116,9 @@ class Run:
             return
         drawn_before = not name.startswith("eval.")  # with the weights before the M-step of this iteration
         if (last := last_model(self.results)) > iteration - drawn_before:
-            raise UserError(
-                f"{self.path / 'journal.jsonl'}: iter-{last:02d}/mstep is finished, but "
-                f"{stage_name}, which comes before it, is not; put the missing line back, or give "
-                "--overwrite to start from scratch"
-            )
+            missing = f"iter-{last:02d}/mstep is finished, but {stage_name}, which comes before it, is not"
+            advice = "put the missing line back, or give --overwrite to start from scratch"
+            raise UserError(f"{self.path / 'journal.jsonl'}: {missing}; {advice}")
         head = f"iteration {iteration}/{self.config.run.iterations}" if iteration else "base model"
         with self.progress.stage(f"{head}  {NAMES.get(name, name)}", total) as line:
             self.commit(stage_name, line, work, writes)

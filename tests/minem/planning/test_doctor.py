@@ -77,7 +77,7 @@ def test_a_failed_self_test_is_an_exit_code(
     harm(monkeypatch)
     result = examine()
     assert result.exit_code == 4
-    assert "self-tests failed: generator against trainer" in result.stderr
+    assert "the self-test failed: the generator does not agree with the trainer" in result.stderr
     (line,) = [line for line in result.stdout.splitlines() if "against" in line]
     assert line.startswith("  FAIL ")
     assert detail in line
