@@ -252,7 +252,7 @@ def generate(
     """Complete prompts."""
     if (prompt is None) == (prompts is None):
         raise UserError("give either --prompt TEXT or --prompts FILE.jsonl")
-    texts = [prompt] if prompt is not None else _read_prompts(prompts)
+    texts = _read_prompts(prompts) if prompts is not None else [prompt or ""]
     from minem.console import Progress
     from minem.generation.request import SamplingParams
     from minem.report import tables
@@ -276,10 +276,9 @@ def generate(
     _print({"model": model, "results": result}, as_json, lambda: tables.completions(result))
 
 
-def _read_prompts(path: Path | None) -> list[str]:
+def _read_prompts(path: Path) -> list[str]:
     from minem.files import read_rows
 
-    assert path is not None
     texts = []
     for number, row in enumerate(read_rows(path), start=1):
         if not isinstance(row.get("prompt"), str) or not row["prompt"]:

@@ -199,8 +199,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             os.replace(final, partial)
             files.remove(partial)
 
-    # ------------------------------------------------------------------------------------------------- opening
-
     def _start_or_resume(
         self, command: list[str], overwrite: bool, inputs: dict[str, str], origins: dict[str, str]
     ) -> None:
