@@ -185,8 +185,12 @@ def show_config(config_file: Path | None, overrides: tuple[str, ...]) -> None:
 def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) -> None:
     """Compare samplers over several seeds, each a run of its own, and print what they reach and cost.
 
-    --task may name several tasks, with commas. The same command continues a comparison that was stopped. With --match,
-    examples and questions are chosen in an order that is random but the same for all samplers of a seed.
+    --task may name several tasks, with commas. The same command continues a comparison that was stopped.
+
+    --match kept takes, of each sampler's accepted rationales, the first n in an order that is random but the same for
+    all samplers, n being the fewest that one of them has: as much data for all, and as many optimizer steps. --match
+    cost takes the questions, in that order, whose attempts fit into the tokens of the thriftiest sampler, and the
+    rationales accepted among them: what each sampler finds for the same number of generated tokens.
     """
     config, origins = _config(flags)
     from minem.compare import experiment as comparison
