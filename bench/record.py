@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -22,6 +23,8 @@ from typing import Any
 import torch
 
 import minem
+from minem.model.hf_config import ModelConfig
+from minem.model.sizes import parameters
 
 
 def facts(*packages: str, device: str = "cpu") -> dict[str, str]:
@@ -82,3 +85,37 @@ def ceilings(device: str, dtype: torch.dtype) -> tuple[float, float]:
     n = 8192 if large else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * source.numel() / seconds(lambda: target.copy_(source)), 2 * n**3 / seconds(lambda: a @ b)
+
+
+# Dense bfloat16 peak, FLOP/s, from NVIDIA's data sheets (half of what they print with sparsity). The first row whose
+# words are all in torch's device name counts: the SXM form of a card comes last.
+PEAK_FLOPS = (
+    ("B200", 2250e12),
+    ("H200 NVL", 836e12),
+    ("H200", 989e12),
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+    ("A40", 149.7e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
+
+
+def peak_flops(device: torch.device | str) -> float | None:
+    """The dense bfloat16 peak of a device, or of its CUDA name, in FLOP/s; None if it is not known (the CPU)."""
+    if isinstance(device, torch.device):
+        device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    words = set(re.split(r"[\s\-]+", device))
+    return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
+
+
+def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
+    """Floating-point operations of forward and backward, as for MFU: 6 per weight and token.
+
+    tokens: that enter the model. supervised: that reach the head, which has V x D weights, tied or not; the embeddings
+    are only looked up. Attention and recomputation are not counted.
+    """
+    head = config.vocab_size * config.hidden_size
+    return 6 * (parameters(config).body * tokens + head * supervised)

@@ -43,14 +43,12 @@ import torch
 from contestants import CONTESTANTS, DTYPES, Job, Minem, Padded, change, write_model
 from generate import failed, synchronize
 from memory import resident
-from record import ceilings, facts
+from record import ceilings, facts, flops, peak_flops
 from resources import SHAPES, Shape
 from rich.console import Console
 
 from minem.config import MStepSection
-from minem.device import peak_flops
 from minem.em.packing import Example
-from minem.model.sizes import flops
 
 ALL_SHAPES = {
     "tiny": Shape("small", 64, 4, 2, 16, 128, 512),  # for the tests

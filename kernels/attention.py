@@ -7,11 +7,10 @@ own only their new tokens (the suffix). The segments are attended separately and
 prefix is read once for several siblings. `prefix_rows` and `suffix_rows` give the places in the cache, so that one
 fixed launch (a CUDA graph) serves any slots.
 
-Bytes moved: each prefix once, each suffix once, 2 S H C values in and out. A decode step does 2 H/K operations for each
-key or value channel it reads (14 for Qwen2.5-0.5B), so bandwidth is the floor: at S=256 and 512 bf16 positions, 2 heads
-of 128 channels are 134 MB, 31 us at 4.3 TB/s. Triton: one program for each (tile of queries, key/value head, split of
-256 positions) of either segment, all in one launch, reads its keys and values once for the queries of its tile; a
-second kernel merges a sequence's splits. Between the two pass C fp32 numbers for each split and query.
+Bytes moved: each prefix once, each suffix once, 2 S H C values in and out. Bandwidth is the floor: at S=256 and 512
+bf16 positions, 2 heads of 128 channels are 134 MB, 31 us at 4.3 TB/s. Triton: one program for each (tile of queries,
+key/value head, split of 256 positions) of either segment, all in one launch, reads its keys and values once for the
+queries of its tile; a second kernel merges a sequence's splits.
 
 Shape suffixes: S sequences, H query heads, K key/value heads, G = H / K queries a group, C channels, L positions,
 R prefixes, T groups of at most n siblings.
@@ -51,25 +50,18 @@ def decode_attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(C)) v over the prefix and the suffix of each sequence; grouped-query.
 
-    Args:
-        q: [S, H, C], one query per sequence.
-        prefix_k, prefix_v: [R, K, Lp, C]; positions from prefix_lengths[r] on do not count and must be finite.
-        prefix_lengths: int64 [R]; 0 is allowed.
-        siblings: int64 [T, n], groups of sequences that share a prefix; unused places may name any sequence.
-        sibling_index: int64 [S], the place of each sequence in `siblings.flatten()`.
-        suffix_k, suffix_v: [S, K, Ls, C]; any number of rows with suffix_rows.
-        suffix_lengths: int64 [S], at least 1 (the new token itself is in the suffix).
-        prefix_rows: int64 [T], the prefix of each group (groups may share one); None: the t-th.
-        suffix_rows: int64 [S], the row of each sequence's suffix; None: the s-th.
-        backend: "eager", "triton" or None (by device).
-    Returns:
-        [S, H, C] in the dtype of q; scores and sums in float32 or wider. No gradients: this is for decoding.
+    q [S, H, C], prefix_k and prefix_v [R, K, Lp, C], suffix_k and suffix_v [S, K, Ls, C] (any number of rows with
+    suffix_rows) have one floating dtype, and no NaN anywhere. backend: "eager", "triton" or None (by device).
+    The other tensors are int64. prefix_lengths [R], suffix_lengths [S]: the positions that count; the suffix holds the
+    new token itself. siblings [T, n]: groups of sequences that share a prefix; unused places may name any sequence.
+    sibling_index [S]: the place of each sequence in `siblings.flatten()`. prefix_rows [T]: the prefix of each group,
+    None: the t-th. suffix_rows [S]: the row of each sequence's suffix, None: the s-th.
+
+    Returns [S, H, C] in the dtype of q; scores and sums in float32 or wider. No gradients: this is for decoding.
     """
-    if q.shape[1] % prefix_k.shape[1] or prefix_k.shape[1] != suffix_k.shape[1]:
-        raise ValueError(
-            f"the query heads ({q.shape[1]}) must be a multiple of the key heads, the same in both segments "
-            f"({prefix_k.shape[1]} and {suffix_k.shape[1]})"
-        )
+    heads = [x.shape[1] for x in (q, prefix_k, suffix_k)]
+    if heads[0] % heads[1] or heads[1] != heads[2]:
+        raise ValueError(f"heads of q must be a multiple of the key heads, equal in both segments; got {heads}")
     attend = _decode_attention_triton if pick(backend, q) == "triton" else _decode_attention_eager
     prefix, suffix = (prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)
     return attend(q, prefix, suffix, (siblings, sibling_index), (prefix_rows, suffix_rows))

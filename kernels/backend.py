@@ -3,8 +3,6 @@
 python -m pytest tests/kernels/test_backend.py
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from typing import Any

@@ -2,9 +2,9 @@
 
     loss = -sum_n weight_n * log softmax(hidden_n @ W.T)[target_n]
 
-The per-token weights (EM's responsibilities) are known in the forward pass, so the gradient of a chunk of logits,
-weight_n * (softmax - onehot), is known with it. Forward and backward together need three products of 2 N V D
-operations; with per-token losses as results, the backward pass would have to compute the logits again: a fourth.
+The per-token weights are known in the forward pass, and with them the gradient of a chunk of logits, weight_n *
+(softmax - onehot): three products of 2 N V D operations. With per-token losses as results, the backward pass would have
+to compute the logits again.
 
     one chunk of rows:  logits [C, V] = hidden @ W.T                                  product 1
                         row pass: log-probability of the target, entropy, and the
@@ -84,11 +84,9 @@ def linear_cross_entropy(
 def _check(
     hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, chunk_rows: int | None
 ) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+    if hidden.ndim != 2 or weight.shape != (len(weight), hidden.shape[1]) or len(weight) == 0:
         shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
-        raise ValueError(f"hidden [N, D] and weight [V, D] must share D; got {shapes}")
-    if weight.shape[0] == 0:
-        raise ValueError("weight [V, D] must have at least one row")
+        raise ValueError(f"hidden [N, D] and weight [V, D] must share D, and V is at least 1; got {shapes}")
     if not hidden.is_floating_point() or hidden.dtype != weight.dtype:
         raise ValueError(f"hidden and weight must have one floating dtype; got {hidden.dtype} and {weight.dtype}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:

@@ -1,9 +1,8 @@
 """RMSNorm, with the residual addition before it: sum = x + residual, normed = sum / rms(sum) * weight.
 
-Bytes moved: x and residual in, sum and normed out, 8 D a row in bf16. PyTorch writes the sum and reads it again: 10 D
-bytes and two launches. Triton: a program holds whole rows on chip. The backward pass reads the two gradients and the
-sum and writes one gradient, 8 D bytes. The weight's gradient is summed over rows by a fixed number of programs, each
-into its own row, and these are added in order: no atomics, so bit-equal from run to run.
+Bytes moved: x and residual in, sum and normed out, 8 D a row in bf16, and 8 D backward. PyTorch writes the sum and
+reads it again: 10 D bytes and two launches. The weight's gradient is summed by a fixed number of programs, each into
+its own row, and these are added in order: no atomics, so bit-equal from run to run.
 
     python -m pytest tests/kernels/test_norm.py
 """

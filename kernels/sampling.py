@@ -1,9 +1,8 @@
 """Draw one token per row of logits, and say how likely it was.
 
-One draw costs one uniform number u: the token is where the cumulative probability first passes u (inverse CDF). Noise
-per logit (the Gumbel trick) would cost more instructions than reading the logits. u comes from Philox4x32-10, a
-counter-based generator: key = the row's seed, counter = its position. So a draw depends on (seed, position) and its own
-logits, never on its batch; for the same reason every reduction runs along one row in a fixed order.
+One draw costs one uniform number u: the token is where the cumulative probability first passes u (inverse CDF). u comes
+from Philox4x32-10, a counter-based generator: key = the row's seed, counter = its position. So a draw depends on (seed,
+position) and its own logits, never on its batch; every reduction runs along one row in a fixed order.
 
 The kept set does not depend on the order of equal logits. With x = logits / temperature (stop tokens that are not yet
 allowed at -inf), all filters together, as transformers applies them:

@@ -9,9 +9,6 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -42,9 +39,11 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
             sys.stdout.reconfigure(errors="backslashreplace")
+        if threading.current_thread() is threading.main_thread():  # which alone may set handlers
+            for number in (signal.SIGTERM, signal.SIGUSR1):  # they stop a command as Ctrl-C does
+                signal.signal(number, signal.default_int_handler)
         try:
-            with _stoppable():
-                return super().invoke(ctx)
+            return super().invoke(ctx)
         except click.UsageError as error:
             _refuse(ctx, error)
         except MinemError as error:
@@ -60,24 +59,6 @@ class Commands(click.Group):
             advice = "; give the same command again to resume" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """While open, SIGTERM and SIGUSR1 stop a command as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _refuse(ctx: click.Context, error: click.UsageError) -> NoReturn:

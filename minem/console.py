@@ -3,9 +3,6 @@
     minem train                     # a terminal: one live line, which stays when its stage is done
     minem train 2> train.log        # anything else: plain lines, at most one every ten seconds
 
-        with Progress().stage("iteration 1/4 E-step", total=512) as line:
-            line.update(120, accepted=percent(0.61), tokens_per_s=5300.0)
-
     iteration 1/4 E-step  ━━━━────────────────  120/512  accepted 61.0 %  tokens/s 5,300  0:12, 0:40 left
 
 `minem.text.clean` removes what a terminal would act on in texts of files and models, and rich's markup is off.

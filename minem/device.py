@@ -50,30 +50,6 @@ def out_of_memory(error: BaseException) -> bool:
     return known or isinstance(error, MemoryError)
 
 
-# Dense bfloat16 peak, FLOP/s, from NVIDIA's data sheets (half of what they print with sparsity). The first row whose
-# words are all in torch's device name counts: the SXM form of a card comes last.
-PEAK_FLOPS = (
-    ("B200", 2250e12),
-    ("H200 NVL", 836e12),
-    ("H200", 989e12),
-    ("H100 NVL", 835e12),
-    ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-    ("A40", 149.7e12),
-    ("L40S", 362e12),
-    ("L4", 121e12),
-)
-
-
-def peak_flops(device: torch.device | str) -> float | None:
-    """The dense bfloat16 peak of a device, or of its CUDA name, in FLOP/s; None if it is not known (the CPU)."""
-    if isinstance(device, torch.device):
-        device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    words = set(re.split(r"[\s\-]+", device))
-    return next((peak for name, peak in PEAK_FLOPS if words.issuperset(name.split())), None)
-
-
 def pick_device(name: str) -> torch.device:
     """The device for "auto", "cpu" or "cuda". Raises UserError for "cuda" without a CUDA device."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -97,10 +73,7 @@ def set_deterministic(device: torch.device, wanted: bool) -> None:
 
 
 def limit_threads(model: torch.nn.Module) -> None:
-    """One thread on the CPU for a model as small as the toy, unless OMP_NUM_THREADS is set.
-
-    Its matrix products are too short to share, and threads that wait for each other are slow on a busy machine.
-    """
+    """One thread on the CPU for a model whose products are too short to share, unless OMP_NUM_THREADS is set."""
     parameters = list(model.parameters())
     small = sum(p.numel() for p in parameters) < 10_000_000
     if parameters[0].device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:

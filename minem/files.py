@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from minem.errors import UserError, reason
 
 MEBIBYTE = 1 << 20
@@ -61,15 +63,7 @@ def shortage(folder: Path, needed: int) -> str | None:
     total, _, free = shutil.disk_usage(folder)
     if free >= needed + SPARE or total == 0:  # some network file systems report nothing
         return None
-    return f"about {shown_bytes(needed + SPARE)} are needed and {shown_bytes(free)} are free"
-
-
-def shown_bytes(size: int) -> str:
-    """1234567 -> "1.2 MB"."""
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if size >= unit:
-            return f"{size / unit:.1f} {name}"
-    return f"{size} bytes"
+    return f"about {decimal(needed + SPARE)} are needed and {decimal(free)} are free"
 
 
 def write_atomic(path: Path, content: bytes) -> None:

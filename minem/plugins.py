@@ -4,8 +4,8 @@ minem train --verdict mine:verdict        # the function `verdict` of mine.py in
 """
 
 import hashlib
-import importlib
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,7 @@ from minem.errors import UserError, shown
 
 
 def import_object(name: str, key: str, known: str = "") -> Any:
-    """What "module:attribute" names.
-
-    key: the config key it stands under. known: the built-in names, with commas.
-    Raises UserError where the name has no colon, or the module or the attribute does not exist.
-    """
+    """What "module:attribute" under a config key names, or a UserError. known: the built-in names, with commas."""
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         choices = f"one of {known}, or " if known else ""
@@ -26,12 +22,9 @@ def import_object(name: str, key: str, known: str = "") -> Any:
     if os.getcwd() not in sys.path:  # a console script, unlike `python -m`, does not look into the current folder
         sys.path.insert(0, os.getcwd())
     try:
-        imported = importlib.import_module(module)
+        return pkgutil.resolve_name(name)
     except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise UserError(f"{key} = {name!r}: module {module!r} cannot be imported ({error!r})") from error
-    if not hasattr(imported, attribute):
-        raise UserError(f"{key} = {name!r}: module {module!r} has no {attribute!r}")
-    return getattr(imported, attribute)
+        raise UserError(f"{key} = {name!r} cannot be imported ({error!r})") from error
 
 
 def hash_source(name: str) -> str:
@@ -50,7 +43,5 @@ def check_origin(key: str, name: str, origin: str, flag: str) -> None:
     place = Path.cwd().joinpath(*module.split("."))
     here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
     if top != "minem" and (top in sys.stdlib_module_names or not here):
-        raise UserError(
-            f"{origin}: {key} is {shown(name)}, which is no code of this folder; a config may not run code from "
-            f"elsewhere: if you trust it, give {flag} {name} on the command line"
-        )
+        advice = f"a config may not run code from elsewhere: if you trust it, give {flag} {name} on the command line"
+        raise UserError(f"{origin}: {key} is {shown(name)}, which is no code of this folder; {advice}")

@@ -11,10 +11,7 @@ from typing import Any
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0.
-
-    Unlike the normal approximation it does not collapse to a point at 0 and n successes.
-    """
+    """95 % score interval of a proportion (Wilson 1927), as fractions; (0, 1) for n = 0."""
     if n == 0:
         return 0.0, 1.0
     share, z = successes / n, 1.959963984540054  # the 97.5 % quantile of the standard normal
@@ -95,10 +92,7 @@ def t_quantile(level: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values (1979), in the order given: rejecting those <= alpha keeps its family-wise error.
-
-    The smallest is multiplied by the number of tests, the next by one less, and so on; none falls below the one before.
-    """
+    """Holm's adjusted p-values (1979), in the order given: rejecting those <= alpha keeps its family-wise error."""
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -117,10 +111,9 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequence[bool]) -> tuple[float, float]:
     """Importance sampling of p(y | x), the chance that the model reaches the answer unaided, from K hinted draws.
 
-    log_q: log q(z, y | x, y*) of each draw, under its own prompt. log_p: log pi(z, y | x) of the same token ids, under
-        the plain prompt. accepted: r, whether the draw reached y*.
+    log_q: log q(z, y | x, y*) of each draw. log_p: log pi(z, y | x) of the same token ids. accepted: r, per draw.
     Returns p_hat, the mean of w = r exp(log_p - log_q), unbiased if q can draw every right rationale and K is fixed in
-        advance, not by the first success; and the effective sample size (sum w)^2 / sum w^2, 0 if all were rejected.
+    advance, not by the first success; and the effective sample size (sum w)^2 / sum w^2, 0 if all were rejected.
     """
     logs = [p - q for p, q, right in zip(log_p, log_q, accepted, strict=True) if right]
     if not logs:

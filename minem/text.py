@@ -27,18 +27,17 @@ REDACTED = "[redacted]"
 
 
 def clean(text: str, keep_lines: bool = False) -> str:
-    """The text without what a terminal acts on: control characters and escapes, reordering marks, lone surrogates.
-
-    Line breaks and tabs become spaces; with `keep_lines`, they stay.
-    """
-    if text.isascii() and text.isprintable():  # nearly all text is
-        return text
-    return "".join(_clean_character(character, keep_lines) for character in text)
+    """As `visible`, on one line: line breaks and tabs become spaces. With `keep_lines`, they stay."""
+    shown = visible(text)
+    return shown if keep_lines else shown.replace("\n", " ").replace("\t", " ")
 
 
 def visible(text: str) -> str:
-    """As `clean`, but with unsafe characters as escapes, like \\u202e: for pages that show the complete text."""
-    return "".join(f"\\u{ord(c):04x}" if c not in "\n\t" and _is_unsafe(c) else c for c in text.replace("\r\n", "\n"))
+    """The text with control characters, reordering marks and lone surrogates as escapes, like \\u202e."""
+    if text.isascii() and text.isprintable():  # nearly all text is
+        return text
+    unsafe = {c for c in text if c in BIDI_CONTROLS or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")}
+    return text.replace("\r\n", "\n").translate({ord(c): f"\\u{ord(c):04x}" for c in unsafe - {"\n", "\t"}})
 
 
 def sentence(text: str) -> str:
@@ -56,15 +55,3 @@ def redact(text: str) -> str:
         if len(value) >= 8 and _SECRET_VARIABLE.search(name):
             text = text.replace(value, REDACTED)
     return _NAMED.sub(rf"\1\2{REDACTED}", _TOKEN.sub(REDACTED, text))
-
-
-def _clean_character(character: str, keep_lines: bool) -> str:
-    if character in "\n\t":
-        return character if keep_lines else " "
-    if _is_unsafe(character):
-        return "\N{REPLACEMENT CHARACTER}" if character != "\r" else ""
-    return character
-
-
-def _is_unsafe(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") or character in BIDI_CONTROLS

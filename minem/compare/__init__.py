@@ -1,1 +1,0 @@
-"""Samplers compared over seeds, each a run of its own."""

@@ -10,14 +10,13 @@ on the same examples in the same order, so the weights are those of a run that n
 import time
 from typing import Any
 
-from minem.console import percent
 from minem.device import release_cached_memory
 from minem.em.mstep import MStep
 from minem.errors import Interrupted
 from minem.files import read_rows, write_rows
 from minem.generation.generator import Generator
 from minem.model.tokenizer import Tokenizer
-from minem.model.weights import read_weights, save, saved_bytes
+from minem.model.weights import read_weights, save
 from minem.runs.stages import Run, Stage
 
 KEPT = 2  # checkpoints on the disk
@@ -53,17 +52,17 @@ class Checkpoints:
         self.rows.append(row)
         self.stage.log(**row)
         self.stage.line.total = row["steps"]
-        self.stage.line.update(row["step"], **_facts(row))
+        peak = next(value for key, value in row.items() if key.startswith("peak_"))
+        facts = {key: row[key] for key in ("loss", "grad_norm", "lr")} | {"tokens_per_s": row["tokens_per_second"]}
+        self.stage.line.update(row["step"], **facts, peak_memory=f"{peak / 1e9:.2f} GB")
         ranks, stop = self.run.ranks, self.run.stop
         stopped = ranks.any(bool(stop))
         if stopped or ranks.any(ranks.first and time.monotonic() - self.last > self.seconds):
             self._write(row["step"])
         if stopped:
             why = f"by {stop.signal}" if stop else "with another process"
-            raise Interrupted(
-                f"stopped {why} after step {row['step']} of {row['steps']} of {self.stage.name}, which are kept: "
-                "give the same command again to resume"
-            )
+            where = f"after step {row['step']} of {row['steps']} of {self.stage.name}"
+            raise Interrupted(f"stopped {why} {where}: give the same command again to resume")
 
     def _write(self, step: int) -> None:
         def save_state(stage: Stage) -> None:
@@ -95,7 +94,7 @@ def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card
 
 def export_bytes(mstep: MStep) -> int:
     """Bytes that `export` writes, about."""
-    return saved_bytes(mstep.model) + mstep.state_bytes
+    return sum(p.nbytes for p in mstep.model.parameters()) + mstep.state_bytes
 
 
 def make_room(generator: Generator, mstep: MStep) -> None:
@@ -113,11 +112,3 @@ def restore(run: Run, iteration: int, mstep: MStep) -> None:
         mstep.reset()
     if iteration and (folder / "state").exists():
         mstep.load(folder / "state")
-
-
-def _facts(row: dict[str, Any]) -> dict[str, Any]:
-    """What the line of an M-step shows of a step's metrics."""
-    facts = {key: row[key] for key in ("loss", "grad_norm", "lr")} | {"tokens_per_s": row["tokens_per_second"]}
-    mfu = {} if row["mfu"] is None else {"MFU": percent(row["mfu"])}
-    peak = next(value for key, value in row.items() if key.startswith("peak_"))
-    return facts | mfu | {"peak_memory": f"{peak / 1e9:.2f} GB"}

@@ -27,7 +27,7 @@ from minem.files import read_json
 from minem.model.decoder import Model
 from minem.model.lora import LoRA, adapter_parameters
 from minem.parallel.ranks import Ranks
-from minem.parallel.sharding import assign, complete, gather_weights, local, scatter, sharded_copy
+from minem.parallel.sharding import assign, complete, gather_weights, scatter, sharded_copy
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of each parameter, by its names in torch
 FILE_BYTES = 2 * 2**30  # of one file, about
@@ -44,8 +44,7 @@ def trainable(model: Model, lora: LoRA | None) -> dict[str, nn.Parameter]:
 class Masters(dict[str, Tensor]):
     """The float32 masters, by the names of the parameters.
 
-    model: the generator's model. One rank trains it in place; several train a second model, which is replicated or
-        sharded (`minem.parallel.sharding`) by the strategy, "ddp" or "fsdp".
+    One rank trains the generator's `model` in place; several train a second one, replicated or sharded by `strategy`.
     """
 
     def __init__(self, model: Model, config: MStepSection, lora: LoRA | None, ranks: Ranks, strategy: str) -> None:
@@ -135,12 +134,8 @@ class Masters(dict[str, Tensor]):
         """All values of all masters, on every rank; a collective."""
         return {name: complete(master.detach()) for name, master in self.items()}
 
-    def not_finite(self) -> list[str]:
-        """Names of the masters that are not finite, of which this rank sees its own shard."""
-        return [name for name, master in self.items() if not local(master).isfinite().all()]
-
     def save(self, folder: Path | None, history: Sequence[Sequence[float]]) -> None:
-        """Write masters, AdamW's moments if there are any, and a row of numbers for each update so far.
+        """Write masters, AdamW's moments and a row of numbers for each update so far.
         A collective, since shards are gathered; all ranks but the first give no folder.
         """
         state, files = self._state(), 0

@@ -18,16 +18,16 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from minem.config import MStepSection
-from minem.device import free_memory, out_of_memory, peak_flops, peak_memory
+from minem.device import free_memory, peak_memory
 from minem.em.masters import MOMENTS, Masters, trainable
 from minem.em.packing import Example, Step, pack, plan
-from minem.errors import GuardError, Interrupted, NotFinite, some
+from minem.errors import GuardError, NotFinite, some
 from minem.model.decoder import Model
 from minem.model.lora import LoRA
-from minem.model.sizes import SAFE_SHARE, activation_bytes, flops, loss_bytes
+from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes
 from minem.model.weights import read_weights
 from minem.parallel.ranks import ALONE, Ranks
-from minem.parallel.sharding import complete
+from minem.parallel.sharding import complete, local
 
 
 def learning_rate(config: MStepSection, step: int, steps: int) -> float:
@@ -60,9 +60,9 @@ class Totals(NamedTuple):
 class MStep:
     """Trains a model in place, and keeps float32 masters (`minem.em.masters`) from one iteration to the next.
 
-    Frozen parameters (requires_grad False) stay as they are. With `lora_rank` adapters are trained, which `run` merges
-    into the model's weights. Several ranks train a second model, of which `model` gets the weights at the end of `run`.
-    seed: of new adapters. base: the folder of the weights that the model holds now. LoRA and `restart` need it.
+    With `lora_rank` adapters are trained, which `run` merges into the model's weights. Several ranks train a second
+    model, of which `model` gets the weights at the end of `run`. seed: of new adapters.
+    base: the folder of the weights that the model holds now. LoRA and `restart` need it.
     """
 
     def __init__(
@@ -146,9 +146,8 @@ class MStep:
     ) -> dict[str, Any]:
         """Train on the examples (at least one) for all epochs; after `load`, from the step that it was saved after.
 
-        on_step: called after every update with its `_metrics`, lr and grad_norm (before clipping). It may call `save`.
-        Returns the metrics of all updates together, grad_norm as the mean, the first and the last loss, and counts.
-        Raises GuardError for what is not finite, before the weights are touched; Interrupted if memory runs out.
+        on_step: called after every update with its `_metrics`, lr and grad_norm. It may call `save`. Returns `_finish`.
+        Raises GuardError for what is not finite, before the weights are touched.
         """
         config, lengths = self.config, [len(example) for example in examples]
         cut = {"batch_size": config.batch_size, "pack_tokens": config.pack_tokens, "epochs": config.epochs}
@@ -164,7 +163,8 @@ class MStep:
                 self.history.append(totals)
                 row = {"iteration": iteration, "epoch": step.epoch, "step": number + 1, "steps": len(steps)}
                 on_step({**row, "lr": rate, "grad_norm": totals.grad_norm, **self._metrics(totals)})
-        if self.ranks.any(bool(odd := self.masters.not_finite())):  # no loss after the last update would show it
+        odd = [name for name, master in self.masters.items() if not local(master).isfinite().all()]
+        if self.ranks.any(bool(odd)):  # no loss after the last update would show it
             raise GuardError(f"weights are not finite after the last update ({some(odd)}); lower mstep.lr")
         self.masters.export_weights()
         return self._finish(len(examples), steps)
@@ -172,19 +172,12 @@ class MStep:
     def _step(self, examples: Sequence[Example], step: Step, divisor: float, rate: float) -> Totals:
         """One update of the weights."""
         started = time.perf_counter()
-        try:
-            totals = self.accumulate(examples, step, divisor)
-            norm = self.masters.gradient_norm()
-            grad_norm = float(complete(norm))
-            if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
-                raise self._not_finite(examples, step, totals.loss, grad_norm)
-            self.masters.step(norm, rate)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            sharded = ", or mstep.parallel = fsdp" if self.ranks.size > 1 else ""
-            keys = f"mstep.pack_tokens below {self.config.pack_tokens}, or mstep.checkpointing = full{sharded}"
-            raise Interrupted(f"out of memory in the M-step; resume with {keys}") from error
+        totals = self.accumulate(examples, step, divisor)
+        norm = self.masters.gradient_norm()
+        grad_norm = float(complete(norm))
+        if not (math.isfinite(totals.loss) and math.isfinite(grad_norm)):
+            raise self._not_finite(examples, step, totals.loss, grad_norm)
+        self.masters.step(norm, rate)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()  # or the update would count as a part of the next step
         return totals._replace(grad_norm=grad_norm, seconds=time.perf_counter() - started)
@@ -243,18 +236,14 @@ class MStep:
         }
 
     def _metrics(self, totals: Totals) -> dict[str, Any]:
-        """Loss (weighted as the examples are) and entropy per supervised token, in nats; speed and memory.
-
-        entropy: None if not finite. tokens: prompts included. mfu: FLOP/s over the peak, if that is known.
-        """
-        entropy, peak = totals.entropy / totals.supervised, peak_flops(self.model.device)
-        work = flops(self.model.config, totals.tokens, totals.supervised)
+        """Loss (weighted as the examples are) and entropy (None if not finite) per supervised token, in nats; speed
+        and memory. tokens: prompts included."""
+        entropy = totals.entropy / totals.supervised
         return {
             "loss": totals.loss / totals.weight,
             "entropy": entropy if math.isfinite(entropy) else None,
             "tokens": totals.tokens,
             "supervised_tokens": totals.supervised,
             "tokens_per_second": totals.tokens / totals.seconds,
-            "mfu": None if peak is None else work / totals.seconds / (peak * self.ranks.size),
             **peak_memory(self.model.device),
         }

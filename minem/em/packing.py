@@ -102,8 +102,7 @@ def plan(
 ) -> list[Step]:
     """The optimizer steps of one M-step, in order; a pure function of its arguments.
 
-    lengths: tokens that each example brings into the model. batch_size: the most examples in one step.
-    pack_tokens: capacity of a micro-batch in tokens. ranks: processes that share each step (`Step.share`).
+    lengths: `len` of the examples. batch_size: most examples in a step. pack_tokens: most tokens in a micro-batch.
     """
     # The steps of an epoch are equal to within one example, so that none has a few stragglers only.
     count = math.ceil(len(lengths) / batch_size)  # steps of an epoch

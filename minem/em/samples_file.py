@@ -21,10 +21,9 @@ MEANINGS = {"logprob_plain": "the plain prompt", "logprob_q": "the prompt they w
 def read_samples(
     file: Path, task: Task, prompts: Prompts, max_length: int, vocab_size: int, weights: str, drop_leaks: bool
 ) -> list[Sample]:
-    """The rows with status "accepted", and those without a status.
+    """The rows with status "accepted", and those without a status; with `drop_leaks` no rows that are marked as leaks.
 
-    max_length, vocab_size: of the model, in tokens. drop_leaks: leave out rows that are marked as leaks.
-    weights: as `mstep.weights`; "importance" needs both log-probabilities of each row.
+    max_length, vocab_size: of the model, in tokens. weights: as `mstep.weights`.
     Raises UserError for a row without a training question, fitting token ids or a log-probability that is needed.
     """
     questions, tokenizer = {question.id: question for question in task.train}, prompts.tokenizer
@@ -39,10 +38,8 @@ def read_samples(
             raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
         prompt = prompts.trained(question)
         if outside := [i for i in (*ids, *prompt) if not 0 <= i < vocab_size]:
-            raise UserError(
-                f"{where}: token id {outside[0]} is outside the model's vocabulary of {vocab_size}; the samples must "
-                "come from a model with the same tokenizer"
-            )
+            reason = f"outside the model's vocabulary of {vocab_size}; the samples come from another tokenizer"
+            raise UserError(f"{where}: token id {outside[0]} is {reason}")
         text = row.get("text")
         if isinstance(text, str) and tokenizer.decode(ids).split() != text.split():
             raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")

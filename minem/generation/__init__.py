@@ -1,1 +1,0 @@
-"""Many draws at once from a KV cache whose slots refill as sequences finish."""

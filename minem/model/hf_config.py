@@ -53,14 +53,12 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], source: str = "config.json") -> Self:
-        """Read a parsed config.json; `source` is its path, for messages.
-
-        UserError names a field that is missing, has the wrong type, or asks for what this decoder does not support.
-        """
+        """Read a parsed config.json (its path is `source`). UserError names a field that is missing or unsupported."""
         _refuse_unsupported(raw, source)
         kind, bias = raw["model_type"], bool(raw.get("attention_bias", False))
-        width = _positive(raw, "hidden_size", source)
-        heads = _positive(raw, "num_attention_heads", source)
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = {name: _positive(raw, name, source) for name in names}
+        width, heads = sizes["hidden_size"], sizes["num_attention_heads"]
         groups = _positive(raw, "num_key_value_heads", source, heads)
         if heads % groups:
             raise UserError(f"{source}: num_attention_heads = {heads} is no multiple of num_key_value_heads = {groups}")
@@ -70,11 +68,7 @@ class ModelConfig:
             raise UserError(f"{source}: head_dim must be even for rotary embedding, not {head_dim}")
         return cls(
             model_type=kind,
-            vocab_size=_positive(raw, "vocab_size", source),
-            hidden_size=width,
-            intermediate_size=_positive(raw, "intermediate_size", source),
-            num_hidden_layers=_positive(raw, "num_hidden_layers", source),
-            num_attention_heads=heads,
+            **sizes,
             num_key_value_heads=groups,
             head_dim=head_dim,
             rms_norm_eps=_number(raw, "rms_norm_eps", source, 1e-6),

@@ -6,9 +6,8 @@ A linear layer W becomes W + scale * B A with scale = alpha / rank, A [rank, in]
 training starts at W itself (Hu et al. 2021, arXiv 2106.09685). Only A and B have gradients, float32 masters and AdamW's
 state. A merged layer has an A and a B for each of its projections (`minem.model.weights.PARTS`).
 
-The one set of weights holds W while A and B train, and W + scale * B A at all other times: the model that samples, is
-evaluated and is saved is an ordinary one. Rounding does not accumulate over iterations, because each merge starts from
-the base weights, read again from their file.
+The one set of weights holds W while A and B train, and W + scale * B A at all other times. Rounding does not accumulate
+over iterations, because each merge starts from the base weights, read again from their file.
 """
 
 import json
@@ -33,8 +32,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 class Adapter(nn.Module):
     """The low-rank terms of one linear layer, in the module tree only during training.
 
-    rows: output features of each projection of the layer, by its Hugging Face name, in the order of its rows.
-    targets: the projections to train, by the last part of their names. width: input features of the layer.
+    rows: output features of each projection of the layer, by its Hugging Face name. targets: those to train, by the
+    last part of their names. width: input features of the layer.
     """
 
     def __init__(self, rows: Mapping[str, int], targets: list[str], width: int, rank: int, scale: float):
@@ -59,9 +58,8 @@ class Adapter(nn.Module):
 class LoRA:
     """The adapters of a model; its own parameters stay frozen.
 
-    targets: as for `read_targets`. seed: of the random A, the same in every process.
-    base: the folder of the model's current weights, from which each merge starts.
-    Raises UserError if the rank is above the model's width.
+    targets: as for `read_targets`. seed: of the random A, the same in every process. base: the folder of the model's
+    current weights, from which each merge starts. Raises UserError if the rank is above the model's width.
     """
 
     def __init__(self, model: Model, rank: int, alpha: float, targets: str, seed: int, base: Path):
@@ -99,14 +97,11 @@ class LoRA:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """While open, the model computes with base weights and adapters.
-
-        Each adapter runs inside its own block's forward, so that blocks can be sharded or recomputed.
-        """
+        """While open, the model computes with base weights and adapters, each inside its own block's forward."""
         self._unmerge()
         for linear, adapter in self.adapters.items():
             linear.add_module("lora", adapter)
-        hooks = [linear.register_forward_hook(_add_low_rank) for linear in self.adapters]
+        hooks = [linear.register_forward_hook(lambda own, x, y: own.lora(x[0], y)) for linear in self.adapters]
         try:
             yield
         finally:
@@ -160,10 +155,6 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for short, name in adapter.names.items()
         for letter, factors in (("A", adapter.A), ("B", adapter.B))
     }
-
-
-def _add_low_rank(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return linear.get_submodule("lora")(inputs[0], output)
 
 
 def _peft_name(module: str, letter: str) -> str:

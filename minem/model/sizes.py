@@ -1,4 +1,4 @@
-"""The size of a decoder, from its config alone: parameters, FLOPs, and the bytes that training keeps.
+"""The size of a decoder, from its config alone: parameters, and the bytes that training keeps.
 
 minem train --dry-run
 """
@@ -55,23 +55,13 @@ def read_targets(text: str) -> list[str]:
     return [name for name in TARGETS if "all" in names or name in names]
 
 
-def flops(config: ModelConfig, tokens: int, supervised: int) -> int:
-    """Floating-point operations of forward and backward, as for MFU: 6 per weight and token.
-
-    tokens: that enter the model. supervised: that reach the head, which has V x D weights, tied or not; the embeddings
-    are only looked up. Attention and recomputation are not counted.
-    """
-    head = config.vocab_size * config.hidden_size
-    return 6 * (parameters(config).body * tokens + head * supervised)
-
-
 def activation_bytes(
     config: ModelConfig, tokens: int, supervised: int, checkpointed: int, dtype: torch.dtype, device: str = "cuda"
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without those of `loss_bytes`.
 
-    tokens, supervised: as for `flops`.
-    checkpointed: blocks that keep their input alone. The backward pass recomputes one of them at a time.
+    tokens: that enter the model. supervised: that reach the head.
+    checkpointed: blocks that keep their input alone, recomputed one at a time.
     device: "cuda" for the Triton kernels, or "cpu" for the eager references, which keep more.
     """
     width, size = config.hidden_size, dtype.itemsize
@@ -85,10 +75,7 @@ def activation_bytes(
 def loss_bytes(
     config: ModelConfig, supervised: int, dtype: torch.dtype, device: str = "cuda", trained: bool = True
 ) -> int:
-    """Bytes at the peak of `linear_cross_entropy`, beside those of `activation_bytes`.
-
-    trained: whether the head gets a gradient; under LoRA it does not.
-    """
+    """Bytes at the peak of `linear_cross_entropy`. trained: the head gets a gradient; under LoRA it does not."""
     vocabulary, size = config.vocab_size, dtype.itemsize
     rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))  # of one chunk of logits
     # Eager: shifted logits and their exponentials in float32, and the logits themselves if these are narrower.

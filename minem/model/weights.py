@@ -3,8 +3,8 @@
     python -c "import minem; m, t = minem.load('toy'); minem.save(m, t, 'copy')"
 
 Queries, keys and values are one merged parameter in the model and three tensors in the file, gate and up one and two.
-`checkpoint_views` gives each tensor of the file as a slice of a parameter; reading and writing both use it. Reading
-copies from the memory-mapped file into the parameters, so there is never a second copy of the weights in memory.
+`checkpoint_views` gives each tensor of the file as a slice of a parameter, into which reading copies from the
+memory-mapped file: there is never a second copy of the weights in memory.
 """
 
 import json
@@ -29,6 +29,7 @@ from minem.model.tokenizer import Tokenizer, copy_files
 TOY = Path(__file__).parents[1] / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
+FILE_NAMES = "model{suffix}.safetensors"
 FILE_DTYPES = ("F64", "F32", "F16", "BF16")
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 16 * 2**20  # bytes of a shard index, which names every tensor
@@ -57,8 +58,7 @@ def load(
     """Load a model and its tokenizer, ready for evaluation and for training.
 
     folder_or_hub_id: a local Hugging Face folder, a hub id ("Qwen/Qwen2.5-0.5B-Instruct"), or "toy".
-    device: "meta" checks the folder and copies no weights. dtype: the weights are converted to it.
-    revision: branch, tag or commit on the hub.
+    device: "meta" checks the folder and copies no weights. revision: branch, tag or commit on the hub.
     Raises UserError for a broken or missing file, and for tensors that do not fit the config.
     """
     folder = resolve(folder_or_hub_id, revision)
@@ -143,11 +143,6 @@ def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     _write_weights(model, folder)
 
 
-def saved_bytes(model: Model) -> int:
-    """Bytes of the weights that `save` writes; its other files are small."""
-    return sum(view.nbytes for view in checkpoint_views(model).values())
-
-
 def checkpoint_views(model: Model) -> dict[str, Tensor]:
     """Each tensor of the checkpoint, by its Hugging Face name, as a contiguous view of the model's parameters."""
     config = model.config
@@ -197,19 +192,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _write_weights(model: Model, folder: Path) -> None:
     """Write model.safetensors, or shards of at most SHARD_BYTES with their index."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     for old in folder.glob("model*.safetensors*"):  # a single file of an earlier save would hide new shards
         old.unlink()
-    shards: list[dict[str, Tensor]] = [{}]
-    for name, tensor in checkpoint_views(model).items():
-        if shards[-1] and sum(t.nbytes for t in shards[-1].values()) + tensor.nbytes > SHARD_BYTES:
-            shards.append({})
-        shards[-1][name] = tensor
-    files: dict[str, str] = {}  # tensor -> its file
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / name, {"format": "pt"})
+    views = checkpoint_views(model)
+    shards = split_state_dict_into_shards_factory(
+        views, get_storage_size=lambda view: view.nbytes, filename_pattern=FILE_NAMES, max_shard_size=SHARD_BYTES
+    )
+    for name, tensors in shards.filename_to_tensors.items():
+        save_file({tensor: views[tensor] for tensor in tensors}, folder / name, {"format": "pt"})
         (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
-        files |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": saved_bytes(model)}, "weight_map": files}
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -17,6 +17,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
+from torch import cuda, distributed
+from torch.distributed.rendezvous import rendezvous
+
 from minem.errors import Interrupted, UserError
 from minem.parallel.ranks import ALONE, Ranks
 
@@ -38,10 +41,7 @@ def check_gpus(count: int, device: str) -> None:
     """UserError if torch sees fewer GPUs than `--gpus` asks for."""
     if count == 1 or device == "cpu":
         return
-    from torch import cuda
-
-    if count > cuda.device_count():
-        found = cuda.device_count()
+    if count > (found := cuda.device_count()):
         advice = f"give --gpus {found} or fewer" if found else "--device cpu runs them as processes on the CPU"
         raise UserError(f"--gpus {count}, but torch sees {found} CUDA device(s) here; {advice}")
 
@@ -94,8 +94,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 def joined(device: str) -> Iterator[Ranks]:
     """This process among those that torchrun or `launch` started with it; ALONE if there is no other.
 
-    device: "auto", "cpu" or "cuda". On GPUs each process takes the one of its local rank.
-
+    device: "auto", "cpu" or "cuda"; each process takes the GPU of its local rank.
     The first process that fails raises its error; the others exit silently, with the same code.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -103,8 +102,6 @@ def joined(device: str) -> Iterator[Ranks]:
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
         raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes by --gpus N or torchrun")
-    from torch import cuda, distributed
-    from torch.distributed.rendezvous import rendezvous
 
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a process ends with its agent
@@ -113,10 +110,8 @@ def joined(device: str) -> Iterator[Ranks]:
     store.set_timeout(TIMEOUT)
     try:
         if on_gpu:
-            if (gpu := int(os.environ["LOCAL_RANK"])) >= cuda.device_count():
-                raise UserError(
-                    f"a process needs GPU {gpu}, but torch sees {cuda.device_count()}; start fewer processes"
-                )
+            if (gpu := int(os.environ["LOCAL_RANK"])) >= (seen := cuda.device_count()):
+                raise UserError(f"a process needs GPU {gpu}, but torch sees {seen}; start fewer processes")
             cuda.set_device(gpu)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # host values never touch a GPU
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -2,12 +2,14 @@
 
     ranks.gather(len(ranks.share(costs)))      # [12, 11] in both of two processes
 
-`minem.parallel.launch` makes the Ranks of a process. torch.distributed is the engine: gradients travel through NCCL on
-GPUs and gloo on the CPU, the host's values always through gloo.
+Gradients travel through NCCL on GPUs and gloo on the CPU, the host's values always through gloo.
 """
 
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import distributed
 
 
 class Ranks:
@@ -42,10 +44,8 @@ class Ranks:
         """The sums over all processes, in float64."""
         if self.size == 1:
             return list(values)
-        import torch
-
         sums = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(sums)
+        distributed.all_reduce(sums)
         return [float(value) for value in sums.tolist()]
 
     def any(self, flag: bool) -> bool:
@@ -56,8 +56,6 @@ class Ranks:
         """The values of all processes by rank, in all processes."""
         if self.size == 1:
             return [value]
-        from torch import distributed
-
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
@@ -66,8 +64,6 @@ class Ranks:
         """The first process's value, in all processes."""
         if self.size == 1:
             return value
-        from torch import distributed
-
         values = [value]
         distributed.broadcast_object_list(values)
         return values[0]

@@ -8,8 +8,7 @@ older DistributedDataParallel reduces gradients in the dtype of the weights; bfl
 Each block is one unit: its weights are cast to the working dtype and gathered for their turn and freed after it,
 gradients are summed in float32, and the optimizer works on the float32 masters of this process alone.
 
-The generator keeps its own complete working weights on every process; `gather_weights` refreshes them from the masters
-once per iteration, one tensor at a time.
+The generator keeps its own complete working weights, which `gather_weights` refreshes once per iteration.
 """
 
 import copy
@@ -28,13 +27,16 @@ from minem.parallel.ranks import Ranks
 def sharded_copy(model: Model, ranks: Ranks, replicate: bool) -> Model:
     """A model with the values of `model` whose trained parameters are float32 and live on the mesh; a collective.
 
-    Parameters that `model` does not train (requires_grad False) keep its dtype.
-
-    replicate: every process holds all of them ("ddp"), or its shard only ("fsdp").
+    Frozen parameters keep their dtype. replicate: every process holds all of them ("ddp"), or its shard only ("fsdp").
     """
     shape, names = ((ranks.size, 1), ("replicas", "shards")) if replicate else ((ranks.size,), ("shards",))
     mesh = init_device_mesh(model.device.type, shape, mesh_dim_names=names)
-    sharded = _on_meta(model)
+    # First without memory: the complete float32 weights of a large model are never on one device.
+    stand_ins: dict[int, Any] = {}
+    for p in model.parameters():
+        dtype = torch.float32 if p.requires_grad else p.dtype
+        stand_ins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), p.requires_grad)
+    sharded = copy.deepcopy(model, stand_ins)
     policy = MixedPrecisionPolicy(param_dtype=model.dtype, reduce_dtype=torch.float32)
     for unit in (*sharded.layers, sharded):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -45,15 +47,6 @@ def sharded_copy(model: Model, ranks: Ranks, replicate: bool) -> Model:
     sharded.to_empty(device=model.device)
     scatter(model, sharded)
     return sharded
-
-
-def _on_meta(model: Model) -> Model:
-    """A copy without memory: the complete float32 weights of a large model are never on one device."""
-    stand_ins: dict[int, Any] = {}
-    for p in model.parameters():
-        dtype = torch.float32 if p.requires_grad else p.dtype
-        stand_ins[id(p)] = nn.Parameter(torch.empty_like(p, device="meta", dtype=dtype), p.requires_grad)
-    return copy.deepcopy(model, stand_ins)
 
 
 @torch.no_grad()

@@ -15,10 +15,7 @@ from minem.errors import Interrupted
 
 
 class Stop:
-    """True once this process was asked to stop.
-
-    signal: by which one: "SIGTERM", "SIGUSR1" or "Ctrl-C".
-    """
+    """True once this process was asked to stop, by `signal`: "SIGTERM", "SIGUSR1" or "Ctrl-C"."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -29,16 +26,13 @@ class Stop:
     def check(self, what: str) -> None:
         """Raises Interrupted if this process was asked to stop; `what` is being done."""
         if self:
-            raise Interrupted(
-                f"stopped by {self.signal} in {what}; what was finished is kept: give the same command again to resume"
-            )
+            raise Interrupted(f"stopped by {self.signal} in {what}; give the same command again to resume")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While open, signals are noted here."""
-        before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        }
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:

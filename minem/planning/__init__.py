@@ -1,1 +1,0 @@
-"""What a run needs before it starts, and what this machine has."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.filesize import decimal
 
 from minem.config import Config
 from minem.data.prompts import Prompts
@@ -25,7 +26,6 @@ from minem.em.checkpoints import KEPT
 from minem.em.loop import Experiment
 from minem.em.packing import plan
 from minem.em.samplers import prompts_of
-from minem.files import shown_bytes
 from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
 from minem.planning.memory import Work, e_step, fitted, m_step, trains
 from minem.runs.folder import default_path
@@ -70,7 +70,7 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
     disk = _disk(config, counts, counted.total, trained, model.dtype.itemsize)
     needs = {"E-step": (e_bytes, free), "M-step": (m_bytes, int(SAFE_SHARE * free))}
     needs["disk"] = (disk["total"], disk["free"])
-    short = {part: f"{shown_bytes(a)} of {shown_bytes(b)}" for part, (a, b) in needs.items() if a > b}
+    short = {part: f"{decimal(a)} of {decimal(b)}" for part, (a, b) in needs.items() if a > b}
     peaks = {"e_step_peak": taken + e_bytes, "m_step_peak": taken + m_bytes}
     return {
         "run": str(config.run.out or default_path(config)),
@@ -161,12 +161,12 @@ def tables(result: Mapping[str, Any]) -> list[tuple[list[str], list[list[Any]]]]
     more = {"taken already": memory["taken"], "at most": 0, "free or taken already": memory["free"] + memory["taken"]}
     both = [memory[step] | more | {"at most": memory[f"{step}_peak"]} for step in ("e_step", "m_step")]
     parts = memory["e_step"] | memory["m_step"] | more
-    rows = [[part, *(shown_bytes(step[part]) if part in step else "" for step in both)] for part in parts]
+    rows = [[part, *(decimal(step[part]) if part in step else "" for step in both)] for part in parts]
     processes = f" of each of {result['work']['ranks']} processes ({result['parallel']})" if result["parallel"] else ""
     title = f"memory{processes} on {result['device']}, {result['dtype']}"
     return [
         ([result["model"], "number"], [[f"parameters, {kind}", n] for kind, n in result["parameters"].items()]),
         ([title, "E-step", "M-step"], rows),
         (["each iteration", "at most"], [[name.replace("_", " "), n] for name, n in result["iteration"].items()]),
-        ([f"disk, {result['run']}", "at most"], [[part, shown_bytes(size)] for part, size in result["disk"].items()]),
+        ([f"disk, {result['run']}", "at most"], [[part, decimal(size)] for part, size in result["disk"].items()]),
     ]

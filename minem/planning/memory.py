@@ -16,9 +16,8 @@ from minem.generation.kv_cache import MIN_ROWS, cache_bytes, fitting_slots
 from minem.model.hf_config import ModelConfig
 from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes, parameters
 
-# Of all other parts, on the CPU, whose heap has gaps between tensors that stay and tensors that come and go. Runs of
-# 59 M parameters (the slow test) took 1 to 13 % more in one process; among several, where FSDP makes and frees whole
-# blocks all the time, 28 and 38 %. A GPU's gaps are in SAFE_SHARE.
+# Of all other parts, for gaps in the heap of a CPU. Runs of 59 M parameters (the slow test) took 1 to 13 % more in one
+# process, 28 and 38 % among several, where FSDP makes and frees whole blocks. A GPU's gaps are in SAFE_SHARE.
 MARGIN, MARGIN_AMONG_SEVERAL = 0.05, 0.3
 
 
@@ -75,11 +74,7 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
 def fitted(
     config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int, checkpointing: str = "auto"
 ) -> Work:
-    """The work as a run will do it with `free` bytes: as many slots and, under "auto", as few recomputed blocks as fit.
-
-    The cache is released for an M-step that does not fit beside it, before anything is recomputed. What never fits is
-    returned with one slot, or with all blocks recomputed.
-    """
+    """The work as a run does it with `free` bytes: as many slots (one at least) and as few recomputed blocks as fit."""
     beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
     slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))
     blocks = config.num_hidden_layers

@@ -1,1 +1,0 @@
-"""What a person reads about a run: the HTML report, charts, tables, samples."""

@@ -43,9 +43,8 @@ STYLE |= {"grid.color": "#000000", "grid.alpha": 0.15}
 def draw(curves: Mapping[int, Sequence[Point]], share: bool, x_label: str, name: str) -> str:
     """An <svg> element with curves and their bands. Numbers of 1,000 and more are shortened on both axes ("12k").
 
-    curves: by the number that chooses colour and dashes.
+    curves: by the number that chooses colour and dashes. name: for screen readers.
     share: show percent, at least ten points of it, and nothing outside 0 to 100; other axes start at 0.
-    name: for screen readers.
     """
     figure = Figure(figsize=(4.2, 2.5))
     axes = figure.add_axes((0.15, 0.2, 0.83, 0.77), xlabel=x_label, ylabel="%" if share else "")

@@ -147,26 +147,7 @@ def _series(run: Run, stage: str, key: str) -> dict[int, float]:
     return run.series(stage, key)
 
 
-def acceptance_by_stage(name: str, run: Run) -> dict[str, Any] | None:
-    """Attempts by prompt and number, a column for each iteration, as the diagnostics counted them."""
-    cells: dict[int, dict[tuple[str, int], str]] = {}
-    for i in run.iterations:
-        for one in run.result(i, "diagnostics").get("attempts") or ():
-            text = f"{percent(one['accepted'] / one['drawn'])} of {one['drawn']:,}"
-            cells.setdefault(i, {})[one["prompt"], one["attempt"]] = text
-    stages = sorted(set().union(*cells.values()), key=lambda stage: (stage[0] != "plain", stage[1]))
-    rows = [[f"{prompt}, attempt {n}", *(by.get((prompt, n), "") for by in cells.values())] for prompt, n in stages]
-    return {"name": name, "columns": ["prompt", *(f"iteration {i}" for i in cells)], "rows": rows} if rows else None
-
-
 def warnings(name: str, run: Run) -> list[str]:
-    """The warnings of a run's E- and M-steps (minem.em.warnings)."""
-    steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "mstep")]
+    """The warnings of a run's stages (minem.em.warnings)."""
+    steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "diagnostics", "mstep")]
     return [f"{name}, iteration {i}: {sentence}" for i, result in steps for sentence in result.get("warnings", ())]
-
-
-def falls(name: str, run: Run) -> list[str]:
-    """Sentences on hinted acceptance that fell."""
-    hinted = run.series("diagnostics", "hinted")
-    fell = [i for i in hinted if run.result(i, "diagnostics").get("falling") and 1 in hinted]
-    return [f"{name}: from {percent(hinted[1])} in iteration 1 to {percent(hinted[i])} in iteration {i}" for i in fell]

@@ -9,7 +9,6 @@ script run and nothing be fetched.
 
 import base64
 import hashlib
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import minem
-from minem.em.diagnostics import FALLING_RULE
 from minem.errors import UserError
 from minem.files import TOML_LIMIT, own_file, read_limited, write_atomic
 from minem.report import figures
@@ -52,6 +50,7 @@ def _render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters["visible"] = lambda value: visible(str(value))
     names = [run.path.resolve().name for run in runs]
     named = [(n if names.count(n) == 1 else str(run.path), run) for n, run in zip(names, runs, strict=True)]
@@ -67,11 +66,8 @@ def _render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:
         summary=[figures.summary(*one) for one in named],
         warnings=[sentence for one in named for sentence in figures.warnings(*one)],
         tasks=figures.by_task(runs),
-        stages=[stages for one in named if (stages := figures.acceptance_by_stage(*one))],
-        falls=[sentence for one in named for sentence in figures.falls(*one)],
-        falling_rule=FALLING_RULE,
         runs=[_reproduction(*one) for one in named],
-        data=_for_script(_lists(named)),
+        data=_lists(named),
     )
 
 
@@ -149,10 +145,3 @@ def _shown(value: Any) -> Any:
         rest = len(value) - TEXT_LIMIT
         return visible(value[:TEXT_LIMIT]) + (f" … ({rest:,} more characters)" if rest > 0 else "")
     return round(value, 3) if isinstance(value, float) else value
-
-
-def _for_script(data: Any) -> str:
-    """JSON that can stand inside a <script>: nothing in it ends the element, begins another, or ends a line."""
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    escapes = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
-    return text.translate(escapes).encode("utf-8", "replace").decode()

@@ -104,13 +104,13 @@ class Run:
         return task
 
     @cached_property
-    def _questions(self) -> dict[str, dict[str, Question]]:
-        """{split: {id: question}}; empty without the task."""
-        return {s: {q.id: q for q in getattr(self.task, s, ())} for s in ("train", "test")}
+    def _questions(self) -> dict[tuple[str, str], Question]:
+        """By split and id; empty without the task."""
+        return {(s, q.id): q for s in ("train", "test") for q in getattr(self.task, s, ())}
 
     def prompt(self, id_: str, kind: str = "plain", split: str = "train") -> str | None:
         """The words of a question's plain or hinted prompt, without shots; None if they are not available."""
-        question, section = self._questions[split].get(id_), self.config["task"]
+        question, section = self._questions.get((split, id_)), self.config["task"]
         hint = self.config["sampler"].get("hint") if kind == "hinted" else None
         if question is None:
             return None
@@ -118,7 +118,7 @@ class Run:
             words = load_prompts(section.get("prompt"), section["name"])
         except UserError:
             return None
-        if words.sha256 != self.facts.get("inputs", {}).get("prompts"):
+        if words.sha256 != self.facts.get("inputs", {}).get("prompts") or hint not in (None, *words.hinted):
             return None
         return words.messages(question, hint)[-1]["content"]
 
@@ -144,16 +144,11 @@ def checked(*paths: Path) -> Iterator[None]:
 
 
 def choose(runs: Sequence[Run], most: int, characters: int) -> tuple[list[tuple[int, SimpleNamespace]], int]:
-    """At most `most` samples as (number of the run, row), and how many samples there are.
-
-    Questions are taken whole, in the order of a hash of their ids, until `most` rows or `characters` of text are full:
-    so each can be followed through all iterations and samplers.
-    """
+    """At most `most` samples, of whole questions in random order, as (number of the run, row); and how many in all."""
     counts, sizes = Counter[str](), Counter[str]()  # the files are read twice, so that few rows are held in memory
-    for run in runs:
-        for row in run.samples():
-            counts[row.id] += 1
-            sizes[row.id] += len(row.text)
+    for row in (row for run in runs for row in run.samples()):
+        counts[row.id] += 1
+        sizes[row.id] += len(row.text)
     ids, rows, size = set[str](), 0, 0
     for id_ in sorted(counts, key=lambda id_: hashlib.sha256(id_.encode("utf-8", "surrogatepass")).digest()):
         rows, size = rows + counts[id_], size + sizes[id_]

@@ -1,1 +1,0 @@
-"""A run on disk: its directory, its stages, and how it resumes."""

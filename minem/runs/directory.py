@@ -3,15 +3,10 @@
     minem train                                  # makes runs/toy.rsm8.toy-llama.s0, or continues it
     cat runs/toy.rsm8.toy-llama.s0/journal.jsonl
 
-    config.toml     the config, as `minem train RUN/config.toml --out NEW` reads it back
-    run.json        versions, command line, commit, inputs, start
-    journal.jsonl   one line per finished stage: the state of a run is the replay of this file
-    metrics.jsonl   numbers to plot, one line at a time
-    iter-00/ ...    what the stages wrote
-
-A stage writes every file beside its place, under a name that starts with ".partial."; at its end the files are flushed
-to the disk and renamed, and then the journal gets its line, with the size and the SHA-256 of each file. So a file under
-its own name is complete, a finished stage has all its files, and a stage in flight when a run dies is done again.
+The state of a run is the replay of its journal. A stage writes every file beside its place, under a name that starts
+with ".partial."; at its end the files are flushed to the disk and renamed, and then the journal gets its line, with the
+size and the SHA-256 of each file. So a file under its own name is complete, a finished stage has all its files, and a
+stage in flight when a run dies is done again.
 """
 
 import contextlib
@@ -23,29 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
+from minem import files
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
-from minem.files import (
-    PARTIAL,
-    complete_rows,
-    damaged,
-    flush_folders,
-    flush_tree,
-    is_as_written,
-    is_full,
-    json_line,
-    manifest,
-    own_file,
-    read_json,
-    read_toml,
-    remove,
-    shortage,
-    write_atomic,
-)
 from minem.runs.folder import claim, default_path, disk_errors, full_disk, refuse
 from minem.runs.record import now, run_facts
 
-JOURNAL_LIMIT = 256 << 20  # bytes
 STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
 # May differ when a run resumes: they change memory and time, and results by rounding only.
 MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
@@ -65,32 +43,32 @@ class Record:
         """Where to write the file or folder that becomes `name` in the run directory when the stage is done."""
         final = self._folder / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(PARTIAL + final.name)
-        remove(partial)
+        partial = final.with_name(files.PARTIAL + final.name)
+        files.remove(partial)
         self._paths.append((partial, final))
         return partial
 
     def commit(self) -> dict[str, dict[str, Any]]:
         """Flush and rename all files; returns their manifest, {name: {"bytes": ..., "sha256": ...}}."""
-        files: dict[str, dict[str, Any]] = {}
+        written: dict[str, dict[str, Any]] = {}
         for partial, final in self._paths:
-            flush_tree(partial)
-            files |= manifest(partial, final.relative_to(self._folder).as_posix())
+            files.flush_tree(partial)
+            written |= files.manifest(partial, final.relative_to(self._folder).as_posix())
         for partial, final in self._paths:
             if final.is_dir():  # left by a run that died before its journal line: os.replace does not replace folders
-                remove(final)
+                files.remove(final)
             os.replace(partial, final)
         for parent in {final.parent for _, final in self._paths}:
-            flush_folders(parent, self._folder)
-        return files
+            files.flush_folders(parent, self._folder)
+        return written
 
     def abandon(self) -> None:
         """Remove what was written."""
         for partial, _ in self._paths:
-            remove(partial)
+            files.remove(partial)
 
 
-class RunDirectory:
+class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     """A run directory held open by this process alone.
 
     with RunDirectory.open(config, command=sys.argv) as run:
@@ -103,7 +81,7 @@ class RunDirectory:
         self.path = path
         self.config = config
         self.changes: list[str] = []  # of MEMORY_ALONE, since the run was started
-        self.on_metrics: Callable[[str, Mapping[str, Any]], None] = lambda stage, values: None
+        self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # called with each line of metrics
         self._lock = lock
         self._lines: dict[str, dict[str, Any]] = {}  # of the journal, by stage
 
@@ -119,11 +97,8 @@ class RunDirectory:
     ) -> Self:
         """Make the directory `config.run.out` (by default `default_path`), or resume the run that is in it.
 
-        command: the command line, for the record.
-        overwrite: remove a run that is already there.
-        inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}. A run is resumed
-            only with the same ones.
-        origins: where values of the config were written (`minem.config.origins`), for the record.
+        command, origins (`minem.config.origins`): for the record. overwrite: remove a run that is already there.
+        inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}.
 
         Raises UserError if the directory holds something else, belongs to a running process, was started with a
         different config (MEMORY_ALONE apart) or other inputs, or cannot be written; Interrupted if the disk is full.
@@ -134,7 +109,7 @@ class RunDirectory:
             run._start_or_resume(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
         except BaseException as error:
             run.close()
-            if is_full(error):
+            if files.is_full(error):
                 raise full_disk(path) from error
             if isinstance(error, OSError):
                 raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
@@ -153,9 +128,6 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -166,19 +138,16 @@ class RunDirectory:
 
     def damaged(self, stage: str) -> list[str]:
         """The files of a finished stage that are missing or not what it wrote."""
-        files = self._lines[stage]["files"].items()
-        return [name for name, written in files if not is_as_written(self.path / name, written)]
+        entries = self._lines[stage]["files"].items()
+        return [name for name, written in entries if not files.is_as_written(self.path / name, written)]
 
     def undo(self, stage: str) -> list[str]:
-        """Take back a finished stage and all that came after it; they will be done again. Returns their names.
-
-        Their files stay until they are replaced, as after a run that died before its journal line.
-        """
+        """Take back a finished stage and all after it; returns their names. Their files stay until replaced."""
         stages = list(self._lines)
         undone = stages[stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}
         with disk_errors(self.path):
-            write_atomic(self.path / "journal.jsonl", b"".join(map(json_line, kept.values())))
+            files.write_atomic(self.path / "journal.jsonl", b"".join(map(files.json_line, kept.values())))
             self._lines = kept
             self._drop_metrics()
         return undone
@@ -187,35 +156,31 @@ class RunDirectory:
     def stage(self, name: str, writes: int = 0) -> Iterator[Record]:
         """Do a stage: all that it writes appears at once when the block ends well, and nothing otherwise.
 
-        writes: bytes, about, that the disk must have room for before the stage begins.
-
-        Raises Interrupted if the disk is full or broken, or too full to begin: nothing but this stage is lost.
+        writes: bytes, about, that the disk must have room for. Raises Interrupted if it is full or broken.
         """
         with disk_errors(self.path, f": it continues with {name}"):
-            if short := shortage(self.path, writes):
-                raise Interrupted(
-                    f"the disk of {self.path} has no room for {name}: {short}; free some space, then give the same "
-                    "command again"
-                )
+            if short := files.shortage(self.path, writes):
+                more = f"{short}; free some space, then give the same command again"
+                raise Interrupted(f"the disk of {self.path} has no room for {name}: {more}")
             record, start = Record(self.path), time.monotonic()
             try:
                 yield record
-                files = record.commit()
+                written = record.commit()
             except BaseException:
                 with contextlib.suppress(OSError):  # of a folder that is gone or read-only: report that instead
                     record.abandon()
                 raise
-            self._enter({"stage": name, "result": record.result, "files": files}, time.monotonic() - start)
+            self._enter({"stage": name, "result": record.result, "files": written}, time.monotonic() - start)
 
     def _enter(self, line: dict[str, Any], seconds: float) -> None:
         """The journal line that makes a stage finished, after all that it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
-            flush_tree(self.path / "metrics.jsonl")
-        content = json_line({**line, "seconds": round(seconds, 3), "time": now()})
+            files.flush_tree(self.path / "metrics.jsonl")
+        content = files.json_line({**line, "seconds": round(seconds, 3), "time": now()})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(content)
-        flush_tree(self.path / "journal.jsonl")
-        flush_folders(self.path, self.path)
+        files.flush_tree(self.path / "journal.jsonl")
+        files.flush_folders(self.path, self.path)
         self._lines[line["stage"]] = json.loads(content)  # exactly what a resumed run reads
 
     @property
@@ -226,19 +191,18 @@ class RunDirectory:
     def log_metrics(self, stage: str, values: Mapping[str, Any]) -> None:
         """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is resumed."""
         with open(self.path / "metrics.jsonl", "ab") as metrics:
-            metrics.write(json_line({"stage": stage, **values}))
-        self.on_metrics(stage, values)
+            metrics.write(files.json_line({"stage": stage, **values}))
+        if self.on_metrics is not None:
+            self.on_metrics(stage, values)
 
     def discard(self, name: str) -> None:
         """Delete a file or folder that is no longer needed, if it is there; it is never seen half deleted."""
         final = self.path / name
         if final.exists():
-            partial = final.with_name(PARTIAL + final.name)
-            remove(partial)
+            partial = final.with_name(files.PARTIAL + final.name)
+            files.remove(partial)
             os.replace(final, partial)
-            remove(partial)
-
-    # ------------------------------------------------------------------------------------------------- opening
+            files.remove(partial)
 
     def _start_or_resume(
         self, command: list[str], overwrite: bool, inputs: dict[str, str], origins: dict[str, str]
@@ -246,9 +210,9 @@ class RunDirectory:
         if overwrite:
             remove_run(self.path)
         for name in ("run.json", "config.toml", "journal.jsonl", "metrics.jsonl"):  # read, cut and added to in place
-            own_file(self.path, name)
-        for partial in list(self.path.rglob(PARTIAL + "*")):
-            remove(partial)
+            files.own_file(self.path, name)
+        for partial in list(self.path.rglob(files.PARTIAL + "*")):
+            files.remove(partial)
         journal = self.path / "journal.jsonl"
         if (before := self._config_before()) is not None:
             self._refuse_another_run(before, inputs)
@@ -257,26 +221,26 @@ class RunDirectory:
         else:
             # run.json, by which a run directory is known, comes first and config.toml last.
             facts = run_facts(self.config, command, inputs, origins)
-            write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
-            write_atomic(journal, b"")
+            files.write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+            files.write_atomic(journal, b"")
         if not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
-        self._lines = _replay(complete_rows(journal, repair=True), self.path)
+            files.write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
+        self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
         self._drop_metrics()
 
     def _drop_metrics(self) -> None:
         """Keep the lines of metrics.jsonl that finished stages wrote."""
-        metrics = complete_rows(self.path / "metrics.jsonl", repair=True)
+        metrics = files.complete_rows(self.path / "metrics.jsonl", repair=True)
         kept = [row for row in metrics if row.get("stage") in self._lines]
         if len(kept) < len(metrics):
-            write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
+            files.write_atomic(self.path / "metrics.jsonl", b"".join(map(files.json_line, kept)))
 
     def _config_before(self) -> Mapping[str, Mapping[str, Any]] | None:
         """The config that the run was started with; None for a new run."""
         config, journal = self.path / "config.toml", self.path / "journal.jsonl"
         if config.exists():
-            found: Any = read_toml(config)
+            found: Any = files.read_toml(config)
         elif journal.exists() and journal.stat().st_size:  # config.toml was removed since
             found = read_facts(self.path).get("config")
         else:
@@ -302,7 +266,7 @@ def remove_run(path: Path) -> None:
     # without it the rest would be a stranger's folder, which nothing is ever written to.
     for name in sorted(os.listdir(path), key=lambda name: (name == "run.json") - (name == "journal.jsonl")):
         if OWN_NAMES.fullmatch(name):
-            remove(path / name)
+            files.remove(path / name)
 
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -313,16 +277,13 @@ def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """run.json. UserError if `folder` is no run directory."""
     try:
-        return read_json(own_file(Path(folder), "run.json"))
+        return files.read_json(files.own_file(Path(folder), "run.json"))
     except UserError as error:
         raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
 def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    path = own_file(folder, "journal.jsonl")
-    if path.exists() and path.stat().st_size > JOURNAL_LIMIT:
-        raise UserError(f"{path} has more than {JOURNAL_LIMIT} bytes; that is the limit")
-    return _replay(complete_rows(path), folder)
+    return _replay(files.complete_rows(files.own_file(folder, "journal.jsonl")), folder)
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
@@ -330,10 +291,9 @@ def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, An
     path, journal = folder / "journal.jsonl", dict[str, dict[str, Any]]()
     for number, line in enumerate(lines, start=1):
         wanted = {"stage": str, "result": dict, "files": dict}
-        if not all(isinstance(line.get(key), kind) for key, kind in wanted.items()):
-            raise damaged(path, number)
-        if line["stage"] in journal or not STAGE.fullmatch(line["stage"]):
-            raise damaged(path, number)
+        whole = all(isinstance(line.get(key), kind) for key, kind in wanted.items())
+        if not whole or line["stage"] in journal or not STAGE.fullmatch(line["stage"]):
+            raise files.damaged(path, number)
         for needed in needs(line["stage"]):
             # `minem train --samples` has no E-step.
             if needed in journal or (needed == "iter-01/estep" and "samples" in read_facts(folder).get("inputs", {})):

@@ -38,10 +38,7 @@ def default_path(config: Config, arm: str | None = None) -> Path:
 
 
 def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO[str]:
-    """Make a folder, or take one of our own kind, which holds the file `mark`, for this process alone.
-
-    Returns the lock, held until the file is closed. Raises UserError if the folder is something else or is in use.
-    """
+    """Make a folder, or take one of our own kind (it holds the file `mark`); returns its lock, or raises UserError."""
     try:
         check_place(path, mark, kind)
         path.mkdir(parents=True, exist_ok=True)
@@ -81,10 +78,8 @@ def _take_lock(path: Path) -> IO[str]:
 def refuse(path: Path, changes: Sequence[str]) -> None:
     """Raises UserError if a folder was started with something else."""
     if changes:
-        raise UserError(
-            f"{path} was started differently ({'; '.join(changes)}): "
-            "give --overwrite to start from scratch, or another --out to keep both"
-        )
+        advice = "give --overwrite to start from scratch, or another --out to keep both"
+        raise UserError(f"{path} was started differently ({'; '.join(changes)}): {advice}")
 
 
 @contextlib.contextmanager
@@ -98,20 +93,18 @@ def hold_folder(
     """Keep a folder of results for this process alone, made now or continued with the same settings only.
 
     mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}.
-    clear: removes what an earlier start wrote, for --overwrite.
-
-    Raises UserError if the folder holds something else, other settings (with the difference), or cannot be written.
+    clear: removes what an earlier start wrote, for --overwrite. UserError as for `claim`, and for other settings.
     """
     with claim(path, mark, kind), disk_errors(path):
-        if clear is not None:
-            clear(path)
-        if (path / mark).exists() and clear is None:
+        if clear is None and (path / mark).exists():
             try:
                 changes = difference(read_json(path / mark), settings)
             except (UserError, AttributeError) as error:
                 raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
             refuse(path, changes)
         else:
+            if clear is not None:
+                clear(path)
             write_atomic(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
         yield
 
@@ -134,10 +127,8 @@ def disk_errors(path: Path, more: str = "") -> Iterator[None]:
         own = isinstance(error.filename, str | Path) and Path(error.filename).is_relative_to(path)
         refused = own and error.errno in (errno.EACCES, errno.EPERM)
         if refused or error.errno in (errno.EIO, errno.EROFS, errno.ESTALE) or not path.is_dir():
-            raise Interrupted(
-                f"{path} cannot be read or written any more ({error.strerror}); repair that, then give the same "
-                f"command again{more}"
-            ) from error
+            advice = f"repair that, then give the same command again{more}"
+            raise Interrupted(f"{path} cannot be read or written any more ({error.strerror}); {advice}") from error
         raise
 
 

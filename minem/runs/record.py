@@ -50,15 +50,11 @@ def run_facts(config: Config, command: list[str], inputs: dict[str, str], origin
 def _commit() -> str | None:
     """The git commit of minem's own source tree, "-dirty" if it was changed; None for an installed copy."""
     root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
+    if not (root / ".git").exists():  # an installed copy may lie inside another repository
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None  # an installed copy that lies inside another repository
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -3,8 +3,7 @@
     truncate -s 1000 runs/toy.rsm8.toy-llama.s0/iter-04/model/model.safetensors && minem train
 
 The first stage with a damaged file is undone, and with it all that came after; draws repeat the same random streams, so
-the run ends in the same bytes. The newest model must be intact. Under `run.keep = "last"` the ones before it are
-gone, so a damaged one takes the run back to the base model.
+the run ends in the same bytes.
 """
 
 from collections.abc import Iterable

@@ -2,13 +2,6 @@
 
     minem train        # prints a line for each stage; the same command later skips what is finished
 
-        def sample(stage):
-            rows = stage.sharded(questions, draw)          # every rank draws its share; all get all rows
-            stage.write("samples.jsonl", rows)             # appears when the stage is finished
-            stage.report(attempts=len(rows))               # kept in journal.jsonl and metrics.jsonl
-
-        run.do(1, "estep", sample)
-
 So the EM loop knows no disk, no rank and no progress bar. All ranks walk through the same stages in the same order;
 rank 0 writes.
 """
@@ -42,16 +35,11 @@ Counts = Mapping[str, float]
 
 
 class InBlocks(Protocol[T]):
-    """Work that is too long to be lost when a run is killed: an E-step."""
+    """Work that is too long to be lost when a run is killed: an E-step, see `minem.em.estep.EStep`."""
 
-    def blocks(self, items: int) -> int:
-        """In how many blocks to do it."""
-
-    def expected(self, item: Any) -> float:
-        """What an item is expected to cost, so that ranks get equal shares."""
-
-    def run(self, items: Sequence[Any], show: Show) -> tuple[list[T], Counts]:
-        """The rows of some items, and counts."""
+    def blocks(self, items: int) -> int: ...
+    def expected(self, item: Any) -> float: ...
+    def run(self, items: Sequence[Any], show: Show) -> tuple[list[T], Counts]: ...
 
 
 class Run:
@@ -116,14 +104,11 @@ class Run:
     def do(
         self, iteration: int, name: str, work: Callable[["Stage"], None], total: int | None = None, writes: int = 0
     ) -> None:
-        """Do a stage, unless it is finished.
+        """Do a stage, unless it is finished: call `work` with it on every rank.
 
-        Args:
-            work: called with the stage on every rank.
-            total: how many items its progress counts. writes: bytes, about, that it will write.
-        Raises:
-            UserError: an M-step that comes after it is finished, so the weights of this stage are gone.
-            Interrupted: a signal, or the disk; the stage is lost and nothing else.
+        total: how many items its progress counts. writes: bytes, about, that it will write.
+        Raises UserError if an M-step that comes after it is finished, so that the weights of this stage are gone;
+        Interrupted for a signal, full memory or a failed disk: the stage is lost and nothing else.
         """
         stage_name = _stage(iteration, name)
         if stage_name in self.results:
@@ -131,11 +116,9 @@ class Run:
             return
         drawn_before = not name.startswith("eval.")  # with the weights before the M-step of this iteration
         if (last := last_model(self.results)) > iteration - drawn_before:
-            raise UserError(
-                f"{self.path / 'journal.jsonl'}: iter-{last:02d}/mstep is finished, but "
-                f"{stage_name}, which comes before it, is not; put the missing line back, or give "
-                "--overwrite to start from scratch"
-            )
+            missing = f"iter-{last:02d}/mstep is finished, but {stage_name}, which comes before it, is not"
+            advice = "put the missing line back, or give --overwrite to start from scratch"
+            raise UserError(f"{self.path / 'journal.jsonl'}: {missing}; {advice}")
         head = f"iteration {iteration}/{self.config.run.iterations}" if iteration else "base model"
         with self.progress.stage(f"{head}  {NAMES.get(name, name)}", total) as line:
             self.commit(stage_name, line, work, writes)
@@ -167,8 +150,10 @@ class Run:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                keys = "lower run.slots or mstep.pack_tokens"
-                raise Interrupted(f"out of memory in {stage_name}; {keys}, then give the same command again") from error
+                training = "mstep.pack_tokens, or set mstep.checkpointing = full"
+                keys = training if "/mstep" in stage_name else "run.slots or mstep.pack_tokens"
+                advice = f"lower {keys}, then give the same command again"
+                raise Interrupted(f"out of memory in {stage_name}; {advice}") from error
         self.results[stage_name] = self.ranks.broadcast(self.directory and self.directory.results[stage_name])
 
     def _dumped(self, stage_name: str, error: NotFinite) -> GuardError:
@@ -180,10 +165,7 @@ class Run:
         return GuardError(f"{stage_name}: {error}; their tokens are in {dump}")
 
     def discard(self, iteration: int, *names: str) -> None:
-        """Delete files or folders of an iteration that are no longer needed, if they are there.
-
-        Called outside the stage, so that a run that died between the two still cleans up.
-        """
+        """Delete what is no longer needed; outside the stage, so that a run that died between the two cleans up."""
         if self.directory is not None:
             for name in names:
                 self.directory.discard(_stage(iteration, name))
@@ -193,12 +175,11 @@ class Stage:
     """A stage at work; `Run.do` passes it to the stage's function."""
 
     def __init__(self, run: Run, name: str, record: Record, line: Line) -> None:
-        self.run, self.name, self.line = run, name, line
+        self.run, self.name, self.line, self._record = run, name, line, record
         self.logged = False
         self._rate: dict[str, float] = {}
-        self.iteration = int(name.partition("/")[0].removeprefix("iter-"))
-        self._record = record
         self._folder = name.partition("/")[0]
+        self.iteration = int(self._folder.removeprefix("iter-"))
 
     def write(self, file: str, rows: Iterable[Any]) -> None:
         """Rows, dictionaries or dataclasses, that become a file of this iteration."""
@@ -237,9 +218,7 @@ class Stage:
         """As `sharded`, in blocks that are each on the disk before the next begins: a killed run keeps them.
 
         Blocks are the stages "iter-01/estep.1", ...; their rows are in samples.N.jsonl until this stage is finished.
-        A resumed run keeps its number of blocks, so that it draws on the same schedule.
-
-        kind: the dataclass of a row; its `id` is that of its item.
+        A resumed run keeps its number of blocks, and so its schedule. kind: the dataclass of a row, with an item's id.
         """
         count = self.run.results.get(f"{self.name}.1", {}).get("blocks")
         # From one rank for all: their slots, and so their counts, may differ.

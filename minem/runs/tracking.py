@@ -2,31 +2,17 @@
 
     minem train --track trackio
 
-Both packages take the same calls. Neither is needed, nor imported unless asked for, and what goes wrong in one of them
-never stops a run. What is sent: the config and the numbers of the stages; no sample, no command line, no environment.
+Both packages take the same calls, and what goes wrong in one never stops a run. What is sent: the config and the
+numbers of the stages; no sample, no command line, no environment.
 """
 
-import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from minem.console import Progress
-from minem.errors import UserError
 from minem.runs.directory import RunDirectory
-
-
-def load_tracker(name: str | None) -> ModuleType | None:
-    """The package called `name`. UserError, with what to do, if it is not installed."""
-    if name is None:
-        return None
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"--track {name}: the package is not installed here; pip install {name}, or leave --track out"
-        ) from error
 
 
 @contextmanager
@@ -35,40 +21,31 @@ def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -
     if tracker is None:
         yield
         return
-    working = True
 
     def attempt(call: str, *arguments: Any, **named: Any) -> None:
-        nonlocal working
         try:
             getattr(tracker, call)(*arguments, **named)
         except Exception as error:  # a network, a server, a package of others: not worth a run
-            working = False
+            run.on_metrics = None
             progress.note(f"warning {tracker.__name__} failed ({error!r}); the run continues without it")
 
-    def send(stage: str, values: Mapping[str, Any]) -> None:
-        if working:
-            attempt("log", flatten(stage, values))
-
+    run.on_metrics = lambda stage, values: attempt("log", flatten(stage, values))
     attempt("init", project="minem", name=run.path.name, config=run.config.model_dump(), resume="allow")
-    run.on_metrics = send
     try:
         yield
     finally:
-        run.on_metrics = lambda stage, values: None
-        if working:
+        if run.on_metrics is not None:
+            run.on_metrics = None
             attempt("finish")
 
 
 def flatten(stage: str, values: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line by name: ("iter-02/mstep", {"loss": 0.5}) -> {"iteration": 2, "mstep/loss": 0.5}."""
     folder, _, kind = stage.partition("/")
-    found: dict[str, float] = {"iteration": int(folder.rpartition("-")[2])}
-    waiting = [(kind, dict(values))]
-    while waiting:
-        name, inner = waiting.pop()
-        for key, value in inner.items():
-            if isinstance(value, Mapping):
-                waiting.append((f"{name}/{key}", dict(value)))
-            elif isinstance(value, int | float) and not isinstance(value, bool):
-                found[f"{name}/{key}"] = value
+    found: dict[str, float] = {"iteration": int(folder.removeprefix("iter-"))}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flatten(f"{stage}/{key}", value)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{kind}/{key}"] = value
     return found

@@ -126,5 +126,5 @@ def test_heads_that_do_not_divide_are_refused():
             decode_attention(
                 q, segment, segment, lengths, index[None], index, segment, segment, lengths, backend=backend
             )
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="V is at least 1"):
         linear_cross_entropy(numbers(2, 4), numbers(0, 4), torch.tensor([0, 0]))

@@ -11,6 +11,9 @@ import pytest
 import torch
 
 from minem.config import MStepSection
+from minem.model.decoder import Model
+from minem.model.hf_config import ModelConfig
+from tests.minem.folders import BASE
 
 BENCH = Path(__file__).parents[2] / "bench"
 
@@ -65,3 +68,32 @@ def test_the_benchmark_of_training_runs():
     for row in result["contestants"].values():
         assert row["tokens_per_second"] == pytest.approx(result["rows"]["tokens"] / row["seconds"])
         assert row["peak_bytes"] > 0
+
+
+def test_flops_are_those_of_the_matrix_products(train):
+    """Two operations for each weight and token forwards and four backwards, as PyTorch's own counter finds them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = ModelConfig.from_dict({"model_type": "llama", **BASE})
+    model = Model(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    ids, rows = torch.arange(24), torch.arange(9, 24)
+    with FlopCounterMode(display=False) as counter:
+        loss, *_ = model(ids, lengths=[1] * 24, rows=rows, targets=ids[rows])
+        loss.backward()
+    # Attention of sequences of one token is not one of them, and torch.mm(..., out=) is not seen by the counter: the
+    # gradient of what enters the head.
+    unseen = 2 * config.vocab_size * config.hidden_size * 15
+    norms = config.hidden_size * (2 * config.num_hidden_layers + 1)  # weights, but no matrices
+    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    products = sum(count for name, count in counts.items() if "attention" not in name)
+    assert products + unseen == train.flops(config, 24, 15) - 6 * norms * 24
+
+
+def test_the_peak_is_found_by_the_words_of_the_name(train):
+    assert train.peak_flops("NVIDIA H100 80GB HBM3") == train.peak_flops("NVIDIA H200") == 989e12
+    assert train.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert train.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert train.peak_flops("NVIDIA A10") is None  # not an A100
+    assert train.peak_flops(torch.device("cpu")) is None

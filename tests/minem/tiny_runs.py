@@ -76,7 +76,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
     That is times, rates, memory, and the agreement of the generator with the model in its own first draws.
     """
-    measured = re.compile("second|mfu|memory|logprob_difference|policy_kl")
+    measured = re.compile("second|memory|logprob_difference|policy_kl")
 
     def steady(values: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in values.items() if not measured.search(key)}

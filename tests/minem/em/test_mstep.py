@@ -12,7 +12,7 @@ from minem.config import MStepSection
 from minem.em.masters import Masters
 from minem.em.mstep import MStep, Totals, learning_rate, loss_divisor
 from minem.em.packing import Example, Step, plan
-from minem.errors import GuardError, Interrupted, UserError
+from minem.errors import GuardError, UserError
 from minem.kernels import linear_cross_entropy
 from minem.model.decoder import Model
 from minem.model.sizes import SAFE_SHARE
@@ -300,7 +300,7 @@ def test_long_rationales_are_not_weighed_down(folders, recorded):
 # ------------------------------------------------------------------------------------------- memory
 
 
-def test_out_of_memory_stops_and_names_the_keys_to_change(folders, monkeypatch):
+def test_out_of_memory_leaves_the_weights_alone(folders, monkeypatch):
     forward = Model.forward
 
     def limited(self, **batch):
@@ -311,11 +311,10 @@ def test_out_of_memory_stops_and_names_the_keys_to_change(folders, monkeypatch):
 
     monkeypatch.setattr(Model, "forward", limited)
     monkeypatch.setattr("minem.em.masters.sharded_copy", lambda model, ranks, replicate: copy.deepcopy(model))
-    keys = r"out of memory in the M-step; resume with mstep.pack_tokens below 500, or mstep.checkpointing = full"
-    for ranks, more in ((Ranks(), "$"), (Second(), ", or mstep.parallel = fsdp$")):
+    for ranks in (Ranks(), Second()):
         model = load_model(folders["llama"])
         start, mstep = weights_of(model), MStep(model, MStepSection(batch_size=16, pack_tokens=500), ranks)
-        with pytest.raises(Interrupted, match=keys + more):
+        with pytest.raises(torch.OutOfMemoryError):
             mstep.run(make_examples(32), seed=0, iteration=1)
         assert_untouched(model, start)
 
@@ -520,15 +519,8 @@ def test_schedules_by_hand():
     assert learning_rate(MStepSection(lr=1.0), 0, 1) == 1.0  # a single step is not spent on warming up
 
 
-def test_mfu_counts_weights_that_tokens_meet_over_the_peak(model, monkeypatch):
-    """6 for each weight of the body and token, and for each of the head and supervised token; None if not known."""
-    mstep = MStep(model, MStepSection())
+def test_metrics_are_those_of_a_token(model):
     totals = Totals(loss=3.0, entropy=math.nan, tokens=1000, supervised=100, weight=2.0, seconds=2.0)
-    assert mstep._metrics(totals)["mfu"] is None
-    monkeypatch.setattr("minem.em.mstep.peak_flops", lambda device: 1e9)
-    found = mstep._metrics(totals)
-    head = SHAPE["vocab_size"] * SHAPE["hidden_size"]  # tied: the embeddings, which are no arithmetic to look up
-    body = sum(p.numel() for p in model.parameters()) - head
-    assert found["mfu"] == pytest.approx(6 * (1000 * body + 100 * head) / 2.0 / 1e9, rel=1e-12)
+    found = MStep(model, MStepSection())._metrics(totals)
     assert found["entropy"] is None  # what is not finite would not be JSON
     assert (found["loss"], found["tokens_per_second"]) == (1.5, 500)

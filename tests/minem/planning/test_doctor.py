@@ -30,11 +30,7 @@ def test_it_reports_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["passed"]
-    assert {check["name"] for check in found["checks"]} == {
-        "generator against trainer",
-        "loss against float64, eager",
-        "sampling against its probabilities, eager",
-    }
+    assert [check["name"] for check in found["checks"]] == ["generator against trainer"]
     machine = found["machine"]
     assert machine["python"] == platform.python_version()
     assert machine["torch"] == torch.__version__
@@ -61,65 +57,33 @@ def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Model, "forward", lambda self, ids, *a, **k: forward(self, ids.roll(1), *a, **k))
 
 
-def wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = doctor.linear_cross_entropy
-    monkeypatch.setattr(doctor, "linear_cross_entropy", lambda *a, **k: (right(*a, **k)[0] * (1 + 1e-4),))
-
-
-def wrong_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = doctor.linear_cross_entropy
-
-    def without_gradient_of_weight(hidden: Any, weight: Any, *rest: Any, **more: Any) -> Any:
-        return (
-            right(hidden, weight.detach() + 0 * weight, *rest, **more)[0] + 1e-3 * (weight - weight.detach()).sum(),
-        )
-
-    monkeypatch.setattr(doctor, "linear_cross_entropy", without_gradient_of_weight)
-
-
-def wrong_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = doctor.sample
-    monkeypatch.setattr(doctor, "sample", lambda logits, *a, **k: right(logits * 1.05, *a, **k))
-
-
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*arguments: Any, **named: Any) -> Any:
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
-    monkeypatch.setattr(doctor, "sample", fails)
+    monkeypatch.setattr(Model, "forward", fails)
 
 
 @pytest.mark.parametrize(
-    ("harm", "failed", "detail"),
+    ("harm", "detail"),
     [
-        (wrong_attention, "generator against trainer", "disagree on the log-probabilities"),
-        (wrong_loss, "loss against float64", "off by"),
-        (wrong_gradient, "loss against float64", "off by"),
-        (wrong_draws, "sampling against its probabilities", "chi-square"),
-        (broken, "sampling against its probabilities", "no kernel image is available for execution"),
+        (wrong_attention, "disagree on the log-probabilities"),
+        (broken, "RuntimeError: no kernel image is available for execution"),
     ],
 )
-def test_a_wrong_part_is_found(
-    monkeypatch: pytest.MonkeyPatch, harm: Callable[..., None], failed: str, detail: str
+def test_a_failed_self_test_is_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, harm: Callable[..., None], detail: str
 ) -> None:
     harm(monkeypatch)
-    (check,) = [check for check in doctor._checks(torch.device("cpu")) if failed in check[0]]
-    found = doctor._checked(*check)
-    assert found["passed"] is False
-    assert detail in found["detail"]
-
-
-def test_a_failed_self_test_is_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch)
     result = examine()
     assert result.exit_code == 4
-    assert "self-tests failed: sampling against its probabilities, eager" in result.stderr
-    assert [line[2:6] for line in result.stdout.splitlines() if "against" in line] == ["ok  ", "ok  ", "FAIL"]
+    assert "the self-test failed: the generator does not agree with the trainer" in result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if "against" in line]
+    assert line.startswith("  FAIL ")
+    assert detail in line
 
 
 @pytest.mark.gpu
-def test_both_backends_are_right_on_a_gpu() -> None:
+def test_a_gpu_passes() -> None:
     result = CliRunner().invoke(main, ["doctor", "--device", "cuda", "--json"])
     assert result.exit_code == 0, result.output
-    names = [check["name"] for check in json.loads(result.stdout)["checks"]]
-    assert sum("triton" in name for name in names) == 2

@@ -20,10 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minem.cli import main
-from minem.device import peak_flops
 from minem.model.decoder import Model
 from minem.model.hf_config import ModelConfig
-from minem.model.sizes import activation_bytes, flops, lora_parameters, parameters
+from minem.model.sizes import activation_bytes, lora_parameters, parameters
 from minem.model.weights import TOY
 from minem.planning.memory import Work, fitted, trains
 from tests.minem.folders import BASE, SHAPES, make_model
@@ -79,35 +78,6 @@ def test_adapters_are_those_that_peft_makes(kind, targets):
     made = peft.get_peft_model(make_model(kind), peft.LoraConfig(r=3, target_modules=names))
     counted = sum(p.numel() for p in made.parameters() if p.requires_grad)
     assert lora_parameters(shape(kind), 3, targets) == counted
-
-
-def test_flops_are_those_of_the_matrix_products():
-    """Two operations for each weight and token forwards and four backwards, as PyTorch's own counter finds them."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    config = shape("llama", num_hidden_layers=2)
-    model = Model(config)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    ids, rows = torch.arange(24), torch.arange(9, 24)
-    with FlopCounterMode(display=False) as counter:
-        loss, *_ = model(ids, lengths=[1] * 24, rows=rows, targets=ids[rows])
-        loss.backward()
-    # Attention of sequences of one token is not one of them, and torch.mm(..., out=) is not seen by the counter: the
-    # gradient of what enters the head.
-    unseen = 2 * config.vocab_size * config.hidden_size * 15
-    norms = config.hidden_size * (2 * config.num_hidden_layers + 1)  # weights, but no matrices
-    counts = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
-    products = sum(count for name, count in counts.items() if "attention" not in name)
-    assert products + unseen == flops(config, 24, 15) - 6 * norms * 24
-
-
-def test_the_peak_is_found_by_the_words_of_the_name():
-    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA A10") is None  # not an A100
-    assert peak_flops(torch.device("cpu")) is None
 
 
 def saved_bytes(model: Model, lengths: list[int], rows: torch.Tensor) -> int:

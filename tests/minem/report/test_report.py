@@ -321,17 +321,14 @@ def test_a_comparison_comes_first(tmp_path, without_charts):
     assert 'id="comparison"' not in page_of(run)
 
 
-def test_hinted_acceptance_that_fell_is_reported(tmp_path, without_charts):
-    stages = {f"iter-0{i}/diagnostics": {"hinted": share, "falling": i == 2} for i, share in ((1, 0.9), (2, 0.5))}
-    page = page_of(make_run(tmp_path / "run", extra=stages))
-    assert "run: from 90.0 % in iteration 1 to 50.0 % in iteration 2" in page
-    assert figures.EXPLAINED["hinted"][1] in page
-
-
 def test_warnings_of_the_iterations_are_shown(tmp_path, without_charts):
     sentence = "the loss did not fall, <b>really</b>"
-    run = make_run(tmp_path / "run", extra={"iter-02/mstep": {"warnings": [sentence]}, "iter-01/mstep": {}})
-    page = page_of(run)
+    fell = "hinted acceptance fell from 90.0 % to 50.0 % since iteration 1"
+    extra = {"iter-02/mstep": {"warnings": [sentence]}, "iter-01/mstep": {}}
+    extra |= {f"iter-0{i}/diagnostics": {"hinted": 0.5, "warnings": [fell] * (i - 1)} for i in (1, 2)}
+    page = page_of(make_run(tmp_path / "run", extra=extra))
+    assert f"run, iteration 2: {fell}" in page
+    assert figures.EXPLAINED["hinted"][1] in page
     assert "run, iteration 2: the loss did not fall, &lt;b&gt;really" in page
     assert "run, iteration 1:" not in page
 

@@ -224,9 +224,9 @@ def test_a_disk_that_fails_is_one_sentence(
     """In a stage, as it goes back, and as a folder of results is made."""
     small_run(tmp_path)
     with RunDirectory.open(config(tmp_path)) as run, monkeypatch.context() as patch:
-        patch.setattr(minem.runs.directory, "flush_tree", fails(number))
-        patch.setattr(minem.runs.directory, "write_atomic", fails(number))
-        patch.setattr(minem.runs.directory, "remove", fails(number))  # the clean-up fails on such a disk, too
+        patch.setattr(minem.files, "flush_tree", fails(number))
+        patch.setattr(minem.files, "write_atomic", fails(number))
+        patch.setattr(minem.files, "remove", fails(number))  # the clean-up fails on such a disk, too
         where = f"{sentence}: it continues with iter-02/eval"
         with pytest.raises(Interrupted, match=where), run.stage("iter-02/eval") as record:
             record._paths.append((tmp_path / "a", tmp_path / "b"))
@@ -339,12 +339,14 @@ def test_an_overwrite_that_is_killed_can_be_given_again(tmp_path: Path, monkeypa
     small_run(tmp_path)
     removed: list[str] = []
 
+    right = minem.files.remove
+
     def remove(path: Path) -> None:
-        minem.files.remove(path)
+        right(path)
         removed.append(path.name)
         check_place(tmp_path)  # had it been killed here, what is left would be known as a run, or nothing
 
-    monkeypatch.setattr(minem.runs.directory, "remove", remove)
+    monkeypatch.setattr(minem.files, "remove", remove)
     names = {path.name for path in tmp_path.iterdir()} - {LOCK}
     minem.runs.directory.remove_run(tmp_path)
     assert set(removed) == names

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-import minem.runs.directory
+import minem.files
 from minem.config import load_config
 from minem.runs.directory import RunDirectory, read_facts, read_journal
 from minem.runs.resume import is_intact
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up(
     assert re.search(r"no room for iter-01/mstep: about 4\.\d MB are needed and \d\.\d MB are free; free some", printed)
     assert finished(small_disk("size=16m") / "run")[-1] == "iter-01/estep"
     shutil.rmtree(small_disk("size=16m") / "run")
-    monkeypatch.setattr(minem.runs.directory, "shortage", lambda folder, needed: None)
+    monkeypatch.setattr(minem.files, "shortage", lambda folder, needed: None)
     sentences = []
     for size in ("12k", "20k", "40k", "56k", "1500k", "3400k", "3600k"):
         run = small_disk(f"size={size}") / "run"

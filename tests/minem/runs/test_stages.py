@@ -9,10 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from minem.config import load_config
 from minem.console import Progress
-from minem.errors import UserError
+from minem.errors import Interrupted, UserError
 from minem.files import PARTIAL
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
@@ -31,6 +32,17 @@ def test_a_stage_is_not_done_with_the_weights_of_a_later_one(finished_run: Path,
                 opened.do(iteration, name, lambda stage: done.append(stage.name))
         opened.do(2, "eval.train", lambda stage: done.append(stage.name))
     assert done == ["iter-02/eval.train"]
+
+
+def test_out_of_memory_stops_and_names_the_keys_to_lower(tmp_path: Path) -> None:
+    def fails(stage: Stage) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with Run.open(load_config(flags={"run.out": str(tmp_path)}), Progress(io.StringIO()), ALONE, Stop()) as run:
+        for stage, keys in (("estep", "run.slots or mstep.pack_tokens"), ("mstep", "mstep.pack_tokens, or set mstep")):
+            with pytest.raises(Interrupted, match=f"out of memory in iter-01/{stage}; lower {keys}"):
+                run.do(1, stage, fails)
+        assert run.results == {}
 
 
 def test_only_the_first_rank_touches_the_disk(tmp_path: Path) -> None:
