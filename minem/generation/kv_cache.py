@@ -67,6 +67,11 @@ class KVCache:
         """Whether prompts and suffixes of these lengths fit."""
         return prefix <= self.prefix and suffix <= self.suffix
 
+    def copy_prefix(self, source: int, row: int, positions: int) -> None:
+        """Let the first `positions` of a prompt's row be those of another row."""
+        for x in (self.prefix_k, self.prefix_v):
+            x[:, row, :, :positions] = x[:, source, :, :positions]
+
 
 def _zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeros, because masked positions are multiplied by weight 0, which must not meet a NaN.
@@ -85,20 +90,34 @@ def _whole_blocks(positions: int) -> int:
 class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
-    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int]):
-        """rows: one for each prompt. lengths: of each prompt, then of the padding; 0 is allowed."""
+    def __init__(self, cache: KVCache, rows: Sequence[int], spans: Sequence[range], padding: int):
+        """rows, spans: for each prompt its row and the positions to write; those before are in the row already.
+
+        padding: that many tokens more, which belong to no prompt.
+        """
         self.cache, device = cache, cache.device
-        targets = torch.tensor([*rows, cache.padding_slot])
-        self.rows = upload(targets.repeat_interleave(torch.tensor(lengths)), device)
-        self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
-        self.packed = PackedAttention([n for n in lengths if n], device)
-        cache.prefix_lengths[upload(rows, device)] = upload(lengths[:-1], device)
+        cache.prefix_lengths[upload(list(rows), device)] = upload([span.stop for span in spans], device)
+        own = [(row, span) for row, span in zip(rows, spans, strict=True) if span]
+        own += [(cache.padding_slot, range(padding))] if padding else []
+        self.rows, self.positions = _places_of(own, device)
+        self.packed = PackedAttention([len(span) for _, span in own], device, [span.start for _, span in own])
+        shared = any(span.start for _, span in own)
+        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device) if shared else None
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.attended is not None:
+            rows, positions = self.attended
+            k, v = (x[layer][rows, :, positions] for x in (self.cache.prefix_k, self.cache.prefix_v))
         return self.packed(layer, q, k, v)
+
+
+def _places_of(spans: Sequence[tuple[int, range]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The row and the position of every token of spans in rows, both int64 [N]."""
+    rows = torch.tensor([row for row, _ in spans]).repeat_interleave(torch.tensor([len(span) for _, span in spans]))
+    return upload(rows, device), upload(torch.cat([torch.arange(s.start, s.stop) for _, s in spans]), device)
 
 
 @dataclass(frozen=True)
