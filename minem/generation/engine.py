@@ -83,21 +83,19 @@ class Engine:
     def prefill(self, new: Container[Prompt], rows: Mapping[Prompt, int]) -> int:
         """Write all but the last token of each new prompt to its row of the cache.
 
-        rows: of the prompts in the cache, then of the new ones. Returns how many tokens went through the model: those
-        that a prompt shares with another one are copied.
+        rows: of the prompts in the cache, then of the new ones. Returns how many tokens went through the model.
         """
-        computed = 0
-        for pack in (pack for wave in waves(rows, new) for pack in _packs(wave)):
+        packs = [pack for wave in waves(rows, new) for pack in _packs(wave)]
+        for pack in packs:
             for prompt, source, start in pack:
-                if start:
-                    self.cache.copy_prefix(rows[source], rows[prompt], start)
-            ids = [i for prompt, _, start in pack for i in prompt[start:-1]]
-            computed += len(ids)
-            spans = [range(start, len(prompt) - 1) for prompt, _, start in pack]
-            padding = max(0, MIN_ROWS - len(ids))
-            attend = Prefill(self.cache, [rows[prompt] for prompt, _, _ in pack], spans, padding)
-            self.model.hidden(upload(ids + [0] * padding, self.model.device), attend.positions, attend)
-        return computed
+                for x in (self.cache.prefix_k, self.cache.prefix_v):
+                    x[:, rows[prompt], :, :start] = x[:, rows[source], :, :start]
+            ids = [i for part in pack for i in part.ids]
+            ids += [0] * (MIN_ROWS - len(ids))  # padding, if there are fewer
+            spans = {rows[part.prompt]: range(part.start, len(part.prompt) - 1) for part in pack}
+            attend = Prefill(self.cache, spans, len(ids))
+            self.model.hidden(upload(ids, self.model.device), attend.positions, attend)
+        return sum(len(part.ids) for pack in packs for part in pack)
 
     def admit(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Let these slots start from these requests, whose prompts are in the cache."""
@@ -156,14 +154,10 @@ class Engine:
 def _packs(parts: Iterable[Part]) -> list[list[Part]]:
     """The prompts in packs of about PREFILL_TOKENS. Those of similar length share a pack: attention is cheaper."""
     packs: list[list[Part]] = []
-    room = 0
-    for part in sorted(parts, key=lambda part: len(part.prompt) - part.start):
-        length = len(part.prompt) - part.start
-        if length > room:
+    for part in sorted(parts, key=lambda part: len(part.ids)):
+        if not packs or sum(len(p.ids) for p in packs[-1]) + len(part.ids) > PREFILL_TOKENS:
             packs.append([])
-            room = PREFILL_TOKENS
         packs[-1].append(part)
-        room -= length
     return packs
 
 

@@ -257,7 +257,7 @@ class Generator:
         self._active = sorted([*self._active, *admitted], key=lambda sequence: sequence.slot)
 
     def _take_rows(self, admitted: Sequence[_Sequence]) -> set[Prompt]:
-        """Give each new sequence the row of its prompt. Returns the prompts that are not in the cache yet."""
+        """Give each new sequence the row of its prompt. Returns the prompts that are new: the last ones of `_rows`."""
         used = {sequence.row for sequence in self._active}
         wanted = {tuple(sequence.request.prompt_ids) for sequence in admitted}
         self._rows = {prompt: row for prompt, row in self._rows.items() if row in used or prompt in wanted}

@@ -11,7 +11,7 @@ not prefilled, so that every drawn token, the first included, is sampled in one 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -67,11 +67,6 @@ class KVCache:
         """Whether prompts and suffixes of these lengths fit."""
         return prefix <= self.prefix and suffix <= self.suffix
 
-    def copy_prefix(self, source: int, row: int, positions: int) -> None:
-        """Let the first `positions` of a prompt's row be those of another row."""
-        for x in (self.prefix_k, self.prefix_v):
-            x[:, row, :, :positions] = x[:, source, :, :positions]
-
 
 def _zeros(shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Zeros, because masked positions are multiplied by weight 0, which must not meet a NaN.
@@ -90,28 +85,27 @@ def _whole_blocks(positions: int) -> int:
 class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
-    def __init__(self, cache: KVCache, rows: Sequence[int], spans: Sequence[range], padding: int):
-        """rows, spans: for each prompt its row and the positions to write; those before are in the row already.
+    def __init__(self, cache: KVCache, spans: Mapping[int, range], tokens: int):
+        """spans: for each row the positions to write; it holds those before. tokens: the number of all and of padding.
 
-        padding: that many tokens more, which belong to no prompt.
+        A span may be empty.
         """
         self.cache, device = cache, cache.device
-        cache.prefix_lengths[upload(list(rows), device)] = upload([span.stop for span in spans], device)
-        own = [(row, span) for row, span in zip(rows, spans, strict=True) if span]
-        own += [(cache.padding_slot, range(padding))] if padding else []
+        cache.prefix_lengths[upload(list(spans), device)] = upload([span.stop for span in spans.values()], device)
+        padding = range(tokens - sum(map(len, spans.values())))
+        own = [(row, span) for row, span in (*spans.items(), (cache.padding_slot, padding)) if span]
         self.rows, self.positions = _places_of(own, device)
         self.packed = PackedAttention([len(span) for _, span in own], device, [span.start for _, span in own])
-        shared = any(span.start for _, span in own)
-        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device) if shared else None
+        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device)
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if self.attended is not None:
-            rows, positions = self.attended
-            k, v = (x[layer][rows, :, positions] for x in (self.cache.prefix_k, self.cache.prefix_v))
-        return self.packed(layer, q, k, v)
+        rows, positions = self.attended  # k and v are there by now, after those that the rows held
+        return self.packed(
+            layer, q, *(x[layer][rows, :, positions] for x in (self.cache.prefix_k, self.cache.prefix_v))
+        )
 
 
 def _places_of(spans: Sequence[tuple[int, range]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -275,9 +275,6 @@ class PackedAttention:
     def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal grouped-query attention over [B, T, H, C] and [B, L, K, C]: the queries are those of the last T."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped, length, seen = q.shape[1] != k.shape[1], q.shape[2], k.shape[2]
-        mask = (
-            None if length == seen else torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
-        return attended.transpose(1, 2)
+        grouped, start = q.shape[1] != k.shape[1], k.shape[2] - q.shape[2]
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(start) if start else None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start, enable_gqa=grouped).transpose(1, 2)

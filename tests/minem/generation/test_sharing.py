@@ -44,39 +44,32 @@ class Recorded(PackedAttention):
         return super().__call__(layer, q, k, v)
 
 
-def assert_keys_and_values_are_those_of_training(model, cache, rows):
-    for prompt, row in rows.items():
-        n = len(prompt) - 1
-        assert cache.prefix_lengths[row] == n
-        attend = Recorded(len(prompt))
-        model.hidden(torch.tensor(prompt), torch.arange(n + 1), attend)
-        for layer, kv in enumerate(attend.seen):
-            for cached, expected in zip((cache.prefix_k, cache.prefix_v), kv, strict=True):
-                got = cached[layer, row, :, :n].transpose(0, 1)
-                torch.testing.assert_close(got, expected[:n], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("pack", [64, 8192])
 @pytest.mark.parametrize("kind", ["llama", "llama-head-dim", "llama-llama3", "llama-linear", "qwen2-yarn", "qwen3"])
 @torch.no_grad()
-def test_keys_and_values_are_those_of_a_whole_forward_pass(tmp_path, monkeypatch, kind, pack):
-    """In float64, for grouped heads, norms and scaled positions: at once, and one after the other."""
-    monkeypatch.setattr(minem.generation.engine, "PREFILL_TOKENS", pack)
+def test_keys_and_values_are_those_of_a_whole_forward_pass(tmp_path, monkeypatch, kind):
+    """In float64, for grouped heads, norms and scaled positions: at once, and with one that is there already."""
+    monkeypatch.setattr(minem.generation.engine, "PREFILL_TOKENS", 200)  # several packs, some of several prompts
     make_folder(tmp_path, kind)
     model = minem.load(tmp_path)[0].double()
     rows = {tuple(prompt): (5 * i + 2) % 9 for i, prompt in enumerate(MIXED)}
-    together, apart = (Engine(model, [1], 9, 260, 4) for _ in range(2))
+    together, later = (Engine(model, [1], 9, 260, 4) for _ in range(2))
     assert together.prefill(rows, rows) == COMPUTED
-    assert_keys_and_values_are_those_of_training(model, together.cache, rows)
-    held: dict[tuple[int, ...], int] = {}
+    first = tuple(FIRST)
+    assert later.prefill({first}, {first: rows[first]}) + later.prefill(rows.keys() - {first}, rows) == COMPUTED
     for prompt, row in rows.items():
-        held[prompt] = row
-        apart.prefill({prompt}, held)
-    assert_keys_and_values_are_those_of_training(model, apart.cache, rows)
+        n = len(prompt) - 1
+        attend = Recorded(n + 1)
+        model.hidden(torch.tensor(prompt), torch.arange(n + 1), attend)
+        for cache in (together.cache, later.cache):
+            assert cache.prefix_lengths[row] == n
+            for layer, (k, v) in enumerate(attend.seen):
+                for cached, expected in ((cache.prefix_k, k), (cache.prefix_v, v)):
+                    got = cached[layer, row, :, :n].transpose(0, 1)
+                    torch.testing.assert_close(got, expected[:n], rtol=1e-9, atol=1e-9)
 
 
 def test_draws_are_those_of_each_prompt_alone(loaded, monkeypatch):
-    params = SamplingParams(n=2, max_new_tokens=10, seed=2, temperature=1.2)
+    params = SamplingParams(n=2, max_new_tokens=5, seed=2, temperature=1.2)
     alone = minem.Generator(*loaded, slots=1)
     expected = alone.generate(MIXED, params)
     assert alone.prefill_tokens == 2 * sum(len(prompt) - 1 for prompt in MIXED)
@@ -110,21 +103,20 @@ def test_nothing_is_shared_with_prompts_of_older_weights(folder):
     after = generator.generate(MIXED[3:], GREEDY)
     fresh = minem.Generator(model, tokenizer, slots=8)
     assert_same_draws(fresh.generate(MIXED[3:], GREEDY), after)
-    assert_same_draws(minem.Generator(model, tokenizer, slots=1).generate(MIXED[3:], GREEDY), after)
     assert generator.prefill_tokens - before == fresh.prefill_tokens
 
 
 def test_the_same_requests_share_the_same_tokens_to_the_bit(loaded):
     """A block of an E-step that is drawn again after an interruption gives the same bytes."""
-    params = SamplingParams(n=2, max_new_tokens=8, seed=4)
+    params = SamplingParams(max_new_tokens=4, seed=4)
     used = minem.Generator(*loaded, slots=5)
-    used.generate(MIXED[2:], params)
+    used.generate(MIXED[4:], params)
     again = used.generate(MIXED, params)
     for draws, others in zip(minem.Generator(*loaded, slots=5).generate(MIXED, params), again, strict=True):
         assert [(c.token_ids, c.logprobs) for c in draws] == [(c.token_ids, c.logprobs) for c in others]
 
 
-BRANCHES = st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0, 1, 2, 31, 32, 33, 64, 70])), max_size=12)
+BRANCHES = st.lists(st.tuples(st.integers(0, 30), st.sampled_from([0, 1, 2, 31, 32, 33, 64, 70])), max_size=9)
 
 
 def grown(branches) -> list[tuple[int, ...]]:
@@ -162,10 +154,10 @@ def test_each_prompt_continues_from_the_one_that_is_most_alike_up_to_a_block(bra
         done += [part.prompt for part in wave]
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(BRANCHES, st.integers(2, 9))
 def test_any_prompts_get_the_draws_that_they_get_alone(loaded, branches, slots):
     asked = [[token % 300 + 2 for token in prompt] for prompt in grown(branches) if len(prompt) < 400]
-    params = SamplingParams(max_new_tokens=6, seed=1)
+    params = SamplingParams(max_new_tokens=2, seed=1)
     expected = minem.Generator(*loaded, slots=1).generate(asked, params)
     assert_same_draws(expected, minem.Generator(*loaded, slots=slots).generate(asked, params))
