@@ -262,11 +262,10 @@ class Generator:
         wanted = {tuple(sequence.request.prompt_ids) for sequence in admitted}
         self._rows = {prompt: row for prompt, row in self._rows.items() if row in used or prompt in wanted}
         free = iter(sorted(set(range(self.slots)) - set(self._rows.values())))
-        new = set()
+        new = wanted - self._rows.keys()
         for sequence in admitted:
             prompt = tuple(sequence.request.prompt_ids)
             if prompt not in self._rows:
-                new.add(prompt)
                 self._rows[prompt] = next(free)
             sequence.row = self._rows[prompt]
         return new

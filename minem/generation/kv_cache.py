@@ -86,10 +86,7 @@ class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
     def __init__(self, cache: KVCache, spans: Mapping[int, range], tokens: int):
-        """spans: for each row the positions to write; it holds those before. tokens: the number of all and of padding.
-
-        A span may be empty.
-        """
+        """spans: for each row the positions to write, if any; it holds those before. tokens: of all, and of padding."""
         self.cache, device = cache, cache.device
         cache.prefix_lengths[upload(list(spans), device)] = upload([span.stop for span in spans.values()], device)
         padding = range(tokens - sum(map(len, spans.values())))
