@@ -1,4 +1,4 @@
-"""The generator beside its floor and beside transformers: decoding, many draws of a few prompts, and whole E-steps.
+"""The generator beside its floor and beside transformers: decoding, draws of a few prompts, prefill, whole E-steps.
 
     python bench/generate.py                                 # on the CPU: a small model, minutes on two cores
     python bench/generate.py --json                          # the same as one line of JSON, the last
@@ -234,6 +234,20 @@ def draw_rows(bench: Bench, on: Setting) -> Iterator[Row]:
     yield {"work": "E-step on these, budget 8", "tokens": None, "seconds": seconds, "drawn": drawn[-1]}
 
 
+def shared_rows(bench: Bench, on: Setting) -> Iterator[Row]:
+    """The first token of 64 prompts that share 300 tokens, such as worked examples, and of as long ones that do not."""
+    own = [60 + 60 * i // 63 for i in range(64)]
+    head, *tails = random_prompts([300, *own], bench.shape.vocabulary)
+    alike, apart = [head + tail for tail in tails], random_prompts([300 + n for n in own], bench.shape.vocabulary)
+
+    def first_tokens(prompts: list[list[int]]) -> int:
+        generator = Generator(bench.model, Words(bench.shape.vocabulary), slots=64)
+        return len(generator.generate(prompts, SamplingParams(max_new_tokens=1)))
+
+    contestants = {"minem": partial(first_tokens, alike), "nothing shared": partial(first_tokens, apart)}
+    yield {"work": "prefill of 64 x 360-420, 300 shared", "tokens": 64, "seconds": take_turns(contestants, on)}
+
+
 def e_step(generator: Generator, count: int, length: Callable[[random.Random], int]) -> tuple[int, Forced]:
     """rsm over `count` questions; returns all tokens drawn, cancelled ones too, and the generator that drew them."""
     questions = [Question(f"q{i}", f"Question {i}?", ("one", "two"), ("A", "B"), "A") for i in range(count)]
@@ -386,7 +400,7 @@ def main(names: Sequence[str], questions: int, repeats: int | None, peers: bool,
         theirs = random_peer(shape, device, dtype) if peers else None
         bench = Bench(shape, random_model(shape, device, dtype), theirs, bandwidth, rate)
         rows = results[shape.name] = []
-        for row in chain(decode_rows(bench, on), draw_rows(bench, on), e_step_rows(bench, on)):
+        for row in chain(*(rows(bench, on) for rows in (decode_rows, draw_rows, shared_rows, e_step_rows))):
             rows.append(row)
             print(f"{shape.name}: {json.dumps(row)}", file=sys.stderr, flush=True)  # kept if the run is cut off
         layers = f"{LAYERS[shape.name]} layers, width {shape.width}, vocabulary {shape.vocabulary:,}"

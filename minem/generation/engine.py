@@ -1,7 +1,7 @@
 """The device side of generation: for a fixed number of slots the KV cache, the sampling parameters and the decode step.
 
     engine = Engine(model, stop_ids, slots=64, prefix=256, suffix=1024)
-    engine.prefill({prompt: row})                 # keys and values of the prompt without its last token
+    engine.prefill([prompt], {prompt: row})       # keys and values of the prompt without its last token
     engine.admit([slot], [request])               # the slot starts from that last token
     engine.start([slot], [row], 256, 1).read()    # one token for each slot; each further start draws the next one
 
@@ -11,7 +11,7 @@ first use; weights, cache and tables keep their places in memory, so a graph sta
 place. On the CPU the same function runs eagerly.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minem.generation.kv_cache import MIN_ROWS, Decode, Groups, KVCache, Prefill
 from minem.generation.request import Request
+from minem.generation.sharing import Part, Prompt, waves
 from minem.kernels import sample
 from minem.model.decoder import Model, upload
 
@@ -79,15 +80,22 @@ class Engine:
         self._composition: tuple[list[int], list[int]] = ([], [])  # of the eager steps' groups
         self._groups: Groups
 
-    def prefill(self, prompts: Mapping[tuple[int, ...], int]) -> int:
-        """Write all but the last token of each prompt to its row of the cache. Returns the number of those tokens."""
-        for pack in _packs(prompts):
-            texts = [prompt[:-1] for prompt in pack]
-            texts.append((0,) * (MIN_ROWS - sum(map(len, texts))))  # padding, if there are fewer
-            attend = Prefill(self.cache, [prompts[p] for p in pack], [len(text) for text in texts])
-            ids = upload([i for text in texts for i in text], self.model.device)
-            self.model.hidden(ids, attend.positions, attend)
-        return sum(len(prompt) - 1 for prompt in prompts)
+    def prefill(self, new: Container[Prompt], rows: Mapping[Prompt, int]) -> int:
+        """Write all but the last token of each new prompt to its row of the cache.
+
+        rows: of the prompts in the cache, then of the new ones. Returns how many tokens went through the model.
+        """
+        packs = [pack for wave in waves(rows, new) for pack in _packs(wave)]
+        for pack in packs:
+            for prompt, source, start in pack:
+                for x in (self.cache.prefix_k, self.cache.prefix_v):
+                    x[:, rows[prompt], :, :start] = x[:, rows[source], :, :start]
+            ids = [i for part in pack for i in part.ids]
+            ids += [0] * (MIN_ROWS - len(ids))  # padding, if there are fewer
+            spans = {rows[part.prompt]: range(part.start, len(part.prompt) - 1) for part in pack}
+            attend = Prefill(self.cache, spans, len(ids))
+            self.model.hidden(upload(ids, self.model.device), attend.positions, attend)
+        return sum(len(part.ids) for pack in packs for part in pack)
 
     def admit(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
         """Let these slots start from these requests, whose prompts are in the cache."""
@@ -143,13 +151,13 @@ class Engine:
         return _Graph(*record(step, self._pool, self._stream), groups)
 
 
-def _packs(prompts: Iterable[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+def _packs(parts: Iterable[Part]) -> list[list[Part]]:
     """The prompts in packs of about PREFILL_TOKENS. Those of similar length share a pack: attention is cheaper."""
-    packs: list[list[tuple[int, ...]]] = []
-    for prompt in sorted(prompts, key=len):
-        if not packs or sum(map(len, packs[-1])) + len(prompt) > PREFILL_TOKENS:
+    packs: list[list[Part]] = []
+    for part in sorted(parts, key=lambda part: len(part.ids)):
+        if not packs or sum(len(p.ids) for p in packs[-1]) + len(part.ids) > PREFILL_TOKENS:
             packs.append([])
-        packs[-1].append(prompt)
+        packs[-1].append(part)
     return packs
 
 

@@ -24,6 +24,7 @@ from minem.errors import GuardError, Interrupted, UserError
 from minem.generation.engine import Engine, Step
 from minem.generation.kv_cache import cache_bytes, fitting_slots
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
+from minem.generation.sharing import Prompt
 from minem.model.decoder import Model
 from minem.model.tokenizer import Tokenizer
 
@@ -79,7 +80,7 @@ class Generator:
         self._finished: list[Completion] = []
         self._room = (1, 1)  # the longest prompt without its last token, and the most new tokens, of all requests
         self._engine: Engine | None = None  # made when it is first needed
-        self._rows: dict[tuple[int, ...], int] = {}  # prompts in the cache, and their rows
+        self._rows: dict[Prompt, int] = {}  # prompts in the cache, and their rows
 
     def generate(
         self, prompts: Sequence[str] | Sequence[list[int]], params: SamplingParams | None = None
@@ -251,21 +252,21 @@ class Generator:
             return
         free = sorted(set(range(self.slots)) - {sequence.slot for sequence in self._active})
         admitted = [_Sequence(self._waiting.popleft(), slot) for slot in free[: len(self._waiting)]]
-        self.prefill_tokens += engine.prefill(self._take_rows(admitted))
+        self.prefill_tokens += engine.prefill(self._take_rows(admitted), self._rows)
         engine.admit([sequence.slot for sequence in admitted], [sequence.request for sequence in admitted])
         self._active = sorted([*self._active, *admitted], key=lambda sequence: sequence.slot)
 
-    def _take_rows(self, admitted: Sequence[_Sequence]) -> dict[tuple[int, ...], int]:
-        """Give each new sequence the row of its prompt. Returns the prompts that are not in the cache yet."""
+    def _take_rows(self, admitted: Sequence[_Sequence]) -> set[Prompt]:
+        """Give each new sequence the row of its prompt. Returns the prompts that are new: the last ones of `_rows`."""
         used = {sequence.row for sequence in self._active}
         wanted = {tuple(sequence.request.prompt_ids) for sequence in admitted}
         self._rows = {prompt: row for prompt, row in self._rows.items() if row in used or prompt in wanted}
         free = iter(sorted(set(range(self.slots)) - set(self._rows.values())))
-        new = {}
+        new = wanted - self._rows.keys()
         for sequence in admitted:
             prompt = tuple(sequence.request.prompt_ids)
             if prompt not in self._rows:
-                new[prompt] = self._rows[prompt] = next(free)
+                self._rows[prompt] = next(free)
             sequence.row = self._rows[prompt]
         return new
 

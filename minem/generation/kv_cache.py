@@ -11,7 +11,7 @@ not prefilled, so that every drawn token, the first included, is sampled in one 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -85,20 +85,30 @@ def _whole_blocks(positions: int) -> int:
 class Prefill:
     """Causal attention inside packed prompts, whose keys and values go to rows of the prefix segment."""
 
-    def __init__(self, cache: KVCache, rows: list[int], lengths: list[int]):
-        """rows: one for each prompt. lengths: of each prompt, then of the padding; 0 is allowed."""
+    def __init__(self, cache: KVCache, spans: Mapping[int, range], tokens: int):
+        """spans: for each row the positions to write, if any; it holds those before. tokens: of all, and of padding."""
         self.cache, device = cache, cache.device
-        targets = torch.tensor([*rows, cache.padding_slot])
-        self.rows = upload(targets.repeat_interleave(torch.tensor(lengths)), device)
-        self.positions = upload(torch.cat([torch.arange(n) for n in lengths]), device)
-        self.packed = PackedAttention([n for n in lengths if n], device)
-        cache.prefix_lengths[upload(rows, device)] = upload(lengths[:-1], device)
+        cache.prefix_lengths[upload(list(spans), device)] = upload([span.stop for span in spans.values()], device)
+        padding = range(tokens - sum(map(len, spans.values())))
+        own = [(row, span) for row, span in (*spans.items(), (cache.padding_slot, padding)) if span]
+        self.rows, self.positions = _places_of(own, device)
+        self.packed = PackedAttention([len(span) for _, span in own], device, [span.start for _, span in own])
+        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device)
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.packed(layer, q, k, v)
+        rows, positions = self.attended  # k and v are there by now, after those that the rows held
+        return self.packed(
+            layer, q, *(x[layer][rows, :, positions] for x in (self.cache.prefix_k, self.cache.prefix_v))
+        )
+
+
+def _places_of(spans: Sequence[tuple[int, range]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The row and the position of every token of spans in rows, both int64 [N]."""
+    rows = torch.tensor([row for row, _ in spans]).repeat_interleave(torch.tensor([len(span) for _, span in spans]))
+    return upload(rows, device), upload(torch.cat([torch.arange(s.start, s.stop) for _, s in spans]), device)
 
 
 @dataclass(frozen=True)

@@ -218,7 +218,8 @@ def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.i
 def varlen_attention() -> Callable[..., Any] | None:
     """PyTorch's causal flash attention over packed sequences; None if this PyTorch was built without it.
 
-    Its arguments: q [N, H, C], k and v [N, K, C], then `starts` twice and the longest length twice.
+    Its arguments: q [N, H, C], k and v [M, K, C], the starts of the sequences in either, the longest length in either.
+    Of a sequence with more keys than queries the queries are the last ones.
     """
     try:
         from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler
@@ -249,11 +250,13 @@ class PackedAttention:
     a rectangle [B, T]: no padding, and a sequence's result does not depend on the sequences packed beside it.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str):
-        self.longest = max(lengths, default=0)
-        self.rectangles = [(len(list(run)), length) for length, run in groupby(lengths)]
-        # The start of each sequence and the end of the last, uploaded once for all layers.
-        self.starts = upload(list(accumulate(lengths, initial=0)), device, torch.int32)
+    def __init__(self, lengths: Sequence[int], device: torch.device | str, starts: Sequence[int] | None = None):
+        """starts: positions before each sequence that it attends to as well; their keys and values precede its own."""
+        ends = [start + length for start, length in zip(starts or [0] * len(lengths), lengths, strict=True)]
+        self.longest = max(lengths, default=0), max(ends, default=0)
+        self.rectangles = [(len(list(run)), *shape) for shape, run in groupby(zip(lengths, ends, strict=True))]
+        # The start of each sequence in q and in k and the end of the last, uploaded once for all layers.
+        self.starts = [upload(list(accumulate(x, initial=0)), device, torch.int32) for x in (lengths, ends)]
 
     def cache_write(self, layer: int) -> None:
         """None: training has no cache."""
@@ -262,15 +265,16 @@ class PackedAttention:
         if takes_varlen(q):
             attention = varlen_attention()
             assert attention is not None
-            return attention(q, k, v, self.starts, self.starts, self.longest, self.longest)
-        sizes = [count * length for count, length in self.rectangles]
-        parts = zip(self.rectangles, *(x.split(sizes) for x in (q, k, v)), strict=True)
-        done = [self._rectangle(*(x.unflatten(0, shape) for x in part)).flatten(0, 1) for shape, *part in parts]
+            return attention(q, k, v, *self.starts, *self.longest)
+        queries, keys = ([count * sizes[i] for count, *sizes in self.rectangles] for i in (0, 1))
+        parts = zip(self.rectangles, q.split(queries), k.split(keys), v.split(keys), strict=True)
+        done = [self._rectangle(*(x.unflatten(0, (n, -1)) for x in part)).flatten(0, 1) for (n, *_), *part in parts]
         return done[0] if len(done) == 1 else torch.cat(done)
 
     @staticmethod
     def _rectangle(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal grouped-query attention over [B, T, H, C] and [B, T, K, C]."""
+        """Causal grouped-query attention over [B, T, H, C] and [B, L, K, C]: the queries are those of the last T."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        grouped = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        grouped, start = q.shape[1] != k.shape[1], k.shape[2] - q.shape[2]
+        mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(start) if start else None
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start, enable_gqa=grouped).transpose(1, 2)

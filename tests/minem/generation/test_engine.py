@@ -43,9 +43,9 @@ def test_prompts_of_one_token_have_nothing_to_attend_to(loaded, monkeypatch):
     """Attention over no positions at all is not for every GPU kernel."""
     seen = []
 
-    def recorded(lengths, device):
+    def recorded(lengths, device, starts):
         seen.extend(lengths)
-        return PackedAttention(lengths, device)
+        return PackedAttention(lengths, device, starts)
 
     monkeypatch.setattr(minem.generation.kv_cache, "PackedAttention", recorded)
     got = minem.Generator(*loaded).generate([[5], [6], [7, 8, 9]], GREEDY)

@@ -27,19 +27,22 @@ CONFIG = {
 LENGTHS = [7, 3, 3, 1, 12]
 
 
-def heads(lengths, *, groups=(4, 2), channels=8, dtype=torch.float64, device="cpu", seed=0):
+def heads(lengths, *, starts=(), groups=(4, 2), channels=8, dtype=torch.float64, device="cpu", seed=0):
     """Random q, k, v of packed sequences, and a gradient for what comes out."""
     noise = torch.Generator().manual_seed(seed)
-    n, (h, k) = sum(lengths), groups
-    made = [torch.randn(n, x, channels, generator=noise, dtype=torch.float64) for x in (h, k, k, h)]
+    n, m, (h, k) = sum(lengths), sum(lengths) + sum(starts), groups
+    shapes = (n, h), (m, k), (m, k), (n, h)
+    made = [torch.randn(*shape, channels, generator=noise, dtype=torch.float64) for shape in shapes]
     return [x.to(device, dtype).requires_grad_(i < 3) for i, x in enumerate(made)]
 
 
-def defined(q, k, v, lengths):
-    """softmax(q k' / sqrt(C)) v under a mask of all N x N pairs: same sequence, and no later than the query."""
+def defined(q, k, v, lengths, starts=None):
+    """softmax(q k' / sqrt(C)) v under a mask of all N x M pairs: same sequence, and no later than the query."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    owner = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(q.device)
-    mask = (owner[:, None] == owner[None, :]).tril()
+    spans = [range(start, start + n) for start, n in zip(starts or [0] * len(lengths), lengths, strict=True)]
+    query = torch.tensor([(i, place) for i, span in enumerate(spans) for place in span])[:, None]
+    key = torch.tensor([(i, place) for i, span in enumerate(spans) for place in range(span.stop)])[None]
+    mask = ((query[..., 0] == key[..., 0]) & (key[..., 1] <= query[..., 1])).to(q.device)
     scores = torch.einsum("qhc,khc->hqk", q, k) / q.shape[-1] ** 0.5
     return torch.einsum("hqk,khc->qhc", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
 
@@ -53,12 +56,16 @@ def outputs_and_gradients(attention, q, k, v, grad):
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.sampled_from([(4, 2), (3, 1), (2, 2)]))
-def test_packed_attention_and_its_gradients_equal_the_definition(lengths, groups):
-    q, k, v, grad = heads(lengths, groups=groups)
-    attention = PackedAttention(lengths, "cpu")
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 0, 1, 33])), min_size=1, max_size=8),
+    st.sampled_from([(4, 2), (3, 1), (2, 2)]),
+)
+def test_packed_attention_and_its_gradients_equal_the_definition(sequences, groups):
+    lengths, starts = zip(*sequences, strict=True)
+    q, k, v, grad = heads(lengths, starts=starts, groups=groups)
+    attention = PackedAttention(lengths, "cpu", starts)
     got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
-    expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths), q, k, v, grad)
+    expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths, starts), q, k, v, grad)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -79,13 +86,13 @@ def fake_varlen(seen):
     def attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size):
         assert window_size == (-1, 0)
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        lengths = cu_seq_q.diff().tolist()
-        assert lengths == cu_seq_k.diff().tolist()
-        assert max_q == max_k == max(lengths)
-        assert cu_seq_q[0] == 0
-        assert cu_seq_q[-1] == len(query)
+        for x, longest, starts in ((query, max_q, cu_seq_q), (key, max_k, cu_seq_k)):
+            assert longest == starts.diff().max()
+            assert starts[0] == 0
+            assert starts[-1] == len(x)
         seen.append(cu_seq_q)
-        return defined(query, key, value, lengths)
+        lengths = cu_seq_q.diff()
+        return defined(query, key, value, lengths.tolist(), (cu_seq_k.diff() - lengths).tolist())
 
     return attend
 
@@ -120,22 +127,23 @@ def fresh():
     varlen_attention.cache_clear()
 
 
+@pytest.mark.parametrize("starts", [[0, 0, 0, 0, 0], [0, 5, 5, 2, 9]])
 @pytest.mark.parametrize(("version", "groups"), [(like_2_11, (4, 2)), (like_2_13, (4, 2)), (like_2_13, (2, 2))])
-def test_both_signatures_of_varlen_attention_get_their_arguments(fresh, monkeypatch, version, groups):
+def test_both_signatures_of_varlen_attention_get_their_arguments(fresh, monkeypatch, version, groups, starts):
     import torch.nn.attention.varlen
 
     seen = []
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version(seen))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(minem.model.decoder, "takes_varlen", lambda q: True)
-    q, k, v, grad = heads(LENGTHS, groups=groups)
-    attention = PackedAttention(LENGTHS, "cpu")
+    q, k, v, grad = heads(LENGTHS, starts=starts, groups=groups)
+    attention = PackedAttention(LENGTHS, "cpu", starts)
     got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
     attention(1, q, k, v)
     assert len(seen) == 2
     assert seen[0] is seen[1]  # uploaded once, not once a layer
     monkeypatch.undo()
-    expected = outputs_and_gradients(lambda *qkv: PackedAttention(LENGTHS, "cpu")(0, *qkv), q, k, v, grad)
+    expected = outputs_and_gradients(lambda *qkv: PackedAttention(LENGTHS, "cpu", starts)(0, *qkv), q, k, v, grad)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -162,23 +170,25 @@ def test_without_the_kernel_the_exact_path_is_taken(fresh, monkeypatch):
 @pytest.mark.parametrize("groups", [(16, 2), (14, 2), (8, 8)])
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_flash_kernel_against_the_exact_path(groups, channels, dtype):
+@pytest.mark.parametrize("starts", [[0] * 6, [0, 300, 40, 41, 129, 1000]])
+def test_the_flash_kernel_against_the_exact_path(groups, channels, dtype, starts):
     """Against the definition in float64: the error is at most twice that of a padded rectangle."""
     lengths = [300, 1, 77, 77, 1024, 5]
-    q, k, v, grad = heads(lengths, groups=groups, channels=channels, dtype=dtype, device="cuda")
-    attention = PackedAttention(lengths, "cuda")
+    q, k, v, grad = heads(lengths, starts=starts, groups=groups, channels=channels, dtype=dtype, device="cuda")
+    attention = PackedAttention(lengths, "cuda", starts)
     assert minem.model.decoder.takes_varlen(q)
     got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
 
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     assert not minem.model.decoder.takes_varlen(exact[0])
-    expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths), *exact, grad.double())
+    expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths, starts), *exact, grad.double())
     ours = outputs_and_gradients(lambda *qkv: attention(0, *qkv), *exact, grad.double())
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
     def rectangles(q, k, v):
-        each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+        ends = [start + length for start, length in zip(starts, lengths, strict=True)]
+        each = zip(q.split(lengths), k.split(ends), v.split(ends), strict=True)
         return torch.cat([PackedAttention._rectangle(*(x[None] for x in qkv))[0] for qkv in each])
 
     usual = outputs_and_gradients(rectangles, q, k, v, grad)
