@@ -109,6 +109,8 @@ WRONG = {
     "train --track trackoi": "did you mean trackio?",
     "eval --split vald": "'vald' is not one of 'train', 'validation', 'test'",
     "eval --split tset": "did you mean test?",
+    "eval --shots always": "the prompt set has no shots",
+    "eval --prompt defualt": "did you mean default?",
     "eval --samples -1": "Invalid value for '--samples'",
     "eval --max-new-tokens 0": "Invalid value for '--max-new-tokens'",
     "eval --max-new-tokens 100000": "lower --max-new-tokens",

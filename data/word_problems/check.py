@@ -7,7 +7,10 @@ make.py leaves out numbers with which a second formula does. Any chain of equati
 valid, in whatever order, so 3 * 2 = 6, 4 * 2 = 8, 6 + 8 = 14 is as good as 3 + 4 = 7, 7 * 2 = 14.
 """
 
+import ast
+import operator
 import re
+from collections.abc import Iterator, Sequence
 from itertools import combinations, product
 
 from minem.data import verdict
@@ -20,7 +23,21 @@ FAR = 10**30  # no problem's solution has such a value on _ELSEWHERE; a rational
 _NUMBER = r"\(?\d{1,6}(?:\.\d{1,2})?\)?"
 _EQUATION = re.compile(rf"(?<![\d.])({_NUMBER}(?:[-+*/]{_NUMBER}){{1,3}})=(-?\d{{1,6}}(?:\.\d{{1,2}})?)")
 
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
 Formula = tuple[int, int]  # its value on the question's numbers and on _ELSEWHERE
+
+
+def value(expression: str, numbers: Sequence[float]) -> float:
+    """What +, -, * and / make of these numbers, which stand in for those of the expression, from left to right."""
+    return _value(ast.parse(expression, mode="eval").body, iter(numbers))
+
+
+def _value(node: ast.expr, numbers: Iterator[float]) -> float:
+    if not isinstance(node, ast.BinOp):
+        return next(numbers)
+    left = _value(node.left, numbers)
+    return float(_OPERATIONS[type(node.op)](left, _value(node.right, numbers)))
 
 
 def formulas(parts: tuple[Formula, ...]) -> set[Formula]:
@@ -66,11 +83,10 @@ def valid_steps(text: str, question: Question) -> bool:
         if left.count("(") != left.count(")"):  # the bracket is around the equation
             left = re.sub("[()]", "", left)
         operands = [float(operand) for operand in re.findall(r"[\d.]+", left)]
-        frame = re.sub(r"[\d.]+", "{}", left)
-        try:  # digits, operators and brackets alone
-            true = eval(frame.format(*operands)) == float(result)
-            others = product(*(known[operand] for operand in operands))
-            last = [other for numbers in others if abs(other := eval(frame.format(*numbers))) < FAR]
+        try:
+            true = value(left, operands) == float(result)
+            elsewhere = (value(left, numbers) for numbers in product(*(known[operand] for operand in operands)))
+            last = [other for other in elsewhere if abs(other) < FAR]
         except (KeyError, SyntaxError, ArithmeticError):
             return False
         if not true:

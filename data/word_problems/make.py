@@ -8,11 +8,12 @@ one formula alone reaches the answer with each of them (check.py). Each structur
 
 import json
 import random
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from minem.data.word_problems.check import solutions
+from minem.data.word_problems.check import solutions, value
 
 HERE = Path(__file__).parent
 SEED = 0
@@ -32,7 +33,9 @@ def draw_problem(page: dict[str, Any], rng: random.Random, split: str, seen: set
         numbers = {letter: rng.randint(*limits) for letter, limits in structure["ranges"].items()}
         things = rng.choice(page["things"])
         text = wording.format(N=names[0], M=names[1], things=things, **pronouns, **numbers)
-        answer = eval(structure["formula"], {}, numbers)
+        answer = int(
+            value(structure["formula"], [numbers[letter] for letter in re.findall("[a-z]", structure["formula"])])
+        )
         key = sorted(set(numbers.values()))
         home = random.Random(str(key)).choices(list(SIZES), weights=list(SIZES.values()))[0]
         problem = (wording, *numbers.values())

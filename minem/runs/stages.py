@@ -124,7 +124,7 @@ class Run:
             self.commit(stage_name, line, work, writes)
         for sentence in self.results[stage_name].get("warnings", ()):
             self.progress.note(f"warning {sentence}")
-        if name == "eval.validation" and iteration and self.directory is not None:
+        if name == "eval.validation" and 0 < iteration < self.config.run.iterations and self.directory is not None:
             self.progress.note(f"time    {self._time(self.directory.seconds, iteration)}")
 
     def _time(self, seconds: Mapping[str, float], iteration: int) -> str:

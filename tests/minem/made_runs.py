@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minem.config import load_config, to_toml
+from minem.data.prompts import load_prompts
 from minem.data.tasks import load_task
 from minem.files import write_rows
 from minem.statistics import wilson
@@ -49,7 +50,7 @@ def make_run(
         "commit": "abc",
         "command": ["minem", "train", "--seed", str(config.run.seed)],
         "config": config.model_dump(),
-        "inputs": {"task rows": _rows_sha256(config.task.limit)},
+        "inputs": {"task rows": _rows_sha256(config.task.limit), "prompts": load_prompts("toy").sha256},
         "started": "2026-01-01T00:00:00+00:00",
     }
     path.mkdir(parents=True)

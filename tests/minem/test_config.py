@@ -447,7 +447,9 @@ def models() -> dict[str, Model]:
         return {name: Model(ModelConfig.from_dict(shape)) for name, shape in SHAPES.items()}
 
 
-@pytest.mark.parametrize("path", [p for p in CONFIGS if p.name != "toy.toml"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.name.startswith(("llama", "qwen"))], ids=lambda path: path.name
+)
 def test_the_memory_that_a_shipped_config_names_is_that_of_its_model(path: Path, models: dict[str, Model]) -> None:
     config, text = load_config(path), " ".join(path.read_text().replace("#", " ").split())
     model = models[config.model.id]

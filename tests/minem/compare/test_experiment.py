@@ -335,9 +335,16 @@ def test_match_cost_counts_what_an_estep_over_those_questions_alone_draws(compar
         (folder / "train.jsonl").write_text("".join(toy[i] + "\n" for i in sorted(share.questions)))
         for split in ("validation", "test"):
             shutil.copy(TOY / f"{split}.jsonl", folder)
-        flags = {"--model": "toy", "--task": folder, "--sampler": name, "--budget": budget, "--seed": 1}
+        flags = {
+            "--model": "toy",
+            "--task": folder,
+            "--prompt": "toy",
+            "--sampler": name,
+            "--budget": budget,
+            "--seed": 1,
+        }
         again = tmp_path / name
-        arguments = ["sample", *(x for flag in flags.items() for x in flag), "--out", again]
+        arguments = ["sample", "--seed", 1, *(x for flag in flags.items() for x in flag), "--out", again]
         ok(CliRunner().invoke(main, [str(a) for a in arguments]))
         drawn = list(read_rows(again / "iter-01" / "samples.jsonl"))
         assert sum(len(row["token_ids"]) for row in drawn) == share.tokens
@@ -351,7 +358,21 @@ def test_several_tasks_are_compared_together(tmp_path):
     folder = tmp_path / "mine"
     shutil.copytree(TOY, folder, ignore=shutil.ignore_patterns("model", "*.py"))
     out = tmp_path / "tasks"
-    ok(compare(out, "--task", f"toy,{folder}", "--limit", "4", "--set", "eval.samples=0", samplers="pps:1", seeds="0"))
+    ok(
+        compare(
+            out,
+            "--task",
+            f"toy,{folder}",
+            "--prompt",
+            "toy",
+            "--limit",
+            "4",
+            "--set",
+            "eval.samples=0",
+            samplers="pps:1",
+            seeds="0",
+        )
+    )
     found = numbers(out)
     assert [run["run"] for run in found["runs"]] == [f"{task}.pps1.toy-llama.s0" for task in ("toy", "mine")]
     assert [row[:2] for row in found["tables"][0]["rows"]] == [["toy", "pps:1"], [str(folder), "pps:1"]]
@@ -543,7 +564,7 @@ def test_arms_with_other_evaluations_share_no_base(tmp_path, monkeypatch):
     answers = Evaluation.answers
 
     def counting(self, questions, *rest, **more):
-        asked[f"{self.max_new_tokens} {len(list(more.get('known', ())))}"] += 1
+        asked[f"{self.section.max_new_tokens} {len(list(more.get('known', ())))}"] += 1
         return answers(self, questions, *rest, **more)
 
     monkeypatch.setattr(Evaluation, "answers", counting)

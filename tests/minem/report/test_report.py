@@ -64,7 +64,8 @@ def without_charts(monkeypatch):
 def trained(tmp_path_factory) -> Path:
     """A real run, of seconds."""
     out = tmp_path_factory.mktemp("trained") / "run"
-    small = ["--limit", 8, "--iterations", 2, "--sampler", "star", "--budget", 2, "--set", "eval.diagnostics=8"]
+    small = ["--limit", 8, "--iterations", 2, "--sampler", "star", "--budget", 4, "--set", "eval.diagnostics=8"]
+    small += ["--set", "eval.hinted_draws=1", "--set", "sampler.draws=all"]  # the E-step is small, and so its quarter
     result = invoke("train", *small, "--out", out)
     assert result.exit_code == 0, result.output
     return out
@@ -233,7 +234,7 @@ def test_questions_that_are_gone_or_changed_leave_a_note(tmp_path, without_chart
     task = load_task(str(questions))
     run = make_run(tmp_path / "run", samples=[sample(task.train[0].id)])
     facts = json.loads((run / "run.json").read_text())
-    facts["config"]["task"]["name"] = str(questions)
+    facts["config"]["task"] |= {"name": str(questions), "prompt": "toy"}
     facts["inputs"]["task rows"] = task.rows_sha256
     (run / "run.json").write_text(json.dumps(facts))
     data = data_of(page_of(run))
