@@ -52,7 +52,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     id: Text = "toy"  # the embedded model, a Hugging Face folder, or a hub id
     revision: Text | None = None  # branch, tag or commit on the hub
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # working weights; auto: bfloat16 on a GPU, float32 on a CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the weights at work; auto: bfloat16 if in hardware
 
 
 class TaskSection(Section):

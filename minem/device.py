@@ -14,6 +14,8 @@ import torch
 
 from minem.errors import UserError
 
+SMALL = 10_000_000  # parameters: the toy's matrix products are too short for threads and for bfloat16
+
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated on a GPU, PyTorch's cache included, or in the machine's memory."""
@@ -57,9 +59,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the working weights: "auto" is bfloat16 on a GPU and float32 on the CPU."""
-    auto = torch.bfloat16 if device.type == "cuda" else torch.float32
+def pick_dtype(name: str, device: torch.device, parameters: int) -> torch.dtype:
+    """The dtype of the working weights of a model with that many parameters.
+
+    "auto" is bfloat16 on a GPU, and on a CPU that multiplies it in hardware unless the model is as small as the toy.
+    """
+    fast = device.type == "cuda" or (parameters >= SMALL and multiplies_bfloat16())
+    auto = torch.bfloat16 if fast else torch.float32
     return {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
@@ -72,9 +78,14 @@ def set_deterministic(device: torch.device, wanted: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, against bugs
 
 
+def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for products in bfloat16; elsewhere they are emulated, and slow. Linux alone."""
+    return cpuinfo.exists() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo.read_text()) is not None
+
+
 def limit_threads(model: torch.nn.Module) -> None:
     """One thread on the CPU for a model whose products are too short to share, unless OMP_NUM_THREADS is set."""
     parameters = list(model.parameters())
-    small = sum(p.numel() for p in parameters) < 10_000_000
+    small = sum(p.numel() for p in parameters) < SMALL
     if parameters[0].device.type == "cpu" and small and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)

@@ -36,7 +36,8 @@ from minem.em.samplers import altered, make_sampler, prompts_of
 from minem.em.samples_file import read_samples
 from minem.errors import GuardError, UserError
 from minem.generation.generator import DEFAULT_SLOTS, Generator
-from minem.model.weights import load, load_model, resolve
+from minem.model.sizes import parameters
+from minem.model.weights import load, load_model, read_config, resolve
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 from minem.plugins import hash_source
@@ -71,10 +72,10 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
     task = load_task(config.task.name, config.task.limit, config.run.seed)
     device = pick_device(config.run.device)
     set_deterministic(device, config.run.deterministic)
-    dtype = pick_dtype(config.model.dtype, device)
     sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
     verdict = load_verdict(config.task.verdict)
     folder = resolve(config.model.id, config.model.revision)
+    dtype = pick_dtype(config.model.dtype, device, parameters(read_config(folder)).total)
     model, tokenizer = load(folder, device if weights else "meta", dtype)
     if not tokenizer.eos_ids:
         raise UserError(f"{folder}: the tokenizer names no EOS token, so no draw could ever end")
@@ -344,8 +345,8 @@ def _new_tokens(wanted: int | None, prompts: Prompts, questions: Sequence[Questi
 
 def make_generator(name: str, device: str, progress: Progress) -> Generator:
     """The generator of a model, on a device by its name."""
-    where = pick_device(device)
-    model, tokenizer = load(name, where, pick_dtype("auto", where))
+    where, folder = pick_device(device), resolve(name)
+    model, tokenizer = load(folder, where, pick_dtype("auto", where, parameters(read_config(folder)).total))
     limit_threads(model)
     return Generator(model, tokenizer, on_note=_notes(progress))
 

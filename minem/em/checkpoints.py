@@ -94,7 +94,8 @@ def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card
 
 def export_bytes(mstep: MStep) -> int:
     """Bytes that `export` writes, about."""
-    return sum(p.nbytes for p in mstep.model.parameters()) + mstep.state_bytes
+    model = mstep.model
+    return sum(p.numel() * model.stored_dtype.itemsize for p in model.parameters()) + mstep.state_bytes
 
 
 def make_room(generator: Generator, mstep: MStep) -> None:

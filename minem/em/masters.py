@@ -3,7 +3,8 @@
     minem train --set model.dtype=bfloat16 --set run.checkpoint_minutes=1
 
 At a learning rate of 1e-6 an update is far below the spacing of bfloat16 numbers and would be lost. So AdamW works on
-float32 masters, and the working weights are their rounded copy. A float32 parameter is its own master.
+float32 masters, and the working weights are their rounded copy. A float32 parameter is its own master, unless the base
+model is stored in less: then the exported weights, which the next iteration samples from, are rounded, and masters not.
 
 On the disk (state-00000.safetensors, ... and state.json) tensors are complete, under the names of the parameters, so
 any number of ranks resumes what any other number saved. No more of them is complete in memory than one file holds.
@@ -66,8 +67,10 @@ class Masters(dict[str, Tensor]):
         if self.trained is not self.model:
             with self._adapters():
                 scatter(self.model, self.trained)
+        apart = self.trained is self.model and self.lora is None and self.model.stored_dtype.itemsize < 4
         for name, p in self.working.items():
-            self[name] = p if p.dtype.itemsize >= 4 else p.detach().float().requires_grad_()
+            own = p.dtype.itemsize >= 4 and not apart
+            self[name] = p if own else p.detach().to(torch.float32, copy=True).requires_grad_()
 
     def _adapters(self) -> AbstractContextManager[None]:
         """While open, the generator's model is the base model with adapters. (A sharded copy has them for good.)"""
@@ -129,6 +132,14 @@ class Masters(dict[str, Tensor]):
             self.lora.merge(self.complete())
         elif self.trained is not self.model:
             gather_weights(self.trained, self.model)
+        self.round_weights()
+
+    @torch.no_grad()
+    def round_weights(self) -> None:
+        """Round the generator's model to the dtype of the base's files, so that it is the model that is exported."""
+        for p in self.model.parameters():
+            if self.model.stored_dtype.itemsize < p.dtype.itemsize:
+                p.copy_(p.to(self.model.stored_dtype))
 
     def complete(self) -> dict[str, Tensor]:
         """All values of all masters, on every rank; a collective."""

@@ -124,7 +124,8 @@ class MStep:
     def state_bytes(self) -> int:
         """About what `save` writes between two M-steps; 0 if the next one needs no more than the model's weights."""
         moments = len(MOMENTS) if self.config.optimizer_state == "keep" else 0
-        needed = moments or self.lora is not None or self.model.dtype.itemsize < 4
+        narrow = min(self.model.dtype.itemsize, self.model.stored_dtype.itemsize) < 4
+        needed = moments or self.lora is not None or narrow
         return self.master_bytes * (1 + moments) if needed else 0
 
     def save(self, folder: Path) -> None:

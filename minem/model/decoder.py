@@ -55,6 +55,7 @@ class Model(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.head.weight = self.embed.weight
+        self.stored_dtype = self.dtype  # of the files: `read_weights` sets it, and `save` writes it
 
     @property
     def device(self) -> torch.device:

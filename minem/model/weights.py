@@ -30,7 +30,8 @@ TOY = Path(__file__).parents[1] / "data" / "toy" / "model"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 SHARD_BYTES = 5 * 2**30
 FILE_NAMES = "model{suffix}.safetensors"
-FILE_DTYPES = ("F64", "F32", "F16", "BF16")
+EMBEDDING = "model.embed_tokens.weight"
+FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 16 * 2**20  # bytes of a shard index, which names every tensor
 # The model's modules (those of a block without its name) and the checkpoint's, which are merged in this order.
@@ -68,9 +69,14 @@ def load(
     return model, tokenizer
 
 
+def read_config(folder: Path) -> ModelConfig:
+    """The shape of the model of a local folder. UserError for what is not supported."""
+    return ModelConfig.from_dict(read_json(own_file(folder, "config.json")), str(folder / "config.json"))
+
+
 def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Model:
     """The model of a local folder; see `load`."""
-    config = ModelConfig.from_dict(read_json(own_file(folder, "config.json")), str(folder / "config.json"))
+    config = read_config(folder)
     wanted, size = parameters(config).total, sum(path.stat().st_size for path in _weight_files(folder))
     if wanted > size:  # checked before memory is allocated: a weight takes a byte or more
         raise UserError(f"{folder}: config.json asks for {wanted:,} weights, but its files have {size:,} bytes")
@@ -102,6 +108,8 @@ def read_weights(model: Model, folder: Path) -> None:
                         problems.append(f"{name} {problem}")
                     elif not views[name].is_meta:
                         _copy_rows(source, views[name])
+                    if name == EMBEDDING and not problems:
+                        model.stored_dtype = FILE_DTYPES[source.get_dtype()]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from error
     problems += [f"missing {name}" for name in missing]
@@ -129,14 +137,14 @@ def _copy_rows(source: Any, target: Tensor) -> None:
 def save(model: Model, tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a Hugging Face folder: transformers loads it to the same logits, ids, EOS and chat template.
 
-    The tokenizer's files and generation_config.json are copied byte for byte; config.json keeps its fields, and its
-    dtype becomes the model's. Files of weights have 5 GiB at most, with an index if there are several.
+    The tokenizer's files and generation_config.json are copied byte for byte. The weights have the dtype of the files
+    that they were read from, and config.json names it. A file has 5 GiB at most, with an index if there are several.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = dict(model.config.raw)
     raw["architectures"] = raw.get("architectures") or [ARCHITECTURES[model.config.model_type]]
-    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.dtype).removeprefix("torch.")
+    raw["dtype" if "dtype" in raw else "torch_dtype"] = str(model.stored_dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     tokenizer.save(folder)
     copy_files(["generation_config.json"], tokenizer.folder, folder)
@@ -196,12 +204,15 @@ def _write_weights(model: Model, folder: Path) -> None:
 
     for old in folder.glob("model*.safetensors*"):  # a single file of an earlier save would hide new shards
         old.unlink()
-    views = checkpoint_views(model)
+    views, dtype = checkpoint_views(model), model.stored_dtype
     shards = split_state_dict_into_shards_factory(
-        views, get_storage_size=lambda view: view.nbytes, filename_pattern=FILE_NAMES, max_shard_size=SHARD_BYTES
+        views,
+        get_storage_size=lambda view: view.numel() * dtype.itemsize,
+        filename_pattern=FILE_NAMES,
+        max_shard_size=SHARD_BYTES,
     )
     for name, tensors in shards.filename_to_tensors.items():
-        save_file({tensor: views[tensor] for tensor in tensors}, folder / name, {"format": "pt"})
+        save_file({tensor: views[tensor].to(dtype) for tensor in tensors}, folder / name, {"format": "pt"})
         (folder / name).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only the owner read its files
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}

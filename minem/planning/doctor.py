@@ -17,7 +17,7 @@ from rich.filesize import decimal
 import minem
 from minem.data.prompts import load_prompts
 from minem.data.tasks import load_task
-from minem.device import free_memory, limit_threads, pick_device, pick_dtype
+from minem.device import SMALL, free_memory, limit_threads, pick_device, pick_dtype
 from minem.em.scoring import agreement
 from minem.errors import reason
 from minem.kernels.backend import pick
@@ -82,7 +82,7 @@ def _machine() -> dict[str, Any]:
 
 
 def _parts(device: torch.device) -> dict[str, str]:
-    dtype, cuda, gpus = pick_dtype("auto", device), device.type == "cuda", torch.cuda.device_count()
+    dtype, cuda, gpus = pick_dtype("auto", device, SMALL), device.type == "cuda", torch.cuda.device_count()
     flash = takes_varlen(torch.empty(1, 1, 64, dtype=dtype, device=device))
     return {
         "device": f"{device.type}, weights in {str(dtype).removeprefix('torch.')}",
@@ -95,7 +95,7 @@ def _parts(device: torch.device) -> dict[str, str]:
 
 def _self_test(device: torch.device) -> dict[str, Any]:
     """Draws of the embedded toy: the generator's log-probabilities against the trainer's forward pass."""
-    start, dtype, passed = time.monotonic(), pick_dtype("auto", device), False
+    start, dtype, passed = time.monotonic(), pick_dtype("auto", device, 0), False
     try:
         model, tokenizer = minem.load("toy", device, dtype)
         limit_threads(model)

@@ -54,6 +54,7 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
         new=longest[1],
         two_models=config.sampler.proposal == "base" and "hinted" in prompts_of(estep.sampler),
         adapters=lora_parameters(model.config, config.mstep.lora_rank, config.mstep.lora_targets),
+        narrow=model.stored_dtype.itemsize < 4,
         moments_kept=config.mstep.optimizer_state == "keep",
         **micro_batch,
     )
@@ -67,7 +68,7 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
     e_bytes, m_bytes = sum(drawing.values()), sum(training.values())
     counted = parameters(model.config)
     trained = work.adapters or counted.total
-    disk = _disk(config, counts, counted.total, trained, model.dtype.itemsize)
+    disk = _disk(config, counts, counted.total, trained, model.stored_dtype.itemsize)
     needs = {"E-step": (e_bytes, free), "M-step": (m_bytes, int(SAFE_SHARE * free))}
     needs["disk"] = (disk["total"], disk["free"])
     short = {part: f"{decimal(a)} of {decimal(b)}" for part, (a, b) in needs.items() if a > b}

@@ -34,6 +34,7 @@ class Work:
     checkpointed: int = 0  # blocks
     adapters: int = 0  # parameters of LoRA; 0: all of the model's are trained
     two_models: bool = False  # hinted draws come from a copy of the base model, which has a cache of its own
+    narrow: bool = False  # the files of the base model are narrower than float32, which masters are not
     moments_kept: bool = False  # AdamW's, from one M-step to the next
     ranks: int = 1  # processes that train together, each on a device of its own
     split: bool = False  # among several: "fsdp", each holds its shard of what is trained; else "ddp", each holds all
@@ -114,7 +115,8 @@ def _resident(config: ModelConfig, dtype: torch.dtype, work: Work) -> dict[str, 
         parts["base model for hints"] = weights
     if work.adapters:
         parts["adapters"] = work.adapters * dtype.itemsize
-    if dtype.itemsize < 4 or work.ranks > 1:  # a float32 model of a single process is its own master
+    narrow = dtype.itemsize < 4 or (work.narrow and not work.adapters)
+    if narrow or work.ranks > 1:  # a float32 model of a single process is its own master
         parts["float32 masters"] = 4 * _trained_here(config, work)
     if work.adapters and work.ranks > 1:
         parts["frozen weights of the M-step"] = weights // (work.ranks if work.split else 1)

@@ -361,6 +361,37 @@ def test_masters_are_sharded_if_a_replica_of_them_does_not_fit(folders, monkeypa
 # ---------------------------------------------------------------------------------------- precision
 
 
+def test_a_base_in_bfloat16_is_trained_in_float32_and_exported_as_it_was_stored(folders, tmp_path):
+    """The generator's weights are those of the exported file, and updates too small for them add up in the masters."""
+    transformers.AutoModelForCausalLM.from_pretrained(folders["llama"]).bfloat16().save_pretrained(tmp_path)
+    examples, config = make_examples(16), MStepSection(lr=1e-6, batch_size=4, warmup=0.0, schedule="constant")
+    model = load_model(tmp_path)
+    assert (model.dtype, model.stored_dtype) == (torch.float32, torch.bfloat16)
+    exact = load_model(folders["llama"])  # the same weights, its own masters
+    exact.load_state_dict(model.state_dict())
+    mstep, other = MStep(model, config), MStep(exact, config)
+    assert mstep.state_bytes > 0 == other.state_bytes
+    for iteration in (1, 2, 3):
+        mstep.run(examples, seed=0, iteration=iteration)
+        other.run(examples, seed=0, iteration=iteration)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, p.bfloat16().float()), name
+            assert torch.equal(p, mstep.masters[name].bfloat16().float()), name
+    start = load_model(tmp_path).state_dict()
+    ours, theirs = (
+        torch.cat([(master.detach() - start[name]).flatten() for name, master in step.masters.items()])
+        for step in (mstep, other)
+    )
+    assert ours.norm() == pytest.approx(float(theirs.norm()), rel=0.05)
+    assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9
+    mstep.save(tmp_path / "state")
+    again = MStep(load_model(tmp_path), config)
+    again.load(tmp_path / "state")
+    for name, p in again.model.named_parameters():
+        assert torch.equal(p, dict(model.named_parameters())[name]), name
+        assert torch.equal(again.masters[name], mstep.masters[name]), name
+
+
 def test_tiny_updates_are_not_lost_in_bfloat16(folders):
     examples = make_examples(16)
     config = MStepSection(lr=1e-6, batch_size=4, epochs=3, warmup=0.0, schedule="constant")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -77,6 +78,21 @@ def test_sharded_and_bfloat16_folders(tmp_path):
     assert minem.load(tmp_path, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("stored", "loaded"), [("BF16", torch.float32), ("F32", torch.bfloat16)])
+def test_a_model_is_saved_in_the_dtype_that_it_was_stored_in(tmp_path, stored, loaded):
+    """Whatever it computes in: a base in bfloat16 that is trained in float32 is not exported at twice its size."""
+    make_folder(tmp_path / "a", bfloat16=stored == "BF16")
+    model, tokenizer = minem.load(tmp_path / "a", dtype=loaded)
+    minem.save(model, tokenizer, tmp_path / "b")
+    with safe_open(tmp_path / "b" / "model.safetensors", framework="pt") as file:
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {stored}  # noqa: SIM118 (not a dict)
+    again, _ = minem.load(tmp_path / "b", dtype=loaded)
+    for (name, ours), theirs in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+    named = {"BF16": torch.bfloat16, "F32": torch.float32}[stored]
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "b").dtype == named
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "shards"),
     [
@@ -88,7 +104,7 @@ def test_sharded_and_bfloat16_folders(tmp_path):
 )
 def test_a_saved_folder_is_the_model_bit_for_bit(tmp_path, monkeypatch, kind, dtype, shards):
     """The files hold the weights in memory and nothing else; transformers and minem load the same model from them."""
-    make_folder(tmp_path / "a", kind)
+    make_folder(tmp_path / "a", kind, bfloat16=dtype == torch.bfloat16)
     model, tokenizer = minem.load(tmp_path / "a", dtype=dtype)
     with torch.no_grad():
         for parameter in model.parameters():
