@@ -57,7 +57,7 @@ class PromptSet(_Table):
     chat_template_kwargs: dict[str, Any] = {}  # more variables for the model's chat template
 
     def messages(self, question: Question, hint: str | None = None, shots: bool = False) -> list[Message]:
-        """The chat that asks a question, hinted if `hint` names a wording. Shots are those of the question's kind.
+        """The chat that asks a question, hinted if `hint` names a wording; with shots, those of its kind.
 
         A question with options gets the shots that have options, a free-form one those that have none.
         """
@@ -65,9 +65,8 @@ class PromptSet(_Table):
         chat = [{"role": "system", "content": self.system}] if self.system is not None else []
         for shot in self.shots if shots else ():
             if bool(shot.options) == bool(question.options):
-                example = Question(
-                    "", shot.question, tuple(shot.options), tuple(LETTERS[: len(shot.options)]), shot.gold
-                )
+                labels = tuple(LETTERS[: len(shot.options)])
+                example = Question("", shot.question, tuple(shot.options), labels, shot.gold)
                 worked = f"{shot.rationale.strip()}\n{_filled(self.answer, example)}"
                 chat.append({"role": "user", "content": _filled(template, example)})
                 chat.append({"role": "assistant", "content": worked})
@@ -139,9 +138,8 @@ def load_prompts(name: str | None, task: str = "") -> PromptSet:
         _check(template, f"{path}: {key}")
     for number, shot in enumerate(words.shots, start=1):
         if shot.options and shot.gold not in LETTERS[: len(shot.options)]:
-            raise UserError(
-                f"{path}: shots, number {number}: gold is {shot.gold!r}; it must be the label of an option, like A"
-            )
+            found = f"gold is {shot.gold!r}; it must be the label of an option, like A"
+            raise UserError(f"{path}: shots, number {number}: {found}")
     return words
 
 
@@ -170,11 +168,5 @@ def _check(template: str, where: str) -> None:
 
 def _filled(template: str, question: Question) -> str:
     gold_text = dict(zip(question.labels, question.options, strict=True)).get(question.gold, question.gold)
-    values = {
-        "question": question.text,
-        "options": question.options,
-        "labels": question.labels,
-        "gold": question.gold,
-        "gold_text": gold_text,
-    }
-    return render(template, values)
+    values = {"question": question.text, "options": question.options, "labels": question.labels}
+    return render(template, values | {"gold": question.gold, "gold_text": gold_text})

@@ -38,8 +38,8 @@ from minem.runs.directory import read_journal, remove_run
 from minem.runs.folder import default_path, folder_name, hold_folder, model_name
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
-from minem.runs.stages import Stage
-from minem.train import LAST_STAGE, Session, build, conclude, opened, reserve
+from minem.runs.stages import Session, Stage
+from minem.train import LAST_STAGE, build, conclude, opened, reserve
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}

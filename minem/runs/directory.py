@@ -89,7 +89,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     def open(
         cls,
         config: Config,
-        *,
         command: Sequence[str] = (),
         overwrite: bool = False,
         inputs: Mapping[str, str] | None = None,

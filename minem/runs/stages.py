@@ -9,6 +9,7 @@ rank 0 writes.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +20,7 @@ from minem.console import Line, Progress, duration
 from minem.device import out_of_memory
 from minem.errors import GuardError, Interrupted, NotFinite, UserError
 from minem.files import read_rows, write_atomic, write_rows
-from minem.parallel.ranks import Ranks
+from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 from minem.runs.directory import Record, RunDirectory
 from minem.runs.resume import go_back, last_model
@@ -42,6 +43,19 @@ class InBlocks(Protocol[T]):
     def run(self, items: Sequence[Any], show: Show) -> tuple[list[T], Counts]: ...
 
 
+@dataclass
+class Session:
+    """What a run needs beside its config."""
+
+    progress: Progress = field(default_factory=Progress)
+    ranks: Ranks = ALONE
+    stop: Stop = field(default_factory=Stop)
+    command: Sequence[str] = ()
+    overwrite: bool = False
+    tracker: ModuleType | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+
 class Run:
     """A run as the loop sees it. `results` has what each finished stage reported, by its name, on every rank."""
 
@@ -56,27 +70,21 @@ class Run:
 
     @classmethod
     @contextmanager
-    def open(
-        cls,
-        config: Config,
-        progress: Progress,
-        ranks: Ranks,
-        stop: Stop,
-        tracker: ModuleType | None = None,
-        **opening: Any,
-    ) -> Iterator[Self]:
-        """Make the run's directory or resume the run that is in it; `opening` as for `RunDirectory.open`."""
+    def open(cls, config: Config, session: Session, inputs: Mapping[str, str]) -> Iterator[Self]:
+        """Make the run's directory or resume the run that is in it, as `RunDirectory.open` does on rank 0."""
         with ExitStack() as stack:
-            directory = stack.enter_context(RunDirectory.open(config, **opening)) if ranks.first else None
-            if directory is not None:
+            directory, progress, ranks = None, session.progress, session.ranks
+            if ranks.first:
+                opened = RunDirectory.open(config, session.command, session.overwrite, inputs, session.origins)
+                directory = stack.enter_context(opened)
                 for change in directory.changes:
                     progress.note(f"note    {change}, since this run was started; results change by rounding only")
                 if sentence := go_back(directory):
                     progress.note(f"warning {sentence}")
-                stack.enter_context(tracked(directory, tracker, progress))
+                stack.enter_context(tracked(directory, session.tracker, progress))
             path, results = ranks.broadcast(directory and (str(directory.path), directory.results))
             run = cls(directory, Path(path), config, ranks)
-            run.results, run.progress, run.stop = results, progress, stop
+            run.results, run.progress, run.stop = results, progress, session.stop
             yield run
 
     @property
