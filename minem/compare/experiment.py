@@ -7,9 +7,8 @@ An arm is one more row, with any keys of the config. The folder has plan.json (w
 run), the runs as `minem train` makes them, and comparison.json, .md, .png and report.html.
 
 A base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
-for every run of a seed. With --match, what a run trains on depends on what all runs of its seed have drawn (`matched`):
-each continues until its M-step needs the E-step of another. All state is in the run directories, so the same command
-resumes a comparison that was stopped.
+for every run of a seed. With --match each run continues until its M-step needs the E-step of another (`matched`). All
+state is in the run directories, so the same command resumes a comparison that was stopped.
 """
 
 import gc

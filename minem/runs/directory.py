@@ -3,10 +3,9 @@
     minem train                                  # makes runs/toy.rsm8.toy-llama.s0, or continues it
     cat runs/toy.rsm8.toy-llama.s0/journal.jsonl
 
-The state of a run is the replay of its journal. A stage writes every file beside its place, under a name that starts
-with ".partial."; at its end the files are flushed to the disk and renamed, and then the journal gets its line, with the
-size and the SHA-256 of each file. So a file under its own name is complete, a finished stage has all its files, and a
-stage in flight when a run dies is done again.
+The state of a run is the replay of its journal. A stage writes every file under a name that starts with ".partial.";
+at its end the files are flushed and renamed, and then the journal gets its line, with size and SHA-256 of each file.
+So a finished stage has all its files, and a stage in flight when a run dies is done again.
 """
 
 import contextlib
@@ -69,13 +68,7 @@ class Record:
 
 
 class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
-    """A run directory held open by this process alone.
-
-    with RunDirectory.open(config, command=sys.argv) as run:
-        with run.stage("iter-01/estep") as record:
-            write_rows(record.path("iter-01/samples.jsonl"), rows)
-            record.result["accepted"] = 496
-    """
+    """A run directory held open by this process alone."""
 
     def __init__(self, path: Path, config: Config, lock: IO[str] | None = None) -> None:
         self.path = path
