@@ -36,12 +36,7 @@ Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 Reference = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
 _TARGET = "(all|[qkvo]_proj|gate_proj|up_proj|down_proj)"
 Targets = Annotated[str, Field(pattern=rf"^\s*{_TARGET}\s*(,\s*{_TARGET}\s*)*$")]
-DEFAULT_BUDGETS = {"rsm": 8, "star": 2, "pps": 1}
-
-
-def default_budget(name: str) -> int:
-    """The most attempts at a question where the config names none."""
-    return DEFAULT_BUDGETS.get(name, 8)
+DEFAULT_BUDGETS = {"rsm": 8, "star": 2, "pps": 1}  # of a user's own sampler: 8
 
 
 class Section(BaseModel):
@@ -64,7 +59,7 @@ class TaskSection(Section):
 
 class SamplerSection(Section):
     name: Literal["rsm", "star", "pps"] | Reference = "rsm"  # how rationales are drawn; or your own, module:Class
-    budget: Count = Field(default_factory=lambda own: default_budget(own.get("name", "")))  # attempts per question
+    budget: Count = Field(default_factory=lambda own: DEFAULT_BUDGETS.get(own.get("name"), 8))  # attempts per question
     draws: Literal["first", "all"] = "first"  # stop at the first accepted draw, or spend the budget and keep every one
     proposal: Literal["current", "base"] = "current"  # the model that hinted draws come from
     hint: Text = "forward"  # the wording that shows the answer: a hint of the prompt set

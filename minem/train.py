@@ -39,6 +39,7 @@ from minem.plugins import hash_source
 from minem.report.reader import read_run
 from minem.runs.folder import default_path, folder_name
 from minem.runs.record import fingerprint, hash_tokenizer, model_card
+from minem.runs.resume import last_model
 from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
 
@@ -142,7 +143,7 @@ def opened(config: Config, experiment: Experiment, session: Session, **inputs: s
         experiment.run = run
         for line in describe(config, experiment):
             session.progress.note(line)
-        restore(run, run.last_model, experiment.mstep)
+        restore(run, last_model(run.results), experiment.mstep)
         yield run
 
 

@@ -64,11 +64,6 @@ class Tokenizer:
         return None if bos is None else self.backend.token_to_id(bos)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of token ids, added tokens included (a model's embedding is often padded beyond it)."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
-
-    @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
 

@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 from minem import files
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
-from minem.runs.folder import claim, default_path, disk_errors, full_disk, refuse
+from minem.runs.folder import claim, default_path, disk_errors, refuse, usable
 from minem.runs.record import now, run_facts
 
 STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
@@ -97,15 +97,10 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """
         path = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else default_path(config)
         run = cls(path, config.changed({"run.out": None}), claim(path))
-        try:
+        with contextlib.ExitStack() as stack, usable(path):
+            stack.callback(run.close)
             run._start_or_resume(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
-        except BaseException as error:
-            run.close()
-            if files.is_full(error):
-                raise full_disk(path) from error
-            if isinstance(error, OSError):
-                raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
-            raise
+            stack.pop_all()
         return run
 
     @classmethod

@@ -59,14 +59,11 @@ class Session:
 class Run:
     """A run as the loop sees it. `results` has what each finished stage reported, by its name, on every rank."""
 
-    def __init__(self, directory: RunDirectory | None, path: Path, config: Config, ranks: Ranks) -> None:
-        self.path = path
-        self.config = config
-        self.results: dict[str, dict[str, Any]] = {}
-        self.ranks = ranks
+    def __init__(self, directory: RunDirectory | None, path: Path, config: Config, session: Session) -> None:
         self.directory = directory  # of rank 0, which alone writes
-        self.progress = Progress()
-        self.stop = Stop()
+        self.path, self.config = path, config
+        self.progress, self.ranks, self.stop = session.progress, session.ranks, session.stop
+        self.results: dict[str, dict[str, Any]] = {}
 
     @classmethod
     @contextmanager
@@ -83,14 +80,9 @@ class Run:
                     progress.note(f"warning {sentence}")
                 stack.enter_context(tracked(directory, session.tracker, progress))
             path, results = ranks.broadcast(directory and (str(directory.path), directory.results))
-            run = cls(directory, Path(path), config, ranks)
-            run.results, run.progress, run.stop = results, progress, session.stop
+            run = cls(directory, Path(path), config, session)
+            run.results = results
             yield run
-
-    @property
-    def last_model(self) -> int:
-        """The last iteration with a finished M-step; 0: the base model."""
-        return last_model(self.results)
 
     def finished(self, iteration: int, name: str) -> bool:
         """Whether a stage is in the journal."""
@@ -240,10 +232,9 @@ class Stage:
                 own = [block[i] for i in self.run.ranks.share([step.expected(item) for item in block])]
 
                 def show(done: int, **facts: Any) -> None:
-                    rate = (
-                        {"tokens_per_s": facts["tokens"] / max(1e-9, self.line.elapsed)} if facts.get("tokens") else {}
-                    )
-                    self.show(start + done, **facts, **rate)
+                    if facts.get("tokens"):
+                        facts["tokens_per_s"] = facts["tokens"] / max(1e-9, self.line.elapsed)
+                    self.show(start + done, **facts)
 
                 shares = self.run.ranks.gather(step.run(own, show))
                 order = {item.id: place for place, item in enumerate(block)}

@@ -48,7 +48,7 @@ def test_only_the_first_rank_touches_the_disk(tmp_path: Path) -> None:
     """All ranks save a model's state together; one that comes late must not clear what the first is writing."""
     config = load_config(flags={"run.out": str(tmp_path)})
     with RunDirectory.open(config) as directory, Progress(io.StringIO()).stage("M-step", None) as line:
-        runs = [Run(d, tmp_path, config, Ranks(rank, 2)) for rank, d in enumerate((directory, None))]
+        runs = [Run(d, tmp_path, config, Session(ranks=Ranks(rank, 2))) for rank, d in enumerate((directory, None))]
         first, second = (Stage(run, "iter-01/mstep", Record(tmp_path), line) for run in runs)
         place = first.path("state")
         place.mkdir()
@@ -83,7 +83,7 @@ def test_ranks_draw_in_the_blocks_of_the_first(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "iter-01").mkdir(exist_ok=True)
         (tmp_path / "iter-01" / f"samples.{number}.jsonl").write_text("")
-    run = Run(None, tmp_path, load_config(), Disagreeing(1, 2))
+    run = Run(None, tmp_path, load_config(), Session(ranks=Disagreeing(1, 2)))
     with Progress(io.StringIO()).stage("E-step", None) as line:
         stage = Stage(run, "iter-01/estep", Record(tmp_path), line)
         stage.in_blocks([SimpleNamespace(id=f"q{i}") for i in range(8)], step, SimpleNamespace)
