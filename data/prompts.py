@@ -57,10 +57,7 @@ class PromptSet(_Table):
     chat_template_kwargs: dict[str, Any] = {}  # more variables for the model's chat template
 
     def messages(self, question: Question, hint: str | None = None, shots: bool = False) -> list[Message]:
-        """The chat that asks a question, hinted if `hint` names a wording; with shots, those of its kind.
-
-        A question with options gets the shots that have options, a free-form one those that have none.
-        """
+        """The chat that asks a question, hinted if `hint` names a wording; with shots, those of its kind."""
         template = self.plain if hint is None else self.hinted[hint]
         chat = [{"role": "system", "content": self.system}] if self.system is not None else []
         for shot in self.shots if shots else ():
@@ -120,10 +117,7 @@ def as_text(chat: list[Message]) -> str:
 
 
 def load_prompts(name: str | None, task: str = "") -> PromptSet:
-    """A built-in prompt set by its name, one of your own by its path, FILE.toml, or without a name the task's.
-
-    UserError names the file and the key that is wrong.
-    """
+    """A built-in prompt set by name, your own by its path, FILE.toml, or the task's. UserError names the wrong key."""
     name = name or OF_TASK.get(task, "default")
     built_in = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
     if name not in built_in and not name.endswith(".toml"):
@@ -144,10 +138,7 @@ def load_prompts(name: str | None, task: str = "") -> PromptSet:
 
 
 def make_prompts(tokenizer: Tokenizer, section: TaskSection, hint: str | None, stop: Sequence[str]) -> Prompts:
-    """The prompts of a task in the words of `load_prompts`. hint: None if no prompt is hinted.
-
-    UserError if the set lacks the hint, or the shots that are asked for.
-    """
+    """The prompts of a task; hint: None if none is hinted. UserError if the set lacks the hint or the shots."""
     words = load_prompts(section.prompt, section.name)
     if hint is not None and hint not in words.hinted:
         found = one_of(hint, words.hinted) if words.hinted else "a hint, and the prompt set has none"

@@ -3,8 +3,7 @@
     minem config                                       # this page as TOML
     minem train CONFIG.toml --set mstep.lr=2e-5        # a file, then flags, then --set: later ones win
 
-A mistake is one sentence: where it stands, which key, what would be right. pydantic checks types and bounds, so that
-no module checks a setting of its own.
+pydantic checks types and bounds, so that no module checks a setting of its own.
 """
 
 import difflib
@@ -186,10 +185,7 @@ def load_config(
 def origins(
     path: str | Path | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Where each value of the same `load_config` was written: {"sampler.budget": "--budget", "mstep.lr": "my.toml"}.
-
-    Keys that are not in it have their default.
-    """
+    """Where each value of the same `load_config` was written, by key: "--budget", "my.toml"; defaults are left out."""
     return {key: origin for key, (_, origin) in _compose(path, overrides, flags or {}).items()}
 
 

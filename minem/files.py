@@ -206,11 +206,8 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """The path of a file that lies in this folder, or does not exist.
-
-    UserError for a link out of the folder, which could publish a private file (the hub's cache links SNAPSHOT/name to
-    ../../blobs: allowed), and for anything but a regular file: reading a pipe might never end.
-    """
+    """The path of a file in this folder, which may not exist. UserError for a link out of it, which could publish a
+    private file (but the hub's cache links SNAPSHOT/name to ../../blobs), and for a pipe or a device."""
     path = folder / name
     try:
         home, target, exists = folder.resolve(), path.resolve(), os.path.exists(path)

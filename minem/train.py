@@ -100,10 +100,7 @@ def _notes(progress: Progress) -> Callable[[str], None]:
 
 
 def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
-    """The tokens of the longest prompt and the most new ones: what the generator must have room for.
-
-    Raises UserError for a prompt that leaves no room for an answer: now, rather than after hours.
-    """
+    """The tokens of the longest prompt and the most new ones. UserError for a prompt that leaves these no room."""
     task, section, prompts = experiment.task, config.sampler, experiment.estep.prompts
     hinted = [kind == "hinted" for kind in prompts_of(experiment.estep.sampler)]
     generator, longest = experiment.estep.generators["plain"], 0
@@ -199,10 +196,7 @@ def sample(config: Config, iteration: int, session: Session | None = None) -> di
 
 
 def train_on_samples(config: Config, file: Path, session: Session | None = None) -> dict[str, Any]:
-    """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
-
-    With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
-    """
+    """The M-step alone, on rows made anywhere, as `read_samples` chooses them."""
     session = session or Session()
     if not os.path.isfile(file):
         raise UserError(f"--samples {file} is not a file")

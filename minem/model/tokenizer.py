@@ -90,9 +90,7 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a chat (a list of {"role": ..., "content": ...}), special tokens written out.
 
-        more: further variables for the template, like {"enable_thinking": False}.
-
-        Raises UserError if there is no chat template, or if it is broken or refuses the messages.
+        more: further variables for the template. UserError if there is none, or if it fails on the messages.
         """
         if self.chat_template is None:
             raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")

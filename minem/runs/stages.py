@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from minem.config import Config
 from minem.console import Line, Progress, duration
@@ -33,14 +33,6 @@ ROW_BYTES, TOKEN_BYTES = 500, 14  # of a row of JSON, about: 14 for each token's
 Show = Callable[..., None]  # (how much is done, facts by name) -> None, for the line of progress
 # Over ranks and blocks, counts that are integers are summed, and of floats the largest is taken.
 Counts = Mapping[str, float]
-
-
-class InBlocks(Protocol[T]):
-    """Work that is too long to be lost when a run is killed: an E-step, see `minem.em.estep.EStep`."""
-
-    def blocks(self, items: int) -> int: ...
-    def expected(self, item: Any) -> float: ...
-    def run(self, items: Sequence[Any], show: Show) -> tuple[list[T], Counts]: ...
 
 
 @dataclass
@@ -214,11 +206,12 @@ class Stage:
         own = [items[i] for i in self.run.ranks.share([1.0] * len(items))]
         return [row for rows in self.run.ranks.gather(work(own, self.show)) for row in rows]
 
-    def in_blocks(self, items: Sequence[Any], step: InBlocks[T], kind: type[T]) -> tuple[list[T], Counts]:
+    def in_blocks(self, items: Sequence[Any], step: Any, kind: type[T]) -> tuple[list[T], Counts]:
         """As `sharded`, in blocks that are each on the disk before the next begins: a killed run keeps them.
 
         Blocks are the stages "iter-01/estep.1", ...; their rows are in samples.N.jsonl until this stage is finished.
-        A resumed run keeps its number of blocks, and so its schedule. kind: the dataclass of a row, with an item's id.
+        A resumed run keeps its number of blocks, and so its schedule. step: has `blocks`, `expected` and `run`, as
+        `minem.em.estep.EStep`. kind: the dataclass of a row, with an item's id.
         """
         count = self.run.results.get(f"{self.name}.1", {}).get("blocks")
         # From one rank for all: their slots, and so their counts, may differ.
