@@ -218,7 +218,7 @@ def main() -> None:
     held_out = {question.text for questions in splits.values() for question in questions}
     train(model, tokenizer, held_out, arguments.batches, random.Random(SEED + 1))
     weights.save(model, tokenizer, folder)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.vocab_size}")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {tokenizer.backend.get_vocab_size()}")
 
 
 if __name__ == "__main__":

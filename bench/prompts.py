@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
+from pathlib import Path
 
 import click
 from record import facts
@@ -23,6 +25,7 @@ from minem.data.prompts import load_prompts, make_prompts
 from minem.data.tasks import load_task
 from minem.data.verdict import flexible, strict
 from minem.em.estep import SHORT, judge, rationale_tokens
+from minem.errors import UserError
 from minem.generation.request import SamplingParams
 from minem.train import make_generator
 
@@ -90,4 +93,7 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

@@ -27,6 +27,7 @@ from minem.config import TaskSection
 from minem.data.prompts import make_prompts
 from minem.data.tasks import load_task
 from minem.device import multiplies_bfloat16
+from minem.errors import UserError
 from minem.generation import sharing
 from minem.generation.request import SamplingParams
 from minem.model.weights import resolve
@@ -109,4 +110,7 @@ def main(model: str, questions: int, draws: int, new: int, as_json: bool) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"{Path(__file__).name}: {error}")

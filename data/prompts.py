@@ -57,17 +57,13 @@ class PromptSet(_Table):
     chat_template_kwargs: dict[str, Any] = {}  # more variables for the model's chat template
 
     def messages(self, question: Question, hint: str | None = None, shots: bool = False) -> list[Message]:
-        """The chat that asks a question, hinted if `hint` names a wording. Shots are those of the question's kind.
-
-        A question with options gets the shots that have options, a free-form one those that have none.
-        """
+        """The chat that asks a question, hinted if `hint` names a wording; with shots, those of its kind."""
         template = self.plain if hint is None else self.hinted[hint]
         chat = [{"role": "system", "content": self.system}] if self.system is not None else []
         for shot in self.shots if shots else ():
             if bool(shot.options) == bool(question.options):
-                example = Question(
-                    "", shot.question, tuple(shot.options), tuple(LETTERS[: len(shot.options)]), shot.gold
-                )
+                labels = tuple(LETTERS[: len(shot.options)])
+                example = Question("", shot.question, tuple(shot.options), labels, shot.gold)
                 worked = f"{shot.rationale.strip()}\n{_filled(self.answer, example)}"
                 chat.append({"role": "user", "content": _filled(template, example)})
                 chat.append({"role": "assistant", "content": worked})
@@ -121,10 +117,7 @@ def as_text(chat: list[Message]) -> str:
 
 
 def load_prompts(name: str | None, task: str = "") -> PromptSet:
-    """A built-in prompt set by its name, one of your own by its path, FILE.toml, or without a name the task's.
-
-    UserError names the file and the key that is wrong.
-    """
+    """A built-in prompt set by name, your own by its path, FILE.toml, or the task's. UserError names the wrong key."""
     name = name or OF_TASK.get(task, "default")
     built_in = {path.stem: path for path in sorted(FOLDER.glob("*.toml"))}
     if name not in built_in and not name.endswith(".toml"):
@@ -139,17 +132,13 @@ def load_prompts(name: str | None, task: str = "") -> PromptSet:
         _check(template, f"{path}: {key}")
     for number, shot in enumerate(words.shots, start=1):
         if shot.options and shot.gold not in LETTERS[: len(shot.options)]:
-            raise UserError(
-                f"{path}: shots, number {number}: gold is {shot.gold!r}; it must be the label of an option, like A"
-            )
+            found = f"gold is {shot.gold!r}; it must be the label of an option, like A"
+            raise UserError(f"{path}: shots, number {number}: {found}")
     return words
 
 
 def make_prompts(tokenizer: Tokenizer, section: TaskSection, hint: str | None, stop: Sequence[str]) -> Prompts:
-    """The prompts of a task in the words of `load_prompts`. hint: None if no prompt is hinted.
-
-    UserError if the set lacks the hint, or the shots that are asked for.
-    """
+    """The prompts of a task; hint: None if none is hinted. UserError if the set lacks the hint or the shots."""
     words = load_prompts(section.prompt, section.name)
     if hint is not None and hint not in words.hinted:
         found = one_of(hint, words.hinted) if words.hinted else "a hint, and the prompt set has none"
@@ -170,11 +159,5 @@ def _check(template: str, where: str) -> None:
 
 def _filled(template: str, question: Question) -> str:
     gold_text = dict(zip(question.labels, question.options, strict=True)).get(question.gold, question.gold)
-    values = {
-        "question": question.text,
-        "options": question.options,
-        "labels": question.labels,
-        "gold": question.gold,
-        "gold_text": gold_text,
-    }
-    return render(template, values)
+    values = {"question": question.text, "options": question.options, "labels": question.labels}
+    return render(template, values | {"gold": question.gold, "gold_text": gold_text})

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from minem.errors import UserError, shown
-from minem.files import parse
+from minem.files import read_lines
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LINE_LIMIT = 4 << 20  # bytes of one row of a .jsonl file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -48,7 +47,7 @@ def read_questions(path: Path, on_bad_row: Callable[[str], None] | None = None) 
         raise UserError(f"{path} is neither .jsonl nor .parquet")
     rows: dict[str, int] = {}  # id -> row number
     questions: list[Question] = []
-    for number, row in (_table if path.suffix == ".parquet" else _lines)(path):
+    for number, row in (_table if path.suffix == ".parquet" else read_lines)(path):
         try:
             question = _question(row)
             if questions and bool(question.labels) != bool(questions[0].labels):
@@ -80,22 +79,6 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     except Exception as error:  # pyarrow raises many kinds on a damaged file
         raise UserError(f"{path} is not a readable parquet file: {str(error)[:300]}") from error
     return enumerate(rows, start=1)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number from 1, value) of a .jsonl file without its blank lines; a ValueError for a line that is no JSON."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=1):
-                if len(line) > LINE_LIMIT:
-                    raise UserError(f"{path.name}, row {number}: longer than {LINE_LIMIT} bytes")
-                if line.strip():
-                    try:
-                        yield number, parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                    except ValueError as error:  # bad UTF-8 too
-                        yield number, error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def _question(row: Any) -> Question:

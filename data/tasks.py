@@ -4,8 +4,7 @@
     task = load_task("my/questions")         # a folder with train, validation and test as .jsonl or .parquet
     task = load_task("my/questions.jsonl")   # one file, split 80/20 by a hash of the id
 
-minem/data/rows.py reads the rows. Splits are the hub's, except that MMLU has no training split of its own (see `_mmlu`)
-and GSM8K no validation split (see `_gsm8k`). The test split only measures: nothing may be chosen by it.
+minem/data/rows.py reads the rows. The test split only measures: nothing may be chosen by it.
 """
 
 import difflib
@@ -131,9 +130,8 @@ def _hub_files(name: str, splits: Iterable[str], revision: str | None) -> tuple[
 def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], str]:
     """MMLU's validation and test as they are; training questions are a seeded sample of auxiliary_train.
 
-    auxiliary_train was collected from other benchmarks (ARC, OpenBookQA, RACE, MCTest), with repetitions. Repeated
-    questions, those of MMLU's own splits and those of the multiple-choice tasks here are left out, compared word by
-    word, so that a model trained on "mmlu" has seen no test. Unreadable rows are left out too, and counted.
+    auxiliary_train was collected from other benchmarks, with repetitions. Questions that repeat or are in MMLU's own
+    splits, ARC or OpenBookQA, word by word, are left out, so that a model has seen no test; unreadable rows, too.
     """
     files, source = _hub_files("mmlu", ("auxiliary_train", "dev", "validation", "test"), revision)
     splits = {split: _read_all(files[split]) for split in ("dev", "validation", "test")}

@@ -5,10 +5,8 @@
     states_early("It is B, since ...", question)          # does the answer come before its reasons?
     cites_hint("As given, the answer is B.")              # True
 
-For multiple choice both verdicts accept only the question's own labels, and the whole text of an option for its label.
-Free-form answers are compared as numbers, or as a whole line if the right one is no number. A doubtful statement is
-None, "unparsed": "A or B", "A) x or B) y", "The Sun", the article in "A plant", "18-20". The last statement counts,
-even if it cannot be read; "not B" takes back a B.
+data/README.md has the rules. A doubtful statement is None, "unparsed": "A or B", "A) x or B) y", "The Sun", the
+article in "A plant", "18-20". The last statement counts, even if it cannot be read; "not B" takes back a B.
 """
 
 import re
@@ -111,8 +109,7 @@ def load_verdict(name: str | None) -> Verdict:
 def strict(text: str, question: Question) -> str | None:
     """The answer that the last `the best answer is` states, wherever it stands in a line, else None.
 
-    Adverbs, marks, a colon and its line break, "option", lower case and text after a full stop do not matter. Multiple
-    choice: one of the question's labels, or an option's whole text for it. Free-form: see `_free_form`.
+    Multiple choice: one of the question's labels, or an option's whole text for it. Free-form: see `_free_form`.
     """
     return _last(_after(_BEST_ANSWER_IS, text.translate(_PLAIN), question))
 

@@ -8,9 +8,8 @@ prefix is read once for several siblings. `prefix_rows` and `suffix_rows` give t
 fixed launch (a CUDA graph) serves any slots.
 
 Bytes moved: each prefix once, each suffix once, 2 S H C values in and out. Bandwidth is the floor: at S=256 and 512
-bf16 positions, 2 heads of 128 channels are 134 MB, 31 us at 4.3 TB/s. Triton: one program for each (tile of queries,
-key/value head, split of 256 positions) of either segment, all in one launch, reads its keys and values once for the
-queries of its tile; a second kernel merges a sequence's splits.
+bf16 positions, 2 heads of 128 channels are 134 MB, 31 us at 4.3 TB/s. Triton: one launch with a program for each (tile
+of queries, key/value head, split of 256 positions) of either segment; a second kernel merges a sequence's splits.
 
 Shape suffixes: S sequences, H query heads, K key/value heads, G = H / K queries a group, C channels, L positions,
 R prefixes, T groups of at most n siblings.

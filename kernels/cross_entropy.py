@@ -3,12 +3,10 @@
     loss = -sum_n weight_n * log softmax(hidden_n @ W.T)[target_n]
 
 The per-token weights are known in the forward pass, and with them the gradient of a chunk of logits, weight_n *
-(softmax - onehot): three products of 2 N V D operations. With per-token losses as results, the backward pass would have
-to compute the logits again.
+(softmax - onehot): three products of 2 N V D operations, where a backward pass would compute the logits again.
 
     one chunk of rows:  logits [C, V] = hidden @ W.T                                  product 1
-                        row pass: log-probability of the target, entropy, and the
-                        gradient of the logits in their place
+                        row pass: log-probability, entropy, gradient in place
                         grad_hidden [C, D] = grad_logits @ W                          product 2
                         grad_W [V, D] (fp32) += grad_logits.T @ hidden                product 3
 
@@ -52,8 +50,7 @@ def linear_cross_entropy(
 
     hidden [N, D] and weight [V, D] of one floating dtype; targets [N] int64; token_weights [N] (constants; None: all
     1). Rows with the target `ignore_index` or the weight 0 give 0 everywhere, if their hidden states are finite.
-    chunk_rows: rows of logits held at once (None: what `CHUNK_BYTES` allows). backend: "eager", "triton" or None (by
-    device).
+    chunk_rows: rows of logits held at once (None: by `CHUNK_BYTES`). backend: "eager", "triton" or None (by device).
 
     Returns (loss [], token_logprobs [N], token_entropy [N]) in float32 (float64 for float64 inputs), in nats.
     loss = -sum(token_weights * token_logprobs), undivided; the other two are detached. Gradients flow to hidden and

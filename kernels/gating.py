@@ -1,8 +1,7 @@
 """SwiGLU's elementwise half: silu(gate) * up, from one merged projection (Shazeer 2020, arXiv 2002.05202).
 
 Bytes moved for each channel in bf16: 6 forward (gate and up in, the product out), 10 backward (gate, up and the
-gradient in, two gradients out). PyTorch alone writes silu(gate) and reads it again, 10 bytes forward. The backward pass
-computes the sigmoid again instead of storing it.
+gradient in, two gradients out). PyTorch alone writes silu(gate) and reads it again, 10 bytes forward.
 
     python -m pytest tests/kernels/test_gating.py
 """

@@ -1,8 +1,7 @@
 """Rotary embedding of queries and keys, with their norms before it (Qwen3) and the cache write after it, in one pass.
 
 Bytes moved: the merged projection in, q and k out, k and v into the cache: 2 (2 H + 5 K) C bytes a token in bf16,
-2 (2 H + 3 K) C without a cache. PyTorch alone makes a pass for each of norm, halves, products, join and the two
-writes. A decode step at B=1 is bound by its launches; this saves about ten a layer.
+2 (2 H + 3 K) C without a cache. It saves about ten launches a layer, which bound a decode step at B=1.
 
     python -m pytest tests/kernels/test_rope.py
 """

@@ -11,10 +11,9 @@ allowed at -inf), all filters together, as transformers applies them:
             crosses p is kept, ties with it too
     min-p   keeps x_i if its probability is at least min_p times the largest one
 
-The eager reference sorts. The Triton kernel, one program a row, finds thresholds by searching the ordered bit patterns
-of the logits nine parts at a time, each round one reading of the row. Bytes moved: a plain draw reads the row once from
-memory (2 V in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s) and about half of it again, from the L2 cache; truncation
-reads it six (bf16) to twelve (fp32) times more, from that cache. At B=1 the one busy SM is the bound.
+The eager reference sorts. The Triton kernel, one program a row, searches the ordered bit patterns of the logits nine
+parts at a time. Bytes moved: a plain draw reads the row once from memory (2 V in bf16: 18 us at B=256, V=151,936 and
+4.3 TB/s) and half of it again from the L2 cache; truncation reads it six (bf16) to twelve (fp32) times more from there.
 
     python -m pytest tests/kernels/test_sampling.py
 """
@@ -54,8 +53,7 @@ def sample(
     Returns (tokens [B] int64, logprobs [B], proposal_logprobs [B]), the latter two in float32 (float64 for float64
     logits), in nats: the raw logits' log-softmax at the token (temperature 1, nothing masked), and the log-probability
     with which it was drawn, after temperature, truncation and stop mask (0 for greedy). A row with all logits -inf or
-    masked gives token 0 with a log-probability of -inf; one with NaN or +inf a raw log-probability of NaN. A row's
-    result does not depend on the other rows. Raises ValueError for shapes that do not fit.
+    masked gives token 0 with a log-probability of -inf; one with NaN or +inf a raw log-probability of NaN.
     """
     arguments = (logits.detach(), (temperature, top_k, top_p, min_p, seeds, positions), stop_ids, min_tokens)
     _check(*arguments)

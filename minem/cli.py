@@ -83,7 +83,7 @@ def _session(flags: dict[str, Any], config: Any, origins: dict[str, str]) -> Ite
     from minem.console import Progress
     from minem.parallel.launch import check_gpus, joined, launch
     from minem.parallel.signals import Stop
-    from minem.train import Session
+    from minem.runs.stages import Session
 
     gpus = flags.get("gpus", 1)
     if gpus > 1 and "LOCAL_RANK" not in os.environ:

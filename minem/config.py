@@ -3,8 +3,7 @@
     minem config                                       # this page as TOML
     minem train CONFIG.toml --set mstep.lr=2e-5        # a file, then flags, then --set: later ones win
 
-A mistake is one sentence: where it stands, which key, what would be right. pydantic checks types and bounds, so that
-no module checks a setting of its own.
+pydantic checks types and bounds, so that no module checks a setting of its own.
 """
 
 import difflib
@@ -32,17 +31,11 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
-Reference = Annotated[
-    str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")
-]  # module:name of the user's own code
+# module:name of the user's own code
+Reference = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
 _TARGET = "(all|[qkvo]_proj|gate_proj|up_proj|down_proj)"
 Targets = Annotated[str, Field(pattern=rf"^\s*{_TARGET}\s*(,\s*{_TARGET}\s*)*$")]
-DEFAULT_BUDGETS = {"rsm": 8, "star": 2, "pps": 1}
-
-
-def default_budget(name: str) -> int:
-    """The most attempts at a question where the config names none."""
-    return DEFAULT_BUDGETS.get(name, 8)
+DEFAULT_BUDGETS = {"rsm": 8, "star": 2, "pps": 1}  # of a user's own sampler: 8
 
 
 class Section(BaseModel):
@@ -65,7 +58,7 @@ class TaskSection(Section):
 
 class SamplerSection(Section):
     name: Literal["rsm", "star", "pps"] | Reference = "rsm"  # how rationales are drawn; or your own, module:Class
-    budget: Count = Field(default_factory=lambda own: default_budget(own.get("name", "")))  # attempts per question
+    budget: Count = Field(default_factory=lambda own: DEFAULT_BUDGETS.get(own.get("name"), 8))  # attempts per question
     draws: Literal["first", "all"] = "first"  # stop at the first accepted draw, or spend the budget and keep every one
     proposal: Literal["current", "base"] = "current"  # the model that hinted draws come from
     hint: Text = "forward"  # the wording that shows the answer: a hint of the prompt set
@@ -192,10 +185,7 @@ def load_config(
 def origins(
     path: str | Path | None = None, overrides: Iterable[str] = (), flags: Mapping[str, Any] | None = None
 ) -> dict[str, str]:
-    """Where each value of the same `load_config` was written: {"sampler.budget": "--budget", "mstep.lr": "my.toml"}.
-
-    Keys that are not in it have their default.
-    """
+    """Where each value of the same `load_config` was written, by key: "--budget", "my.toml"; defaults are left out."""
     return {key: origin for key, (_, origin) in _compose(path, overrides, flags or {}).items()}
 
 
@@ -298,9 +288,6 @@ def _wanted(error: Any, key: str) -> str:
     return error["msg"].removeprefix("Input should be ")
 
 
-# ----------------------------------------------------------------------------------------------------- as text
-
-
 def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
     """The config as TOML, as `load_config` reads it back to an equal one. Keys that are not set are left out.
 
@@ -321,9 +308,7 @@ def reference(config: Config) -> str:
     source = Path(__file__).read_text(encoding="utf-8")
     lines = []
     for section, values in config.model_dump().items():
-        body = source.partition(f"class {type(getattr(config, section)).__name__}(Section):\n")[2].partition("\n\n\n")[
-            0
-        ]
+        body = source.partition(f"class {SECTIONS[section].__name__}(Section):\n")[2].partition("\n\n\n")[0]
         meaning = dict(re.findall(r"^    (\w+): .*  # (.*)$", body, re.MULTILINE))
         lines.append(f"[{section}]")
         for key, value in values.items():
@@ -336,12 +321,8 @@ def reference(config: Config) -> str:
 def difference(old: Mapping[str, Mapping[str, Any]], new: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """One line per key that differs, like "sampler.budget: 8 -> 4"; {section: {key: value}}, None for not set."""
     before, after = ({f"{s}.{key}": v for s, values in c.items() for key, v in values.items()} for c in (old, new))
-    keys = {**after, **before}
-    return [
-        f"{k}: {_toml_value(before.get(k))} -> {_toml_value(after.get(k))}"
-        for k in keys
-        if before.get(k) != after.get(k)
-    ]
+    pairs = {key: (before.get(key), after.get(key)) for key in after | before}
+    return [f"{key}: {_toml_value(a)} -> {_toml_value(b)}" for key, (a, b) in pairs.items() if a != b]
 
 
 def _toml_value(value: Any) -> str:

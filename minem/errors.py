@@ -1,7 +1,6 @@
 """Three errors for the user, each with its exit code: bad input (2), stopped but resumable (3), stopped by a guard (4).
 
-Every error that the user can correct is one of these, with one clear sentence; the command line prints the sentence and
-exits with the code. Any other exception is a bug in minem and keeps its traceback. Below: helpers for such sentences.
+The command line prints their sentence. Any other exception is a bug in minem and keeps its traceback.
 """
 
 import difflib

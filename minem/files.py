@@ -23,6 +23,7 @@ from minem.errors import UserError, reason
 MEBIBYTE = 1 << 20
 CONFIG_LIMIT = 4 * MEBIBYTE  # the largest tokenizer_config.json in wide use (Gemma's) has 1.1 MiB
 TOML_LIMIT = MEBIBYTE // 16
+LINE_LIMIT = 64 * MEBIBYTE  # of JSON lines: a sample of a million tokens has about 20
 PARTIAL = ".partial."  # prefix of the names of unfinished files
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the largest file allowed
 SPARE = MEBIBYTE  # bytes that must stay free beside the announced ones, for a journal and the like
@@ -115,18 +116,28 @@ def write_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.writelines(map(json_line, rows))
 
 
-def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON lines file of anyone. UserError names the file and the line."""
+def read_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """(line number from 1, value) of a JSON lines file without its blank lines; a ValueError for a line of no JSON."""
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.isspace():
-                    continue
-                if (row := _parse_row(line)) is None:
-                    raise UserError(f"{path}, line {number}: not a JSON object")
-                yield row
+            for number, line in enumerate(iter(lambda: file.readline(LINE_LIMIT + 1), b""), start=1):
+                if len(line) > LINE_LIMIT:
+                    raise UserError(f"{path}, line {number}: longer than {LINE_LIMIT} bytes")
+                if not line.isspace():
+                    try:
+                        yield number, parse(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    except ValueError as error:  # bad UTF-8 too
+                        yield number, error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON lines file of anyone. UserError names the file and the line."""
+    for number, row in read_lines(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: not a JSON object")
+        yield row
 
 
 def complete_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
@@ -195,11 +206,8 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """The path of a file that lies in this folder, or does not exist.
-
-    UserError for a link out of the folder, which could publish a private file (the hub's cache links SNAPSHOT/name to
-    ../../blobs: allowed), and for anything but a regular file: reading a pipe might never end.
-    """
+    """The path of a file in this folder, which may not exist. UserError for a link out of it, which could publish a
+    private file (but the hub's cache links SNAPSHOT/name to ../../blobs), and for a pipe or a device."""
     path = folder / name
     try:
         home, target, exists = folder.resolve(), path.resolve(), os.path.exists(path)

@@ -8,9 +8,8 @@ The token comes from the environment (HF_TOKEN) or from `hf auth login`; with HF
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minem.errors import UserError, reason
 
@@ -32,16 +31,13 @@ def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str
 
     Raises UserError with the remedy if the repository is missing, gated or unreachable.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub import constants, snapshot_download
 
-    fetch = partial(snapshot_download, repo_id, repo_type=kind, allow_patterns=patterns, revision=revision)
+    asked: Any = {"repo_type": kind, "allow_patterns": patterns, "revision": revision}
+    # Offline, too: a revision that is a full commit would be looked up on the hub before the cache.
+    local = _CACHE_ONLY.get() or constants.HF_HUB_OFFLINE
     try:
-        try:
-            return Path(fetch(local_files_only=_CACHE_ONLY.get()))
-        except OfflineModeIsEnabled:
-            # A revision that is a full commit is looked up on the hub before the cache: read the cache alone.
-            return Path(fetch(local_files_only=True))
+        return Path(snapshot_download(repo_id, local_files_only=local, **asked))
     except Exception as error:  # proxies, timeouts, full disks: the client raises errors of several libraries
         raise UserError(_explain(error, repo_id, kind, revision)) from error
 
@@ -61,7 +57,7 @@ def _explain(error: Exception, repo_id: str, kind: str, revision: str | None) ->
         return f"{what} has no revision {revision!r}; see its branches and tags on the hub"
     if isinstance(error, hub.HFValidationError):
         return f"{what} is not a valid hub id, which looks like owner/name"
-    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
+    if isinstance(error, hub.LocalEntryNotFoundError):
         if not isinstance(error.__cause__, hub.HfHubHTTPError):
             remedy = "connect once to download it, or give the path of a local folder"
             return f"{what} is not in the local cache and the hub cannot be reached: {remedy}"

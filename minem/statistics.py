@@ -112,8 +112,7 @@ def importance(log_q: Sequence[float], log_p: Sequence[float], accepted: Sequenc
     """Importance sampling of p(y | x), the chance that the model reaches the answer unaided, from K hinted draws.
 
     log_q: log q(z, y | x, y*) of each draw. log_p: log pi(z, y | x) of the same token ids. accepted: r, per draw.
-    Returns p_hat, the mean of w = r exp(log_p - log_q), unbiased if q can draw every right rationale and K is fixed in
-    advance, not by the first success; and the effective sample size (sum w)^2 / sum w^2, 0 if all were rejected.
+    Returns p_hat, the mean of w = r exp(log_p - log_q), and the effective sample size (sum w)^2 / sum w^2, or 0, 0.
     """
     logs = [p - q for p, q, right in zip(log_p, log_q, accepted, strict=True) if right]
     if not logs:

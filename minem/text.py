@@ -1,9 +1,6 @@
 """Text from files and models, made safe to show on a terminal, in a log or in the message of an error.
 
-    python -c "from minem.text import *; print(clean('\x1b[31mred'), visible('\u202e'), redact('hf_' + 10 * 'x'))"
-
-A question may contain an escape sequence that clears the screen, a model may write a mark that reverses the line after
-it, a library may put the user's token into its error.
+python -c "from minem.text import *; print(clean('\x1b[31mred'), visible('\u202e'), redact('hf_' + 10 * 'x'))"
 """
 
 import os

@@ -8,12 +8,10 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -38,29 +36,15 @@ from minem.errors import GuardError, UserError
 from minem.generation.generator import DEFAULT_SLOTS, Generator
 from minem.model.sizes import parameters
 from minem.model.weights import load, load_model, read_config, resolve
-from minem.parallel.ranks import ALONE, Ranks
-from minem.parallel.signals import Stop
 from minem.plugins import hash_source
 from minem.report.reader import read_run
 from minem.runs.folder import default_path, folder_name
 from minem.runs.record import fingerprint, hash_tokenizer, model_card
-from minem.runs.stages import Run
+from minem.runs.resume import last_model
+from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
 
 LAST_STAGE = "report"  # of a whole run
-
-
-@dataclass
-class Session:
-    """What a run needs beside its config."""
-
-    progress: Progress = field(default_factory=Progress)
-    ranks: Ranks = ALONE
-    stop: Stop = field(default_factory=Stop)
-    command: Sequence[str] = ()
-    overwrite: bool = False
-    tracker: ModuleType | None = None
-    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(config: Config, session: Session | None = None, weights: bool = True) -> Experiment:
@@ -117,10 +101,7 @@ def _notes(progress: Progress) -> Callable[[str], None]:
 
 
 def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
-    """The tokens of the longest prompt and the most new ones: what the generator must have room for.
-
-    Raises UserError for a prompt that leaves no room for an answer: now, rather than after hours.
-    """
+    """The tokens of the longest prompt and the most new ones. UserError for a prompt that leaves these no room."""
     task, section, prompts = experiment.task, config.sampler, experiment.estep.prompts
     hinted = [kind == "hinted" for kind in prompts_of(experiment.estep.sampler)]
     generator, longest = experiment.estep.generators["plain"], 0
@@ -156,17 +137,11 @@ def opened(config: Config, experiment: Experiment, session: Session, **inputs: s
     for key, name in (("sampler", config.sampler.name), ("verdict", config.task.verdict or "")):
         if ":" in name:  # the user's own code is part of the experiment, too
             inputs[f"{key} {name}"] = hash_source(name)
-    opening = {
-        "command": session.command,
-        "overwrite": session.overwrite,
-        "inputs": inputs,
-        "origins": session.origins,
-    }
-    with Run.open(config, session.progress, session.ranks, session.stop, session.tracker, **opening) as run:
+    with Run.open(config, session, inputs) as run:
         experiment.run = run
         for line in describe(config, experiment):
             session.progress.note(line)
-        restore(run, run.last_model, experiment.mstep)
+        restore(run, last_model(run.results), experiment.mstep)
         yield run
 
 
@@ -222,10 +197,7 @@ def sample(config: Config, iteration: int, session: Session | None = None) -> di
 
 
 def train_on_samples(config: Config, file: Path, session: Session | None = None) -> dict[str, Any]:
-    """The M-step alone, on rows made anywhere: those with status "accepted", and those without a status.
-
-    With `sampler.drop_leaks`, rows that are marked as leaks are left out, as the E-step would.
-    """
+    """The M-step alone, on rows made anywhere, as `read_samples` chooses them."""
     session = session or Session()
     if not os.path.isfile(file):
         raise UserError(f"--samples {file} is not a file")
@@ -233,22 +205,15 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     if config.run.out is None:
         config = config.changed({"run.out": f"{default_path(config)}.samples-{digest[:8]}"})
     experiment = build(config, session)
-    samples = read_samples(
-        file,
-        experiment.task,
-        experiment.estep.prompts,
-        experiment.estep.generators["plain"].max_length,
-        experiment.mstep.model.config.vocab_size,
-        config.mstep.weights,
-        config.sampler.drop_leaks,
-    )
+    sizes = experiment.estep.generators["plain"].max_length, experiment.mstep.model.config.vocab_size
+    rules = config.mstep.weights, config.sampler.drop_leaks
+    samples = read_samples(file, experiment.task, experiment.estep.prompts, *sizes, *rules)
     if not samples:
         raise GuardError(f'{file}: no row has status "accepted", so there is nothing to train on')
     endless = sum(sample.token_ids[-1] not in experiment.estep.tokenizer.eos_ids for sample in samples)
     if endless:
-        session.progress.note(
-            f"note    {endless} of {len(samples)} rows do not end in EOS: the model learns not to stop there"
-        )
+        rows = f"{endless} of {len(samples)} rows"
+        session.progress.note(f"note    {rows} do not end in EOS: the model learns not to stop there")
     with opened(config, experiment, session, samples=digest) as run:
         experiment.m_step(1, samples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result(1, "mstep")}
@@ -370,13 +335,10 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
             f"lora    rank {mstep.lora.rank}, alpha {mstep.lora.alpha:g}, {mstep.trained_parameters / 1e6:,.2f} M "
             f"parameters trained beside {', '.join(mstep.lora.targets)}"
         )
-    if size is not None and size <= len(task.train):
-        lines.append(f"E-step  {size} of {len(task.train)} training questions in each iteration")
+    if size is not None:
+        used = min(size, len(task.train))
+        lines.append(f"E-step  {used} of {len(task.train)} training questions in each iteration")
     lines.append(f"run     {experiment.run.path}")
-    if size is not None and size > len(task.train):
-        lines.append(
-            f"note    run.questions_per_iteration = {size} is more than the {len(task.train)} questions: all are used"
-        )
     if changed := altered(config.sampler, config.task.shots):
         lines.append(f"note    {', '.join(changed)}: the draws follow this altered policy, not the model's posterior")
     if config.mstep.lr > 1e-4 and millions > 10 and mstep.lora is None:

@@ -2,9 +2,8 @@
 
     valid_steps("3 boxes x 4 = 12. Then 12 - 5 = $7.\\nThe best answer is 7", question)    # True for (a * b) - c
 
-No problem comes with a solution. The formula that uses each of its numbers once and reaches the answer is its solution:
-make.py leaves out numbers with which a second formula does. Any chain of equations that comes to the same formula is
-valid, in whatever order, so 3 * 2 = 6, 4 * 2 = 8, 6 + 8 = 14 is as good as 3 + 4 = 7, 7 * 2 = 14.
+No problem comes with a solution. The formula that uses each of its numbers once and reaches the answer is its solution,
+and any chain of equations that comes to it is valid: 3 * 2 = 6, 4 * 2 = 8, 6 + 8 = 14 as well as 3 + 4 = 7, 7 * 2 = 14.
 """
 
 import ast

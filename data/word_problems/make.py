@@ -33,19 +33,14 @@ def draw_problem(page: dict[str, Any], rng: random.Random, split: str, seen: set
         numbers = {letter: rng.randint(*limits) for letter, limits in structure["ranges"].items()}
         things = rng.choice(page["things"])
         text = wording.format(N=names[0], M=names[1], things=things, **pronouns, **numbers)
-        answer = int(
-            value(structure["formula"], [numbers[letter] for letter in re.findall("[a-z]", structure["formula"])])
-        )
+        letters = re.findall("[a-z]", structure["formula"])
+        answer = int(value(structure["formula"], [numbers[letter] for letter in letters]))
         key = sorted(set(numbers.values()))
         home = random.Random(str(key)).choices(list(SIZES), weights=list(SIZES.values()))[0]
         problem = (wording, *numbers.values())
-        if (
-            home != split
-            or problem in seen
-            or answer < 1
-            or len(key) < len(numbers)
-            or len(solutions(text, answer)) > 1
-        ):
+        if home != split or problem in seen or answer < 1 or len(key) < len(numbers):
+            continue
+        if len(solutions(text, answer)) > 1:
             continue
         seen.add(problem)
         unseen = {"subject": f"{'unseen' if wording in structure['test_only'] else 'seen'} wordings"}

@@ -7,9 +7,8 @@ An arm is one more row, with any keys of the config. The folder has plan.json (w
 run), the runs as `minem train` makes them, and comparison.json, .md, .png and report.html.
 
 A base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
-for every run of a seed. With --match, what a run trains on depends on what all runs of its seed have drawn (`matched`):
-each continues until its M-step needs the E-step of another. All state is in the run directories, so the same command
-resumes a comparison that was stopped.
+for every run of a seed. With --match each run continues until its M-step needs the E-step of another (`matched`). All
+state is in the run directories, so the same command resumes a comparison that was stopped.
 """
 
 import gc
@@ -38,8 +37,8 @@ from minem.runs.directory import read_journal, remove_run
 from minem.runs.folder import default_path, folder_name, hold_folder, model_name
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
-from minem.runs.stages import Stage
-from minem.train import LAST_STAGE, Session, build, conclude, opened, reserve
+from minem.runs.stages import Session, Stage
+from minem.train import LAST_STAGE, build, conclude, opened, reserve
 
 # Keys that each run has its own value of, by the flag that lists them.
 OWN_KEYS = {"sampler.name": "--samplers", "sampler.budget": "--samplers", "run.seed": "--seeds"}

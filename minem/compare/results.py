@@ -3,8 +3,7 @@
     minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2      # ends with these tables
 
 The outcome, declared before any run: greedy accuracy of the last model on the test split. Samplers are compared within
-a seed, where base model, questions and random streams are the same; the differences of all seeds make a t-interval.
-McNemar's test is per seed: pooled over seeds it would find equal samplers different far too often.
+a seed, where base model, questions and random streams are the same.
 """
 
 import re

@@ -2,9 +2,8 @@
 
     minem train --set run.checkpoint_minutes=5
 
-A checkpoint is a stage of the run, "iter-02/mstep.120" after step 120, so that it is complete or not there, and known
-by its SHA-256. The last two stay: if the newest is damaged the one before it is used. The steps after it are repeated
-on the same examples in the same order, so the weights are those of a run that never stopped, bit for bit.
+A checkpoint is a stage of the run, "iter-02/mstep.120" after step 120. If the newest is damaged the one before it is
+used; the steps after it repeat the same examples in the same order, so the weights are the same, bit for bit.
 """
 
 import time

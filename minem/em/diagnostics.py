@@ -136,7 +136,6 @@ class Diagnosis:
         questions = {question.id: question for question in task.train}
         found = summarise(draws)
         found["early"] = _mean([states_early(sample.text, questions[sample.id]) for sample in kept])
-        found["attempts"] = acceptance(samples)
         return found | {"falling": falling(first or found, found)}
 
 
@@ -167,18 +166,6 @@ def summarise(draws: Iterable[Draw]) -> dict[str, Any]:
         "entropy": _mean([entropy for d in plain for entropy in d.entropies]),
         "hinted_accepted": accepted,
     }
-
-
-def acceptance(samples: Iterable[Sample]) -> list[dict[str, Any]]:
-    """Acceptance by stage: how many samples were drawn and accepted at each prompt and attempt."""
-    stages: dict[tuple[bool, int, str], list[bool]] = {}  # plain ones first
-    for sample in samples:
-        stage = sample.prompt != "plain", sample.attempt, sample.prompt
-        stages.setdefault(stage, []).append(sample.status == "accepted")
-    return [
-        {"prompt": prompt, "attempt": attempt, "drawn": len(accepted), "accepted": sum(accepted)}
-        for (_, attempt, prompt), accepted in sorted(stages.items())
-    ]
 
 
 def falling(first: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -76,9 +76,8 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[int]]:
     """As `best_fit_decreasing`, but a multiple of `ranks` bins, as equally full as possible.
 
-    A search finds the smallest capacity that needs no more bins (MULTIFIT: Coffman, Garey, Johnson 1978). Missing bins
-    are split off the fullest ones; they are empty only if no bin has two items left. Bins come in rounds of one for
-    each rank, about equally full, since ranks that train in lockstep wait for the largest.
+    A search finds the smallest capacity that needs no more bins (MULTIFIT: Coffman, Garey, Johnson 1978); missing bins
+    are split off the fullest. They come in rounds of one for each rank, since ranks wait for the largest.
     """
 
     def load(one: list[int]) -> int:

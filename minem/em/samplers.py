@@ -7,11 +7,6 @@ A sampler is a small pure object. Given a question and its attempts so far it re
 It knows neither the model nor the generator, and must depend on nothing but its arguments: the E-step asks ahead of
 time to keep the hardware busy, and asks again once the truth is known.
 
-    name   attempts                                  q, the proposal
-    rsm    1..M plain                                the model itself: accepted draws follow the exact posterior
-    star   1 plain, then hinted if it was rejected   the model, else the model shown the answer (Zelikman et al. 2022)
-    pps    hinted                                    the model shown the answer
-
 Source: "Learning to Reason in LLMs by Expectation Maximization", arXiv 2512.20169v1. `budget` is the most attempts at a
 question in one iteration. With draws="all" it is spent and every accepted draw is kept; only star still stops at an
 accepted plain draw, since it hints only if the model failed.
@@ -65,13 +60,13 @@ class Budgeted:
 
 
 class RejectionSampling(Budgeted):
-    """rsm: rejection sampling with a budget of M plain draws."""
+    """rsm: rejection sampling with a budget of M plain draws; accepted ones follow the exact posterior."""
 
     prompts = ("plain",)
 
 
 class SelfTaughtReasoner(Budgeted):
-    """star: one plain draw; only if it was rejected, draws that are shown the answer."""
+    """star: one plain draw; only if it was rejected, draws that are shown the answer (Zelikman et al. 2022)."""
 
     def propose(self, question: Question, attempts: Sequence[Attempt]) -> Prompt | None:
         if not attempts:

@@ -23,8 +23,7 @@ def read_samples(
 ) -> list[Sample]:
     """The rows with status "accepted", and those without a status; with `drop_leaks` no rows that are marked as leaks.
 
-    max_length, vocab_size: of the model, in tokens. weights: as `mstep.weights`.
-    Raises UserError for a row without a training question, fitting token ids or a log-probability that is needed.
+    max_length, vocab_size: of the model, in tokens. weights: as `mstep.weights`. UserError names a bad row.
     """
     questions, tokenizer = {question.id: question for question in task.train}, prompts.tokenizer
     samples = []

@@ -2,8 +2,7 @@
 
     python -c "from minem.model.chat_template import *; print(render('{{ name | upper }}', {'name': 'em'}))"
 
-The sandbox keeps a template from files, from Python's internals and from changing its input. It does not bound time or
-memory: use the templates of models that you trust as much as transformers does.
+The sandbox keeps a template from files, Python's internals and its input; it bounds neither time nor memory.
 """
 
 import json
@@ -27,8 +26,7 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 def render(source: str, context: Mapping[str, Any]) -> str:
     """The text that the template `source` prints for the variables in `context`.
 
-    Raises:
-        UserError: the template cannot be read or fails. The sentence begins with a verb: the caller names the template.
+    UserError if it cannot be read or fails. The sentence begins with a verb: the caller names the template.
     """
     try:
         template = _compile(source)

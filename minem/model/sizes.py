@@ -60,9 +60,8 @@ def activation_bytes(
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without those of `loss_bytes`.
 
-    tokens: that enter the model. supervised: that reach the head.
-    checkpointed: blocks that keep their input alone, recomputed one at a time.
-    device: "cuda" for the Triton kernels, or "cpu" for the eager references, which keep more.
+    tokens: that enter the model; supervised: that reach the head. checkpointed: blocks that keep their input alone,
+    recomputed one at a time. device: "cuda" for the Triton kernels, "cpu" for the eager ones, which keep more.
     """
     width, size = config.hidden_size, dtype.itemsize
     blocks = config.num_hidden_layers - checkpointed

@@ -64,11 +64,6 @@ class Tokenizer:
         return None if bos is None else self.backend.token_to_id(bos)
 
     @property
-    def vocab_size(self) -> int:
-        """Number of token ids, added tokens included (a model's embedding is often padded beyond it)."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
-
-    @property
     def has_chat_template(self) -> bool:
         return self.chat_template is not None
 
@@ -95,9 +90,7 @@ class Tokenizer:
     ) -> str:
         """The prompt text of a chat (a list of {"role": ..., "content": ...}), special tokens written out.
 
-        more: further variables for the template, like {"enable_thinking": False}.
-
-        Raises UserError if there is no chat template, or if it is broken or refuses the messages.
+        more: further variables for the template. UserError if there is none, or if it fails on the messages.
         """
         if self.chat_template is None:
             raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")

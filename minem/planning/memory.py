@@ -16,8 +16,7 @@ from minem.generation.kv_cache import MIN_ROWS, cache_bytes, fitting_slots
 from minem.model.hf_config import ModelConfig
 from minem.model.sizes import SAFE_SHARE, activation_bytes, loss_bytes, parameters
 
-# Of all other parts, for gaps in the heap of a CPU. Runs of 59 M parameters (the slow test) took 1 to 13 % more in one
-# process, 28 and 38 % among several, where FSDP makes and frees whole blocks. A GPU's gaps are in SAFE_SHARE.
+# Of all other parts, for gaps in the heap of a CPU, as runs of 59 M parameters showed. A GPU's gaps are in SAFE_SHARE.
 MARGIN, MARGIN_AMONG_SEVERAL = 0.05, 0.3
 
 

@@ -2,8 +2,7 @@
 
     minem report runs/*               # charts, inline as SVG
 
-An SVG's colours become variables of page.css, so that charts follow the page's theme. Margins are fixed, since a layout
-engine would draw each figure twice.
+An SVG's colours become variables of page.css, so that charts follow the page's theme.
 """
 
 import hashlib

@@ -3,8 +3,7 @@
     minem show runs/toy.rsm8.toy-llama.s0
 
 The run may be unfinished, and another process may be writing to it: only finished stages are read. It may also be a
-stranger's, so rows are checked here and nowhere else. A run keeps the ids of its questions; their texts come from the
-task that its config names, if its rows still have the hash that the run recorded.
+stranger's, so rows are checked here. The texts of questions come from the task, if its rows have the recorded hash.
 """
 
 import hashlib

@@ -3,10 +3,9 @@
     minem train                                  # makes runs/toy.rsm8.toy-llama.s0, or continues it
     cat runs/toy.rsm8.toy-llama.s0/journal.jsonl
 
-The state of a run is the replay of its journal. A stage writes every file beside its place, under a name that starts
-with ".partial."; at its end the files are flushed to the disk and renamed, and then the journal gets its line, with the
-size and the SHA-256 of each file. So a file under its own name is complete, a finished stage has all its files, and a
-stage in flight when a run dies is done again.
+The state of a run is the replay of its journal. A stage writes every file under a name that starts with ".partial.";
+at its end the files are flushed and renamed, and then the journal gets its line, with size and SHA-256 of each file.
+So a finished stage has all its files, and a stage in flight when a run dies is done again.
 """
 
 import contextlib
@@ -21,7 +20,7 @@ from typing import IO, Any, Self
 from minem import files
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
-from minem.runs.folder import claim, default_path, disk_errors, full_disk, refuse
+from minem.runs.folder import claim, default_path, disk_errors, refuse, usable
 from minem.runs.record import now, run_facts
 
 STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
@@ -69,13 +68,7 @@ class Record:
 
 
 class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
-    """A run directory held open by this process alone.
-
-    with RunDirectory.open(config, command=sys.argv) as run:
-        with run.stage("iter-01/estep") as record:
-            write_rows(record.path("iter-01/samples.jsonl"), rows)
-            record.result["accepted"] = 496
-    """
+    """A run directory held open by this process alone."""
 
     def __init__(self, path: Path, config: Config, lock: IO[str] | None = None) -> None:
         self.path = path
@@ -89,7 +82,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     def open(
         cls,
         config: Config,
-        *,
         command: Sequence[str] = (),
         overwrite: bool = False,
         inputs: Mapping[str, str] | None = None,
@@ -105,15 +97,10 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """
         path = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else default_path(config)
         run = cls(path, config.changed({"run.out": None}), claim(path))
-        try:
+        with contextlib.ExitStack() as stack, usable(path):
+            stack.callback(run.close)
             run._start_or_resume(list(command), overwrite, dict(inputs or {}), dict(origins or {}))
-        except BaseException as error:
-            run.close()
-            if files.is_full(error):
-                raise full_disk(path) from error
-            if isinstance(error, OSError):
-                raise UserError(f"the run directory {path} cannot be used: {error.strerror or error}") from error
-            raise
+            stack.pop_all()
         return run
 
     @classmethod

@@ -39,10 +39,17 @@ def default_path(config: Config, arm: str | None = None) -> Path:
 
 def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO[str]:
     """Make a folder, or take one of our own kind (it holds the file `mark`); returns its lock, or raises UserError."""
-    try:
+    with usable(path, kind):
         check_place(path, mark, kind)
         path.mkdir(parents=True, exist_ok=True)
         return _take_lock(path)
+
+
+@contextlib.contextmanager
+def usable(path: Path, kind: str = "run directory") -> Iterator[None]:
+    """Raise UserError if a folder cannot be opened, Interrupted if its disk is full."""
+    try:
+        yield
     except OSError as error:
         if is_full(error):
             raise full_disk(path) from error

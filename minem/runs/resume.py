@@ -2,8 +2,7 @@
 
     truncate -s 1000 runs/toy.rsm8.toy-llama.s0/iter-04/model/model.safetensors && minem train
 
-The first stage with a damaged file is undone, and with it all that came after; draws repeat the same random streams, so
-the run ends in the same bytes.
+Stages from there on are undone; draws repeat the same random streams, so the run ends in the same bytes.
 """
 
 from collections.abc import Iterable

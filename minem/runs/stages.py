@@ -9,17 +9,18 @@ rank 0 writes.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from minem.config import Config
 from minem.console import Line, Progress, duration
 from minem.device import out_of_memory
 from minem.errors import GuardError, Interrupted, NotFinite, UserError
 from minem.files import read_rows, write_atomic, write_rows
-from minem.parallel.ranks import Ranks
+from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
 from minem.runs.directory import Record, RunDirectory
 from minem.runs.resume import go_back, last_model
@@ -34,55 +35,46 @@ Show = Callable[..., None]  # (how much is done, facts by name) -> None, for the
 Counts = Mapping[str, float]
 
 
-class InBlocks(Protocol[T]):
-    """Work that is too long to be lost when a run is killed: an E-step, see `minem.em.estep.EStep`."""
+@dataclass
+class Session:
+    """What a run needs beside its config."""
 
-    def blocks(self, items: int) -> int: ...
-    def expected(self, item: Any) -> float: ...
-    def run(self, items: Sequence[Any], show: Show) -> tuple[list[T], Counts]: ...
+    progress: Progress = field(default_factory=Progress)
+    ranks: Ranks = ALONE
+    stop: Stop = field(default_factory=Stop)
+    command: Sequence[str] = ()
+    overwrite: bool = False
+    tracker: ModuleType | None = None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 class Run:
     """A run as the loop sees it. `results` has what each finished stage reported, by its name, on every rank."""
 
-    def __init__(self, directory: RunDirectory | None, path: Path, config: Config, ranks: Ranks) -> None:
-        self.path = path
-        self.config = config
-        self.results: dict[str, dict[str, Any]] = {}
-        self.ranks = ranks
+    def __init__(self, directory: RunDirectory | None, path: Path, config: Config, session: Session) -> None:
         self.directory = directory  # of rank 0, which alone writes
-        self.progress = Progress()
-        self.stop = Stop()
+        self.path, self.config = path, config
+        self.progress, self.ranks, self.stop = session.progress, session.ranks, session.stop
+        self.results: dict[str, dict[str, Any]] = {}
 
     @classmethod
     @contextmanager
-    def open(
-        cls,
-        config: Config,
-        progress: Progress,
-        ranks: Ranks,
-        stop: Stop,
-        tracker: ModuleType | None = None,
-        **opening: Any,
-    ) -> Iterator[Self]:
-        """Make the run's directory or resume the run that is in it; `opening` as for `RunDirectory.open`."""
+    def open(cls, config: Config, session: Session, inputs: Mapping[str, str]) -> Iterator[Self]:
+        """Make the run's directory or resume the run that is in it, as `RunDirectory.open` does on rank 0."""
         with ExitStack() as stack:
-            directory = stack.enter_context(RunDirectory.open(config, **opening)) if ranks.first else None
-            if directory is not None:
+            directory, progress, ranks = None, session.progress, session.ranks
+            if ranks.first:
+                opened = RunDirectory.open(config, session.command, session.overwrite, inputs, session.origins)
+                directory = stack.enter_context(opened)
                 for change in directory.changes:
                     progress.note(f"note    {change}, since this run was started; results change by rounding only")
                 if sentence := go_back(directory):
                     progress.note(f"warning {sentence}")
-                stack.enter_context(tracked(directory, tracker, progress))
+                stack.enter_context(tracked(directory, session.tracker, progress))
             path, results = ranks.broadcast(directory and (str(directory.path), directory.results))
-            run = cls(directory, Path(path), config, ranks)
-            run.results, run.progress, run.stop = results, progress, stop
+            run = cls(directory, Path(path), config, session)
+            run.results = results
             yield run
-
-    @property
-    def last_model(self) -> int:
-        """The last iteration with a finished M-step; 0: the base model."""
-        return last_model(self.results)
 
     def finished(self, iteration: int, name: str) -> bool:
         """Whether a stage is in the journal."""
@@ -214,11 +206,12 @@ class Stage:
         own = [items[i] for i in self.run.ranks.share([1.0] * len(items))]
         return [row for rows in self.run.ranks.gather(work(own, self.show)) for row in rows]
 
-    def in_blocks(self, items: Sequence[Any], step: InBlocks[T], kind: type[T]) -> tuple[list[T], Counts]:
+    def in_blocks(self, items: Sequence[Any], step: Any, kind: type[T]) -> tuple[list[T], Counts]:
         """As `sharded`, in blocks that are each on the disk before the next begins: a killed run keeps them.
 
         Blocks are the stages "iter-01/estep.1", ...; their rows are in samples.N.jsonl until this stage is finished.
-        A resumed run keeps its number of blocks, and so its schedule. kind: the dataclass of a row, with an item's id.
+        A resumed run keeps its number of blocks, and so its schedule. step: has `blocks`, `expected` and `run`, as
+        `minem.em.estep.EStep`. kind: the dataclass of a row, with an item's id.
         """
         count = self.run.results.get(f"{self.name}.1", {}).get("blocks")
         # From one rank for all: their slots, and so their counts, may differ.
@@ -232,10 +225,9 @@ class Stage:
                 own = [block[i] for i in self.run.ranks.share([step.expected(item) for item in block])]
 
                 def show(done: int, **facts: Any) -> None:
-                    rate = (
-                        {"tokens_per_s": facts["tokens"] / max(1e-9, self.line.elapsed)} if facts.get("tokens") else {}
-                    )
-                    self.show(start + done, **facts, **rate)
+                    if facts.get("tokens"):
+                        facts["tokens_per_s"] = facts["tokens"] / max(1e-9, self.line.elapsed)
+                    self.show(start + done, **facts)
 
                 shares = self.run.ranks.gather(step.run(own, show))
                 order = {item.id: place for place, item in enumerate(block)}

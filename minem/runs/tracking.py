@@ -2,8 +2,7 @@
 
     minem train --track trackio
 
-Both packages take the same calls, and what goes wrong in one never stops a run. What is sent: the config and the
-numbers of the stages; no sample, no command line, no environment.
+What goes wrong there never stops a run. Sent are the config and the numbers of the stages: no sample, no command line.
 """
 
 from collections.abc import Iterator, Mapping

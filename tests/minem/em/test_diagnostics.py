@@ -15,7 +15,7 @@ from minem.cli import main
 from minem.config import SamplerSection
 from minem.data.tasks import Question, Task, load_task
 from minem.data.verdict import strict
-from minem.em.diagnostics import EXPLAINED, Diagnosis, Draw, acceptance, choose, facts, falling, shown, summarise
+from minem.em.diagnostics import EXPLAINED, Diagnosis, Draw, choose, facts, falling, shown, summarise
 from minem.em.estep import EStep, judge
 from minem.em.sample import Sample
 from minem.em.samplers import make_sampler
@@ -214,12 +214,6 @@ def a_sample(prompt: str, attempt: int, status: str, text: str = "") -> Sample:
     return Sample("q", 1, attempt, prompt, [1], None, None, text, None, "A", status, False)  # type: ignore[arg-type]
 
 
-def test_acceptance_by_stage():
-    rows = [("plain", 1, "wrong"), ("plain", 1, "accepted"), ("hinted", 2, "accepted"), ("hinted", 10, "truncated")]
-    found = acceptance(a_sample(*row) for row in rows)
-    assert [tuple(stage.values()) for stage in found] == [("plain", 1, 2, 1), ("hinted", 2, 1, 1), ("hinted", 10, 1, 0)]
-
-
 def test_the_share_of_answers_stated_early_is_that_of_the_kept_samples(toy, monkeypatch):
     monkeypatch.setattr("minem.em.diagnostics.states_early", lambda text, question: text.startswith(question.gold))
     generator = Generator(*toy)
@@ -269,9 +263,6 @@ def test_a_run_records_them_and_is_otherwise_as_without_them(measured, tmp_path)
         assert found.items() <= metrics[f"{iteration}/diagnostics"].items()
         assert 1 <= found["questions"] <= 8  # as many as a quarter of so short an E-step allows
         assert found["hinted_draws"] == 2
-        samples = list(read_rows(out / iteration / "samples.jsonl"))
-        assert sum(stage["drawn"] for stage in found["attempts"]) == len(samples)
-        assert sum(stage["accepted"] for stage in found["attempts"]) == sum(r["status"] == "accepted" for r in samples)
         chosen = [q.id for q in choose(load_task("toy", 8).train, 8, 0)]
         assert list(found["hinted_accepted"]) == chosen[: found["questions"]]
 

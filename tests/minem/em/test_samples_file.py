@@ -29,7 +29,7 @@ ROW = {"id": TASK.train[0].id, "token_ids": IDS}
 def read(folder: Path, *rows: dict[str, Any], weights: str = "equal", drop_leaks: bool = False) -> list[Sample]:
     file = folder / "samples.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_samples(file, TASK, PROMPTS, 256, TOKENIZER.vocab_size, weights, drop_leaks)
+    return read_samples(file, TASK, PROMPTS, 256, TOKENIZER.backend.get_vocab_size(), weights, drop_leaks)
 
 
 def test_accepted_rows_and_those_without_a_status_are_taken(tmp_path):
@@ -53,7 +53,9 @@ def test_the_rows_of_a_run_give_the_examples_that_the_run_trains(tmp_path):
     assert ", ".join(keys) == (
         "id, iteration, attempt, prompt, token_ids, logprob_q, logprob_plain, text, answer, gold, status, leak"
     )
-    read = read_samples(tmp_path / "accepted.jsonl", TASK, PROMPTS, 256, TOKENIZER.vocab_size, "importance", False)
+    read = read_samples(
+        tmp_path / "accepted.jsonl", TASK, PROMPTS, 256, TOKENIZER.backend.get_vocab_size(), "importance", False
+    )
     section = MStepSection(weights="importance")
     assert make_examples(read, TASK, PROMPTS, section) == make_examples(own, TASK, PROMPTS, section)
     assert weigh(read, "importance")[0] != weigh(read, "importance")[1]

@@ -27,7 +27,8 @@ from minem.em.sample import Sample
 from minem.errors import GuardError, Interrupted
 from minem.files import PARTIAL, read_rows
 from minem.runs.directory import read_journal
-from minem.train import Session, build, opened, train
+from minem.runs.stages import Session
+from minem.train import build, opened, train
 from tests.minem.tiny_runs import cut_journal, finished, flags, flip, outcome, settings, truncate
 from tests.minem.tiny_runs import train as train_here
 

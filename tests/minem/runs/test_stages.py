@@ -15,10 +15,9 @@ from minem.config import load_config
 from minem.console import Progress
 from minem.errors import Interrupted, UserError
 from minem.files import PARTIAL
-from minem.parallel.ranks import ALONE, Ranks
-from minem.parallel.signals import Stop
+from minem.parallel.ranks import Ranks
 from minem.runs.directory import Record, RunDirectory, read_facts
-from minem.runs.stages import Run, Stage
+from minem.runs.stages import Run, Session, Stage
 
 
 def test_a_stage_is_not_done_with_the_weights_of_a_later_one(finished_run: Path, tmp_path: Path) -> None:
@@ -26,7 +25,7 @@ def test_a_stage_is_not_done_with_the_weights_of_a_later_one(finished_run: Path,
     run = shutil.copytree(finished_run, tmp_path / "run")
     config, inputs = load_config(run / "config.toml", flags={"run.out": str(run)}), read_facts(run)["inputs"]
     done: list[str] = []
-    with Run.open(config, Progress(io.StringIO()), ALONE, Stop(), inputs=inputs) as opened:
+    with Run.open(config, Session(Progress(io.StringIO())), inputs) as opened:
         for iteration, name in ((2, "diagnostics"), (1, "eval.train"), (0, "eval.train")):
             with pytest.raises(UserError, match=f"iter-02/mstep is finished, but iter-0{iteration}/{name}, which"):
                 opened.do(iteration, name, lambda stage: done.append(stage.name))
@@ -38,7 +37,7 @@ def test_out_of_memory_stops_and_names_the_keys_to_lower(tmp_path: Path) -> None
     def fails(stage: Stage) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with Run.open(load_config(flags={"run.out": str(tmp_path)}), Progress(io.StringIO()), ALONE, Stop()) as run:
+    with Run.open(load_config(flags={"run.out": str(tmp_path)}), Session(Progress(io.StringIO())), {}) as run:
         for stage, keys in (("estep", "run.slots or mstep.pack_tokens"), ("mstep", "mstep.pack_tokens, or set mstep")):
             with pytest.raises(Interrupted, match=f"out of memory in iter-01/{stage}; lower {keys}"):
                 run.do(1, stage, fails)
@@ -49,7 +48,7 @@ def test_only_the_first_rank_touches_the_disk(tmp_path: Path) -> None:
     """All ranks save a model's state together; one that comes late must not clear what the first is writing."""
     config = load_config(flags={"run.out": str(tmp_path)})
     with RunDirectory.open(config) as directory, Progress(io.StringIO()).stage("M-step", None) as line:
-        runs = [Run(d, tmp_path, config, Ranks(rank, 2)) for rank, d in enumerate((directory, None))]
+        runs = [Run(d, tmp_path, config, Session(ranks=Ranks(rank, 2))) for rank, d in enumerate((directory, None))]
         first, second = (Stage(run, "iter-01/mstep", Record(tmp_path), line) for run in runs)
         place = first.path("state")
         place.mkdir()
@@ -84,7 +83,7 @@ def test_ranks_draw_in_the_blocks_of_the_first(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / "iter-01").mkdir(exist_ok=True)
         (tmp_path / "iter-01" / f"samples.{number}.jsonl").write_text("")
-    run = Run(None, tmp_path, load_config(), Disagreeing(1, 2))
+    run = Run(None, tmp_path, load_config(), Session(ranks=Disagreeing(1, 2)))
     with Progress(io.StringIO()).stage("E-step", None) as line:
         stage = Stage(run, "iter-01/estep", Record(tmp_path), line)
         stage.in_blocks([SimpleNamespace(id=f"q{i}") for i in range(8)], step, SimpleNamespace)
@@ -97,7 +96,7 @@ def test_only_files_of_finished_parts_are_discarded(finished_run: Path, tmp_path
     mine = run / "iter-01" / "samples.mine.jsonl"
     mine.write_text("mine")
     config, inputs = load_config(run / "config.toml", flags={"run.out": str(run)}), read_facts(run)["inputs"]
-    with Run.open(config, Progress(io.StringIO()), ALONE, Stop(), inputs=inputs) as opened:
+    with Run.open(config, Session(Progress(io.StringIO())), inputs) as opened:
         assert opened.parts(1, "estep") == [1]
         opened.discard(1, *(f"samples.{n}.jsonl" for n in opened.parts(1, "estep")))
     assert mine.read_text() == "mine"
