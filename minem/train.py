@@ -27,7 +27,7 @@ from minem.em import diagnostics
 from minem.em.checkpoints import restore
 from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep
-from minem.em.evaluate import Evaluation, answer_file, summarise_answers
+from minem.em.evaluate import Evaluation, summarise_answers
 from minem.em.loop import Experiment
 from minem.em.mstep import MStep
 from minem.em.samplers import altered, make_sampler, prompts_of
@@ -38,7 +38,7 @@ from minem.model.sizes import parameters
 from minem.model.weights import load, load_model, read_config, resolve
 from minem.plugins import hash_source
 from minem.report.reader import read_run
-from minem.runs.folder import default_path, folder_name
+from minem.runs.folder import answer_file, default_path, folder_name
 from minem.runs.record import fingerprint, hash_tokenizer, model_card
 from minem.runs.resume import last_model
 from minem.runs.stages import Run, Session

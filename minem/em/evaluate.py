@@ -9,10 +9,8 @@ Of n draws also pass@k, the chance that one of k is right, and the accuracy of t
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from minem.config import EvalSection
@@ -21,11 +19,8 @@ from minem.data.prompts import Prompts
 from minem.data.tasks import Question
 from minem.data.verdict import Verdict, flexible
 from minem.em.estep import judge
-from minem.errors import UserError
-from minem.files import complete_rows, json_line
 from minem.generation.generator import Generator
 from minem.generation.request import Completion, Request, SamplingParams, stream_seed
-from minem.runs.folder import hold_folder
 from minem.statistics import pass_at_k, wilson
 
 FIELDS = ("id", "answer", "gold", "status", "text", "tokens")  # of a row of eval.*.jsonl
@@ -132,27 +127,6 @@ def majority(draws: Sequence[Mapping[str, Any]]) -> str | None:
     votes = Counter(row["answer"] for row in draws if row["status"] in ("accepted", "wrong"))
     # A Counter lists answers by their first vote, and most_common keeps that order among equals.
     return votes.most_common(1)[0][0] if votes else None
-
-
-@contextmanager
-def answer_file(
-    folder: Path, settings: Mapping[str, Any], overwrite: bool = False
-) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], object]]]:
-    """The answers of one evaluation on disk, appended as they finish: FOLDER/answers.jsonl, FOLDER/settings.json.
-
-    settings: what the answers depend on, except the number of draws. UserError names what differs from the folder's.
-    Yields (the answers that are there already, a function that appends one). A last line that was cut off when the
-    evaluation was killed is dropped.
-    """
-    path = folder / "answers.jsonl"
-    clear = (lambda _: path.unlink(missing_ok=True)) if overwrite else None
-    with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear):
-        rows = complete_rows(path, repair=True)
-        kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
-        if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
-            raise UserError(f"{path} is damaged; give --overwrite to repeat the evaluation")
-        with open(path, "ab", buffering=0) as file:
-            yield rows, lambda row: file.write(json_line(row))
 
 
 def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from minem.config import Config, difference
 from minem.errors import Interrupted, UserError
-from minem.files import PARTIAL, is_full, read_json, write_atomic
+from minem.files import PARTIAL, complete_rows, is_full, json_line, read_json, write_atomic
 
 LOCK = ".lock"
 
@@ -142,3 +142,24 @@ def disk_errors(path: Path, more: str = "") -> Iterator[None]:
 def _last_part(name: str) -> str:
     """Of a path or a hub id."""
     return Path(name).name or Path(name).resolve().name
+
+
+@contextlib.contextmanager
+def answer_file(
+    folder: Path, settings: Mapping[str, Any], overwrite: bool = False
+) -> Iterator[tuple[list[dict[str, Any]], Callable[[dict[str, Any]], object]]]:
+    """The answers of one evaluation on disk, appended as they finish: FOLDER/answers.jsonl, FOLDER/settings.json.
+
+    settings: what the answers depend on, except the number of draws. UserError names what differs from the folder's.
+    Yields (the answers that are there already, a function that appends one). A last line that was cut off when the
+    evaluation was killed is dropped.
+    """
+    path = folder / "answers.jsonl"
+    clear = (lambda _: path.unlink(missing_ok=True)) if overwrite else None
+    with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear):
+        rows = complete_rows(path, repair=True)
+        kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
+        if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
+            raise UserError(f"{path} is damaged; give --overwrite to repeat the evaluation")
+        with open(path, "ab", buffering=0) as file:
+            yield rows, lambda row: file.write(json_line(row))

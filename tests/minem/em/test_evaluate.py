@@ -18,9 +18,10 @@ from minem.config import EvalSection
 from minem.data.prompts import Prompts, load_prompts
 from minem.data.tasks import Question, load_task
 from minem.data.verdict import strict
-from minem.em.evaluate import FIELDS, Evaluation, answer_file, facts, greedy_rows, majority, summarise_answers
+from minem.em.evaluate import FIELDS, Evaluation, facts, greedy_rows, majority, summarise_answers
 from minem.errors import Interrupted
 from minem.files import read_rows
+from minem.runs.folder import answer_file
 from minem.statistics import wilson
 
 SMALL = ["--limit", 6, "--max-new-tokens", 64]
