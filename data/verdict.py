@@ -107,10 +107,7 @@ def load_verdict(name: str | None) -> Verdict:
 
 
 def strict(text: str, question: Question) -> str | None:
-    """The answer that the last `the best answer is` states, wherever it stands in a line, else None.
-
-    Multiple choice: one of the question's labels, or an option's whole text for it. Free-form: see `_free_form`.
-    """
+    """The answer that the last `the best answer is` states, wherever it stands in a line, else None."""
     return _last(_after(_BEST_ANSWER_IS, text.translate(_PLAIN), question))
 
 

@@ -137,10 +137,7 @@ def _iteration(config: Config, task: Task, prompts: Prompts, gpus: int) -> tuple
 
 
 def _disk(config: Config, counts: Mapping[str, int], weights: int, trained: int, itemsize: int) -> dict[str, int]:
-    """About the bytes that the run takes on the disk at most, and how many are free.
-
-    weights, trained: parameters of the model and of what is trained; those narrower than float32 have masters, too.
-    """
+    """About the bytes that the run takes on the disk, and the free ones. weights, trained: numbers of parameters."""
     run = config.run
     # What the next M-step starts from; during one, its checkpoints and the one that is being written.
     kept = trained * (4 * (itemsize < 4) + 8 * (config.mstep.optimizer_state == "keep"))
