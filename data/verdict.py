@@ -114,8 +114,8 @@ def strict(text: str, question: Question) -> str | None:
 def number(text: str, question: Question) -> str | None:
     """`strict` for free-form questions with a number as the answer; `--verdict minem.data.verdict:number`.
 
-    1000, 1,000 and $1,000.00 are one number; a unit may follow. Returns the question's own spelling if it is the right
-    one, else digits or a fraction in lowest terms. Raises UserError for a question whose answer is no number.
+    Returns the question's own spelling if it is the right one, else digits or a fraction in lowest terms. Raises
+    UserError for a question whose answer is no number.
     """
     if _amount(question.gold) is None:
         raise UserError(f"question {question.id!r}: its answer {question.gold!r} is no number, as this verdict needs")

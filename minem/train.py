@@ -47,10 +47,7 @@ LAST_STAGE = "report"  # of a whole run
 
 
 def build(config: Config, session: Session | None = None, weights: bool = True) -> Experiment:
-    """The experiment of a config. Wrong input is found here, before any file is written.
-
-    weights: False leaves them on the disk, for a dry run: the model has its shape alone.
-    """
+    """The experiment of a config; wrong input is found here. weights: False leaves them on the disk, for a dry run."""
     session = session or Session()
     task = load_task(config.task.name, config.task.limit, config.run.seed)
     device = pick_device(config.run.device)
@@ -180,12 +177,9 @@ def sample(config: Config, iteration: int, session: Session | None = None) -> di
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
     experiment = build(config, session)
     with opened(config, experiment, session) as run:
-        if not run.finished(iteration, "estep"):
-            if iteration > 1 and not run.finished(iteration - 1, "mstep"):
-                before = f"iter-{iteration - 1:02d}"
-                raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
-            if run.finished(iteration, "mstep"):
-                raise UserError(f"--iteration {iteration}: {run.path} has a later model already")
+        if iteration > 1 and not run.finished(iteration - 1, "mstep"):
+            before = f"iter-{iteration - 1:02d}"
+            raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
         reserve(config, experiment, session.progress)
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
