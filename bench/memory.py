@@ -95,7 +95,7 @@ def cell(config: ModelConfig, gpus: int, gigabytes: int, pack: int, adapters: in
         asked = Work(
             slots, PROMPT, NEW, pack, supervised, micro_batches=2, adapters=adapters, ranks=gpus, split=gpus > 1
         )
-        work = fitted(config, dtype, "cuda", asked, free)
+        work = fitted(config, dtype, "cuda", asked, free, "auto")
         drawing = sum(e_step(config, dtype, "cuda", work).values())
         if drawing <= free:
             break

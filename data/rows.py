@@ -39,10 +39,7 @@ class Question:
 
 
 def read_questions(path: Path, on_bad_row: Callable[[str], None] | None = None) -> list[Question]:
-    """Every row of a .jsonl or .parquet file, in order.
-
-    UserError names a bad row (counted from 1; in .jsonl the line) and its field; `on_bad_row` gets the message instead.
-    """
+    """The rows of a .jsonl or .parquet file. UserError names a bad one and its field, or `on_bad_row` gets that."""
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path} is neither .jsonl nor .parquet")
     rows: dict[str, int] = {}  # id -> row number

@@ -107,18 +107,15 @@ def load_verdict(name: str | None) -> Verdict:
 
 
 def strict(text: str, question: Question) -> str | None:
-    """The answer that the last `the best answer is` states, wherever it stands in a line, else None.
-
-    Multiple choice: one of the question's labels, or an option's whole text for it. Free-form: see `_free_form`.
-    """
+    """The answer that the last `the best answer is` states, wherever it stands in a line, else None."""
     return _last(_after(_BEST_ANSWER_IS, text.translate(_PLAIN), question))
 
 
 def number(text: str, question: Question) -> str | None:
     """`strict` for free-form questions with a number as the answer; `--verdict minem.data.verdict:number`.
 
-    1000, 1,000 and $1,000.00 are one number; a unit may follow. Returns the question's own spelling if it is the right
-    one, else digits or a fraction in lowest terms. Raises UserError for a question whose answer is no number.
+    Returns the question's own spelling if it is the right one, else digits or a fraction in lowest terms. Raises
+    UserError for a question whose answer is no number.
     """
     if _amount(question.gold) is None:
         raise UserError(f"question {question.id!r}: its answer {question.gold!r} is no number, as this verdict needs")

@@ -99,10 +99,7 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, 
 def _decode_attention_triton(
     q: Tensor, prefix: Segment, suffix: Segment, members: tuple[Tensor, Tensor], rows: Sequence[Tensor | None]
 ) -> Tensor:
-    """Both segments cut into splits of SPLIT positions, one program each, then one merge over a sequence's splits.
-
-    The split size is fixed, so that a sequence's sums are the same in any batch. members: siblings, sibling_index.
-    """
+    """A program for each SPLIT positions of a segment, then one merge: a sequence has the same sums in any batch."""
     prefix_k, prefix_v, prefix_lengths = prefix
     suffix_k, suffix_v, suffix_lengths = suffix
     cache = (prefix_k, prefix_v, suffix_k, suffix_v)

@@ -23,10 +23,7 @@ except ImportError:  # triton is for Linux; elsewhere the kernels stay unused Py
 
 
 def pick(backend: str | None, tensor: torch.Tensor) -> str:
-    """Return "eager" or "triton" for an operation on `tensor`; `backend` None means: by its device.
-
-    float64 is for the eager references. Raises ValueError for another name, and for "triton" if it cannot run.
-    """
+    """Return "eager" or "triton" for an operation on `tensor`; None: by its device. ValueError if that cannot run."""
     if backend not in ("eager", "triton", None):
         raise ValueError(f'backend must be "eager", "triton" or None (by device), not {backend!r}')
     if backend is None:

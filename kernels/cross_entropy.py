@@ -31,8 +31,7 @@ from minem.kernels.backend import jit, pick, tl
 
 # Rows of logits in a chunk; whether hidden and weight get gradients; the function for a chunk's rows.
 Options = tuple[int, tuple[bool, bool], Callable[..., Tensor]]
-# Bytes of one chunk of logits, unless `chunk_rows` is given. Every chunk reads and writes the whole gradient of W once
-# more, so chunks are as large as memory comfortably allows.
+# Bytes of one chunk of logits. Every chunk reads and writes the whole gradient of W once more, so it is large.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
 
 
@@ -78,9 +77,7 @@ def linear_cross_entropy(
         return _LinearCrossEntropy.apply(hidden, weight, targets, weights, (chunk_rows, needs, row_pass))
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, chunk_rows: int | None
-) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, chunk_rows: int | None) -> None:
     if hidden.ndim != 2 or weight.shape != (len(weight), hidden.shape[1]) or len(weight) == 0:
         shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
         raise ValueError(f"hidden [N, D] and weight [V, D] must share D, and V is at least 1; got {shapes}")
@@ -88,9 +85,9 @@ def _check(
         raise ValueError(f"hidden and weight must have one floating dtype; got {hidden.dtype} and {weight.dtype}")
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(f"targets must be int64 [{hidden.shape[0]}]; got {targets.dtype} {list(targets.shape)}")
-    if token_weights is not None and token_weights.shape != targets.shape:
-        raise ValueError(f"token_weights must be [{hidden.shape[0]}]; got {list(token_weights.shape)}")
-    if token_weights is not None and token_weights.requires_grad:
+    if weights is not None and weights.shape != targets.shape:
+        raise ValueError(f"token_weights must be [{hidden.shape[0]}]; got {list(weights.shape)}")
+    if weights is not None and weights.requires_grad:
         raise ValueError("token_weights are constants of the loss; pass them detached")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
@@ -139,10 +136,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _row_pass_eager(
     logits: Tensor, targets: Tensor, weights: Tensor, logprobs: Tensor, entropy: Tensor, needs_grad: bool
 ) -> Tensor:
-    """Fill logprobs and entropy [C]; return the gradient of the logits [C, V] in their dtype (if needs_grad).
-
-    Holds two buffers of [C, V] at most: shifted logits and their exponentials.
-    """
+    """Fill logprobs and entropy [C]; return the gradient of the logits [C, V] in their dtype (if needs_grad)."""
     shifted = logits.to(weights.dtype)  # fp32 logits are overwritten: they are this function's to use up
     shifted -= shifted.amax(dim=-1, keepdim=True)
     exps = shifted.exp()

@@ -29,6 +29,7 @@ from minem.kernels.backend import jit, pick, tl
 
 TILE = 64  # of the eager reference
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seeds, positions
+Draws = tuple[Tensor, Tensor, Tensor]  # tokens, logprobs, proposal_logprobs
 
 
 def sample(
@@ -43,7 +44,7 @@ def sample(
     stop_ids: Tensor | None = None,
     min_tokens: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Draws:
     """Draw a token for each row of logits [B, V].
 
     All [B]: temperature float (0: greedy, the lowest index among equals), top_k int64 (0: off), top_p float
@@ -95,9 +96,7 @@ def uniforms(seeds: Tensor, positions: Tensor) -> Tensor:
     return torch.from_numpy((even[0].astype(np.float64) + 0.5) * 2.0**-32)
 
 
-def _sample_eager(
-    logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_eager(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None) -> Draws:
     temperature, top_k, top_p, min_p, seeds, positions = rows
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     peak = _peak(logits)
@@ -182,10 +181,7 @@ def _inverse_cdf(exps: Tensor, running: Tensor, u: Tensor) -> Tensor:
 
 
 def _threshold(logits: Tensor, peak: Tensor, divisor: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """The smallest kept logit of each row [B] under top-k, then top-p, then min-p; -inf where all are off.
-
-    A threshold, not a set of indices: equal logits share their fate.
-    """
+    """The smallest kept logit of each row [B] under top-k, then top-p, then min-p; -inf where all are off."""
     vocabulary = logits.shape[1]
     ordered = logits.sort(dim=-1, descending=True).values
     x = ((ordered - peak.unsqueeze(1)) / divisor.unsqueeze(1)).double()
@@ -198,9 +194,7 @@ def _threshold(logits: Tensor, peak: Tensor, divisor: Tensor, top_k: Tensor, top
     return torch.maximum(by_k, _at(ordered, torch.minimum(crossing, probable)))
 
 
-def _sample_triton(
-    logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _sample_triton(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_tokens: Tensor | None) -> Draws:
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     count, vocabulary = logits.shape

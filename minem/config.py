@@ -175,9 +175,7 @@ def load_config(
     """A config from a TOML file, flags and `--set` overrides ("section.key=value"), the later ones winning.
 
     path: None starts from the embedded toy's own config as long as `model.id` stays "toy", else from the defaults.
-    flags: {"sampler.budget": 8, ...}, keys of FLAGS; None means that the flag was not given.
-
-    Raises UserError for a file that cannot be read, unknown sections and keys, and values of a wrong type or range.
+    flags: {"sampler.budget": 8, ...}, keys of FLAGS; None: not given. UserError names what is wrong, and where.
     """
     return _validated(_compose(path, overrides, flags or {}))
 
@@ -289,10 +287,7 @@ def _wanted(error: Any, key: str) -> str:
 
 
 def to_toml(config: Config, origins: Mapping[str, str] | None = None) -> str:
-    """The config as TOML, as `load_config` reads it back to an equal one. Keys that are not set are left out.
-
-    origins: where values were written, {"section.key": "--flag" or a path}; they become comments.
-    """
+    """The config as TOML that `load_config` reads back to an equal one; `origins`, as of that function, as comments."""
     lines = []
     for section, values in config.model_dump(exclude_none=True).items():
         lines.append(f"[{section}]")

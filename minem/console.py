@@ -36,10 +36,7 @@ class Line:
         self._clock, self._start = clock, clock()
 
     def update(self, done: int | None = None, now: str = "", **facts: str | float) -> None:
-        """Set how much of `total` is done, and numbers or texts by name; "tokens_per_s" is shown as "tokens/s".
-
-        now: what goes on while nothing is counted, shown in place of the time that is left.
-        """
+        """Set what is done of `total`, facts by name, and in place of the time left what goes on `now`, uncounted."""
         self.now = now
         self.done = self.done if done is None else done
         self.facts |= facts

@@ -27,10 +27,7 @@ def cache_only() -> Iterator[None]:
 
 
 def download(repo_id: str, kind: Literal["model", "dataset"], patterns: list[str], revision: str | None = None) -> Path:
-    """The local folder with the files of a repository that match `patterns`; what is not in the cache is downloaded.
-
-    Raises UserError with the remedy if the repository is missing, gated or unreachable.
-    """
+    """The local folder with a repository's files that match `patterns`. UserError has the remedy if one is missing."""
     from huggingface_hub import constants, snapshot_download
 
     asked: Any = {"repo_type": kind, "allow_patterns": patterns, "revision": revision}

@@ -36,10 +36,7 @@ def mcnemar(b: int, c: int) -> float:
 
 
 def paired_t(differences: Sequence[float]) -> dict[str, Any]:
-    """Student's 95 % interval and two-sided t-test for the mean of paired differences, as fractions.
-
-    Returns n, mean, low, high and p_value; the last three are None without a spread (one pair, equal differences).
-    """
+    """Student's 95 % interval and two-sided t-test for the mean of differences; None without a spread of these."""
     n, centre, spread = len(differences), mean(differences), standard_deviation(differences)
     found: dict[str, Any] = {"n": n, "mean": centre, "low": None, "high": None, "p_value": None}
     if spread:

@@ -48,10 +48,7 @@ LAST_STAGE = "report"  # of a whole run
 
 
 def build(config: Config, session: Session | None = None, weights: bool = True) -> Experiment:
-    """The experiment of a config. Wrong input is found here, before any file is written.
-
-    weights: False leaves them on the disk, for a dry run: the model has its shape alone.
-    """
+    """The experiment of a config; wrong input is found here. weights: False leaves them on the disk, for a dry run."""
     session = session or Session()
     task = load_task(config.task.name, config.task.limit, config.run.seed)
     device = pick_device(config.run.device)
@@ -122,10 +119,7 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
 
 @contextmanager
 def opened(config: Config, experiment: Experiment, session: Session, **inputs: str) -> Iterator[Run]:
-    """The run's directory, made or resumed, with the weights that it has by then.
-
-    inputs: more fingerprints of what the run reads; it is resumed with equal ones only.
-    """
+    """The run's directory, made or resumed, with the weights that it has by then. inputs: more of its fingerprints."""
     task, tokenizer = experiment.task, experiment.estep.tokenizer
     inputs = {
         "task rows": task.rows_sha256,
@@ -184,12 +178,9 @@ def sample(config: Config, iteration: int, session: Session | None = None) -> di
         raise UserError(f"--overwrite would remove the model that --iteration {iteration} needs; give one of the two")
     experiment = build(config, session)
     with opened(config, experiment, session) as run:
-        if not run.finished(iteration, "estep"):
-            if iteration > 1 and not run.finished(iteration - 1, "mstep"):
-                before = f"iter-{iteration - 1:02d}"
-                raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
-            if run.finished(iteration, "mstep"):
-                raise UserError(f"--iteration {iteration}: {run.path} has a later model already")
+        if iteration > 1 and not run.finished(iteration - 1, "mstep"):
+            before = f"iter-{iteration - 1:02d}"
+            raise UserError(f"--iteration {iteration} needs the model of {before}, which {run.path} does not have")
         reserve(config, experiment, session.progress)
         experiment.e_step(iteration)
         samples = run.path / f"iter-{iteration:02d}" / "samples.jsonl"
@@ -223,14 +214,9 @@ def summarise(run: Run) -> dict[str, Any]:
     """The numbers that a finished run ends with, read from its journal and its evaluation files."""
     last = run.config.run.iterations
     lost, won = map(len, read_run(run.path).flips)
-    iterations = [
-        {
-            "iteration": i,
-            "validation": run.result(i, "eval.validation"),
-            **({"estep": run.result(i, "estep"), "mstep": run.result(i, "mstep")} if i else {}),
-        }
-        for i in range(last + 1)
-    ]
+    iterations = [{"iteration": i, "validation": run.result(i, "eval.validation")} for i in range(last + 1)]
+    for i, row in enumerate(iterations[1:], start=1):
+        row |= {stage: run.result(i, stage) for stage in ("estep", "mstep")}
     return {
         "run": str(run.path),
         "model": str(run.path / f"iter-{last:02d}" / "model"),
@@ -322,7 +308,8 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     threads = f", {torch.get_num_threads()} thread(s)" if model.device.type == "cpu" else ""
     sizes = f"{len(task.train)} train, {len(task.validation)} validation, {len(task.test)} test questions"
-    dtype, size = str(model.dtype).removeprefix("torch."), config.run.questions_per_iteration
+    dtype = str(model.dtype).removeprefix("torch.")
+    size, count = config.run.questions_per_iteration, len(task.train)
     lines = [
         f"model   {config.model.id}: {millions:,.2f} M parameters, {dtype} on {model.device}{threads}",
         f"task    {task.name}: {sizes}" + (f" ({task.note})" if task.note else ""),
@@ -335,10 +322,11 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
             f"lora    rank {mstep.lora.rank}, alpha {mstep.lora.alpha:g}, {mstep.trained_parameters / 1e6:,.2f} M "
             f"parameters trained beside {', '.join(mstep.lora.targets)}"
         )
-    if size is not None:
-        used = min(size, len(task.train))
-        lines.append(f"E-step  {used} of {len(task.train)} training questions in each iteration")
+    if size is not None and size <= count:
+        lines.append(f"E-step  {size} of {count} training questions in each iteration")
     lines.append(f"run     {experiment.run.path}")
+    if size is not None and size > count:
+        lines.append(f"note    run.questions_per_iteration = {size} is more than the {count} questions: all are used")
     if changed := altered(config.sampler, config.task.shots):
         lines.append(f"note    {', '.join(changed)}: the draws follow this altered policy, not the model's posterior")
     if config.mstep.lr > 1e-4 and millions > 10 and mstep.lora is None:

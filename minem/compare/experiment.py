@@ -112,10 +112,7 @@ def _arm(config: Config, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
-    """Make or resume the comparison in `config.run.out`. Returns what comparison.json holds, and `out`.
-
-    Raises UserError for bad input, or a folder that holds another comparison.
-    """
+    """Make or resume the comparison in `config.run.out`. Returns what comparison.json holds, and `out`."""
     out = Path(os.path.expanduser(config.run.out)) if config.run.out else _default_out(config, plan)
     runs = _runs(config, plan, out)
     for cell, own in runs.items():  # bad input is found before the folder is made

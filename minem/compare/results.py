@@ -135,10 +135,7 @@ def _gain(cell: Cell) -> dict[str, float]:
 
 
 def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every pair of samplers on every task and model, over the seeds that both have finished, with Holm's correction.
-
-    A pair without a p-value (fewer than two seeds, or no spread) counts in the correction, as a p-value of 1.
-    """
+    """Every pair of samplers, over the seeds that both have finished; without a p-value it counts as 1 in Holm's."""
     pairs: list[dict[str, Any]] = []
     for task, model in dict.fromkeys((cell.task, cell.model) for cell in cells):
         of = {(c.sampler, c.seed): c for c in cells if (c.task, c.model) == (task, model) and c in runs}

@@ -17,15 +17,12 @@ import torch
 
 @dataclass(frozen=True)
 class Example:
-    """A plain prompt and the very token ids that were sampled for it, EOS included.
+    """A plain prompt and the very token ids that were sampled for it, EOS included."""
 
-    `weight`, finite and above 0, multiplies the log-probability of every sampled token. `id` is for messages only.
-    """
-
-    id: str
+    id: str  # for messages
     prompt_ids: list[int]
     token_ids: list[int]
-    weight: float = 1.0
+    weight: float = 1.0  # finite, above 0: multiplies the log-probability of every sampled token
 
     def __len__(self) -> int:
         """Tokens that enter the model: the last sampled token is a target, never an input."""
@@ -99,10 +96,7 @@ def even_bins(lengths: Sequence[int], capacity: int, ranks: int) -> list[list[in
 def plan(
     lengths: Sequence[int], *, batch_size: int, pack_tokens: int, epochs: int, seed: int, iteration: int, ranks: int = 1
 ) -> list[Step]:
-    """The optimizer steps of one M-step, in order; a pure function of its arguments.
-
-    lengths: `len` of the examples. batch_size: most examples in a step. pack_tokens: most tokens in a micro-batch.
-    """
+    """The optimizer steps of one M-step: at most batch_size examples each, and pack_tokens tokens a micro-batch."""
     # The steps of an epoch are equal to within one example, so that none has a few stragglers only.
     count = math.ceil(len(lengths) / batch_size)  # steps of an epoch
     steps = []

@@ -8,8 +8,7 @@ It knows neither the model nor the generator, and must depend on nothing but its
 time to keep the hardware busy, and asks again once the truth is known.
 
 Source: "Learning to Reason in LLMs by Expectation Maximization", arXiv 2512.20169v1. `budget` is the most attempts at a
-question in one iteration. With draws="all" it is spent and every accepted draw is kept; only star still stops at an
-accepted plain draw, since it hints only if the model failed.
+question in one iteration; draws="all" spends it. Only star still stops at an accepted plain draw.
 """
 
 from collections.abc import Sequence
@@ -107,11 +106,7 @@ _ALTERING = ("temperature", "top_k", "top_p", "min_p", "stop", "filter", "drop_l
 
 
 def altered(section: SamplerSection, shots: str = "none") -> list[str]:
-    """What makes accepted draws follow another distribution than the model's own posterior: nothing by default.
-
-    The gradients that EM promises are those at temperature 1, over the whole vocabulary, filtered by the answer, from
-    the prompt that is trained. shots: as `task.shots`.
-    """
+    """What makes accepted draws follow another distribution than the trained prompt's posterior: by default nothing."""
     usual = SamplerSection()
     values = {key: getattr(section, key) for key in _ALTERING}
     found = [f"sampler.{key} = {value}" for key, value in values.items() if value != getattr(usual, key)]

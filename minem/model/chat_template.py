@@ -24,10 +24,7 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 
 
 def render(source: str, context: Mapping[str, Any]) -> str:
-    """The text that the template `source` prints for the variables in `context`.
-
-    UserError if it cannot be read or fails. The sentence begins with a verb: the caller names the template.
-    """
+    """The text that a template prints for `context`. UserError begins with a verb: the caller names the template."""
     try:
         template = _compile(source)
     except Exception as error:
@@ -53,9 +50,8 @@ def _compile(source: str) -> jinja2.Template:
 
 @lru_cache(maxsize=1)
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
+    extensions = [_GenerationBlock, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = TEMPLATE_DATE.strftime

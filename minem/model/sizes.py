@@ -56,7 +56,7 @@ def read_targets(text: str) -> list[str]:
 
 
 def activation_bytes(
-    config: ModelConfig, tokens: int, supervised: int, checkpointed: int, dtype: torch.dtype, device: str = "cuda"
+    config: ModelConfig, tokens: int, supervised: int, checkpointed: int, dtype: torch.dtype, device: str
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without those of `loss_bytes`.
 
@@ -71,9 +71,7 @@ def activation_bytes(
     return tokens * (whole + inputs + last) + supervised * width * size
 
 
-def loss_bytes(
-    config: ModelConfig, supervised: int, dtype: torch.dtype, device: str = "cuda", trained: bool = True
-) -> int:
+def loss_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, device: str, trained: bool) -> int:
     """Bytes at the peak of `linear_cross_entropy`. trained: the head gets a gradient; under LoRA it does not."""
     vocabulary, size = config.vocab_size, dtype.itemsize
     rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))  # of one chunk of logits

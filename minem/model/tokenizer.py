@@ -2,8 +2,7 @@
 
     python -c "from minem.model.tokenizer import Tokenizer; print(Tokenizer.from_folder('FOLDER').encode('Hello'))"
 
-`tokenizer.json` is read by the tokenizers library, so ids are those of transformers. The files around it (special
-tokens, chat template, ids that end a text) are read as transformers 5 reads them; comments give its rules.
+`tokenizer.json` is read by the tokenizers library. The files around it are read as transformers 5 reads them.
 """
 
 import os
@@ -88,10 +87,7 @@ class Tokenizer:
     def render(
         self, messages: list[dict[str, str]], add_generation_prompt: bool = True, more: Mapping[str, Any] | None = None
     ) -> str:
-        """The prompt text of a chat (a list of {"role": ..., "content": ...}), special tokens written out.
-
-        more: further variables for the template. UserError if there is none, or if it fails on the messages.
-        """
+        """The prompt text of a chat; `more`: variables for its template. UserError if that is missing or fails."""
         if self.chat_template is None:
             raise UserError(f"{self.folder} has no chat template (tokenizer_config.json or chat_template.jinja)")
         own = {"messages": messages, "add_generation_prompt": add_generation_prompt}

@@ -39,10 +39,7 @@ KEYS = {  # to change if a part does not fit
 
 
 def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gpus: int = 1) -> dict[str, Any]:
-    """What a run needs at most, as JSON values; sizes are bytes, and memory is that of one process.
-
-    longest: tokens of the longest prompt, and the most new ones. gpus: processes; on the CPU they share what is free.
-    """
+    """What each process of a run needs at most, in bytes. longest: tokens of the longest prompt, most new tokens."""
     model, estep, device = experiment.mstep.model, experiment.estep, pick_device(config.run.device)
     taken, free = process_bytes(device), free_memory(device)
     if device.type == "cpu":  # the other processes, too, take as much as this one before they allocate anything
@@ -138,10 +135,7 @@ def _iteration(config: Config, task: Task, prompts: Prompts, gpus: int) -> tuple
 
 
 def _disk(config: Config, counts: Mapping[str, int], weights: int, trained: int, itemsize: int) -> dict[str, int]:
-    """About the bytes that the run takes on the disk at most, and how many are free.
-
-    weights, trained: parameters of the model and of what is trained; those narrower than float32 have masters, too.
-    """
+    """About the bytes that the run takes on the disk, and the free ones. weights, trained: numbers of parameters."""
     run = config.run
     # What the next M-step starts from; during one, its checkpoints and the one that is being written.
     kept = trained * (4 * (itemsize < 4) + 8 * (config.mstep.optimizer_state == "keep"))

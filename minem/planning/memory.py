@@ -71,9 +71,7 @@ def m_step(config: ModelConfig, dtype: torch.dtype, device: str, work: Work) -> 
     return parts
 
 
-def fitted(
-    config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int, checkpointing: str = "auto"
-) -> Work:
+def fitted(config: ModelConfig, dtype: torch.dtype, device: str, work: Work, free: int, checkpointing: str) -> Work:
     """The work as a run does it with `free` bytes: as many slots (one at least) and as few recomputed blocks as fit."""
     beside = sum(n for part, n in e_step(config, dtype, device, work).items() if part not in ("KV cache", "generator"))
     slots = fitting_slots(config, dtype, work.slots, work.prompt - 1, work.new, max(0, free - beside))

@@ -90,10 +90,9 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """Make the directory `config.run.out` (by default `default_path`), or resume the run that is in it.
 
         command, origins (`minem.config.origins`): for the record. overwrite: remove a run that is already there.
-        inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}.
-
-        Raises UserError if the directory holds something else, belongs to a running process, was started with a
-        different config (MEMORY_ALONE apart) or other inputs, or cannot be written; Interrupted if the disk is full.
+        inputs: fingerprints of what the run reads besides its config, like {"task rows": sha256}. UserError if the
+        directory holds something else, is in use, was started with a different config (MEMORY_ALONE apart) or other
+        inputs, or cannot be written; Interrupted if the disk is full.
         """
         path = Path(os.path.expanduser(config.run.out)) if config.run.out is not None else default_path(config)
         run = cls(path, config.changed({"run.out": None}), claim(path))

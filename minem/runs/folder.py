@@ -91,11 +91,7 @@ def refuse(path: Path, changes: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def hold_folder(
-    path: Path,
-    mark: str,
-    kind: str,
-    settings: Mapping[str, Mapping[str, Any]],
-    clear: Callable[[Path], None] | None = None,
+    path: Path, mark: str, kind: str, settings: Mapping[str, Mapping[str, Any]], clear: Callable[[Path], None] | None
 ) -> Iterator[None]:
     """Keep a folder of results for this process alone, made now or continued with the same settings only.
 

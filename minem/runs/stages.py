@@ -70,7 +70,8 @@ class Run:
                     progress.note(f"note    {change}, since this run was started; results change by rounding only")
                 if sentence := go_back(directory):
                     progress.note(f"warning {sentence}")
-                stack.enter_context(tracked(directory, session.tracker, progress))
+                if session.tracker is not None:
+                    stack.enter_context(tracked(directory, session.tracker, progress))
             path, results = ranks.broadcast(directory and (str(directory.path), directory.results))
             run = cls(directory, Path(path), config, session)
             run.results = results

@@ -15,11 +15,8 @@ from minem.runs.directory import RunDirectory
 
 
 @contextmanager
-def tracked(run: RunDirectory, tracker: ModuleType | None, progress: Progress) -> Iterator[None]:
+def tracked(run: RunDirectory, tracker: ModuleType, progress: Progress) -> Iterator[None]:
     """While open, every line of the run's metrics.jsonl goes to the tracker as well, under the name of the run."""
-    if tracker is None:
-        yield
-        return
 
     def attempt(call: str, *arguments: Any, **named: Any) -> None:
         try:

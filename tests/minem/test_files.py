@@ -27,3 +27,10 @@ def test_rows_of_strangers_are_refused_by_line(tmp_path: Path, line: str) -> Non
         list(read_rows(tmp_path / "rows.jsonl"))
     with pytest.raises(UserError, match="cannot be read: No such file"):
         list(read_rows(tmp_path / "missing.jsonl"))
+
+
+def test_a_line_has_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minem.files.LINE_LIMIT", 10)
+    (tmp_path / "rows.jsonl").write_bytes(b'{"ok": 1}\n{"ok": 100}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2: longer than 10 bytes"):
+        list(read_rows(tmp_path / "rows.jsonl"))

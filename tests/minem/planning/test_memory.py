@@ -117,7 +117,7 @@ def test_more_memory_never_means_less_slots_or_more_recomputation(free, lora, ke
     config = shape("qwen3", hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, head_dim=128)
     adapters = lora_parameters(config, 16) if lora else 0
     work = Work(256, 256, 1024, 8192, 6553, micro_batches=2, adapters=adapters, moments_kept=keeps)
-    less, more = (fitted(config, torch.bfloat16, "cuda", work, size) for size in sorted(free))
+    less, more = (fitted(config, torch.bfloat16, "cuda", work, size, "auto") for size in sorted(free))
     assert less.slots <= more.slots
     assert less.checkpointed >= more.checkpointed
     for planned, size in zip((less, more), sorted(free), strict=True):

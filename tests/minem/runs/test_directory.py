@@ -236,7 +236,7 @@ def test_a_disk_that_fails_is_one_sentence(
     monkeypatch.setattr(minem.runs.folder, "_take_lock", fails(number))
     expected = Interrupted if number == errno.ENOSPC else UserError
     with pytest.raises(expected, match=r"is full; free some space|comparison \S+ cannot be used"):
-        hold_folder(tmp_path / "new", "plan.json", "comparison", {}).__enter__()
+        hold_folder(tmp_path / "new", "plan.json", "comparison", {}, None).__enter__()
 
 
 def test_a_folder_that_is_deleted_under_a_run_is_one_sentence(tmp_path: Path) -> None:
