@@ -101,7 +101,7 @@ class EvalSection(Section):
 
 
 class RunSection(Section):
-    iterations: Annotated[int, Field(ge=1, le=10_000)] = 4  # of EM
+    iterations: Annotated[int, Field(ge=0, le=10_000)] = 4  # of EM; 0: only evaluate the base model
     questions_per_iteration: Rows | None = None  # the next N of a shuffle that repeats; by default all
     seed: Seed = 0  # decides every random choice
     out: Text | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED

@@ -219,7 +219,7 @@ def summarise(run: Run) -> dict[str, Any]:
         row |= {stage: run.result(i, stage) for stage in ("estep", "mstep")}
     return {
         "run": str(run.path),
-        "model": str(run.path / f"iter-{last:02d}" / "model"),
+        "model": str(run.path / f"iter-{last:02d}" / "model") if last else run.config.model.id,
         "iterations": iterations,
         "test": {
             "base": run.result(0, "eval.test"),

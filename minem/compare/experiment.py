@@ -3,8 +3,9 @@
     minem compare --samplers rsm:8,star:2,pps:1 --seeds 0,1,2,3,4 --arm control:sampler.filter=none
     minem compare --samplers rsm:4,star:4,pps:4 --seeds 0,1,2 --match kept
 
-An arm is one more row, with any keys of the config. The folder has plan.json (what is compared, declared before any
-run), the runs as `minem train` makes them, and comparison.json, .md, .png and report.html.
+An arm is one more row, with any keys of the config: few-shot:task.shots=always,run.iterations=0 trains nothing. The
+folder has plan.json (what is compared, declared before any run), the runs as `minem train` makes them, and
+comparison.json, .md, .png and report.html.
 
 A base model is evaluated once: its greedy answers are the same for every run of a task, its draws at temperature 1
 for every run of a seed. With --match each run continues until its M-step needs the E-step of another (`matched`). All
@@ -101,7 +102,9 @@ def _arm(config: Config, text: str) -> tuple[str, dict[str, Any]]:
     if not (name and rest):
         raise UserError(f"--arm {text}: write it as NAME:section.key=value, like control:sampler.filter=none")
     keys = dict(assignments(re.split(r",(?=\s*\w+\.\w+\s*=)", rest), f"--arm {name}:"))
-    if shared := [key for key in keys if key in FLAGS and not key.startswith("sampler.")]:
+    if shared := [
+        key for key in keys if key in FLAGS and not key.startswith(("sampler.", "task.prompt", "run.iterations"))
+    ]:
         raise UserError(f"--arm {text}: all rows share {shared[0]}, so an arm cannot set it")
     default = {"sampler.budget": None} if "sampler.name" in keys else {}  # and not that of another sampler
     try:
@@ -209,7 +212,7 @@ def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
         folder = out / default_path(own, _short(label)).name
         if folder in {cell.folder for cell in runs}:
             raise UserError(f"two of the runs would be called {folder.name}; rename a task, model, sampler or arm")
-        cell = Cell(task, model_name(model), label, seed, folder, config.run.iterations)
+        cell = Cell(task, model_name(model), label, seed, folder, own.run.iterations)
         runs[cell] = own.changed({"run.out": str(folder)})
     return runs
 

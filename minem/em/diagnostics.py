@@ -130,7 +130,7 @@ class Diagnosis:
         return requests
 
     def summary(
-        self, draws: list[Draw], samples: list[Sample], kept: list[Sample], task: Task, first: Mapping[str, Any] | None
+        self, draws: list[Draw], kept: list[Sample], task: Task, first: Mapping[str, Any] | None
     ) -> dict[str, Any]:
         """The numbers of an iteration that the journal keeps. first: those of iteration 1, None in that iteration."""
         questions = {question.id: question for question in task.train}

@@ -126,12 +126,9 @@ class EStep:
     def keeps(self, sample: Sample) -> bool:
         """Whether the M-step trains on it: the filter, r(y, y*)."""
         least, leaks = self.section.min_rationale_tokens, self.section.drop_leaks
-        right = (
-            sample.status == "accepted"
-            and not (sample.leak and leaks)
-            and (not least or rationale_tokens(sample.text, self.tokenizer) >= least)
-        )
-        return right or self.section.filter == "none"
+        right = sample.status == "accepted" and not (sample.leak and leaks)
+        short = least and rationale_tokens(sample.text, self.tokenizer) < least
+        return (right and not short) or self.section.filter == "none"
 
     def run(
         self, questions: Sequence[Question], show: Callable[..., None] = lambda done, **facts: None

@@ -94,9 +94,9 @@ class Experiment:
         def look(stage: Stage) -> None:
             draw = partial(self.diagnosis.draw, iteration, estep, self.run.ranks.size)
             draws = stage.sharded(self.diagnosis.questions, draw)
-            samples, kept = (self.run.read(iteration, f"{name}.jsonl", Sample) for name in ("samples", "accepted"))
+            kept = self.run.read(iteration, "accepted.jsonl", Sample)
             first = self.run.results.get("iter-01/diagnostics")
-            found = self.diagnosis.summary(draws, samples, kept, self.task, first)
+            found = self.diagnosis.summary(draws, kept, self.task, first)
             stage.show(**diagnostics.facts(found))
             stage.report(**found, warnings=warnings.of_diagnostics(found, first))
 

@@ -7,6 +7,10 @@ A sampler is a small pure object. Given a question and its attempts so far it re
 It knows neither the model nor the generator, and must depend on nothing but its arguments: the E-step asks ahead of
 time to keep the hardware busy, and asks again once the truth is known.
 
+    rsm    1..M plain draws                              the model itself: accepted draws follow the exact posterior
+    star   1 plain draw, hinted ones if it is rejected   the model, else the model shown the answer
+    pps    hinted draws                                  the model shown the answer
+
 Source: "Learning to Reason in LLMs by Expectation Maximization", arXiv 2512.20169v1. `budget` is the most attempts at a
 question in one iteration; draws="all" spends it. Only star still stops at an accepted plain draw.
 """

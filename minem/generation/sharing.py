@@ -1,8 +1,6 @@
 """Prompts that begin alike, as those with worked examples do, are computed once up to where they part.
 
-    python -c "from minem.generation.sharing import waves; p = (7,) * 40; print(waves(*[{(*p, 1, 2), (*p, 3)}] * 2))"
-
-What is shared depends on the prompts and their order alone, so the same schedule shares the same tokens.
+python -c "from minem.generation.sharing import waves; p = (7,) * 40; print(waves(*[{(*p, 1, 2), (*p, 3)}] * 2))"
 """
 
 from collections.abc import Container, Iterable
@@ -28,7 +26,7 @@ class Part(NamedTuple):
 
 
 def waves(prompts: Iterable[Prompt], new: Container[Prompt]) -> list[list[Part]]:
-    """The new prompts in waves: each continues from a prompt in the cache or of a wave before.
+    """The new prompts in waves: each continues from a prompt in the cache or of a wave before, by their order alone.
 
     prompts: those in the cache, then the new ones.
     """

@@ -594,3 +594,19 @@ def test_a_folder_of_an_earlier_version_is_resumed(compared, tmp_path):
     resumed = ok(compare(out))
     assert sum(f"{name}  " in resumed.stderr for name in RUNS) == 3
     assert same(out, compared[0])
+
+
+def test_an_arm_without_iterations_is_the_base_model_evaluated_its_own_way(tmp_path):
+    """Few-shot, say: its row has no training, and the pairs compare the trained runs with it."""
+    out = tmp_path / "out"
+    few = ["--limit", "6", "--iterations", "1", "--set", "eval.samples=0", "--set", "sampler.max_new_tokens=64"]
+    arm = ["--arm", "base:run.iterations=0,eval.max_new_tokens=64"]
+    ok(compare(out, *few, *arm, samplers="rsm:2", seeds="0"))
+    trained, base = numbers(out)["runs"]
+    assert (base["sampler"], base["attempts"], base["trained"], base["gain"]) == ("base", 0, 0, 0)
+    assert base["accuracy"] == base["base_accuracy"]
+    assert [row["iteration"] for row in base["iterations"]] == [0]
+    assert [row["iteration"] for row in trained["iterations"]] == [0, 1]
+    folder = out / base["run"]
+    assert not (folder / "iter-01").exists()
+    assert numbers(out)["pairs"][0]["differences"]["0"] == pytest.approx(trained["accuracy"] - base["accuracy"])

@@ -220,8 +220,8 @@ def test_the_share_of_answers_stated_early_is_that_of_the_kept_samples(toy, monk
     diagnosis = make_diagnosis(generator, generator, [])
     task = Task("mine", (Question("q", "?", ("x", "y"), ("A", "B"), "A"),), (), (), "")
     kept = [a_sample("plain", 1, "accepted", text) for text in ("A, since", "since A", "A", "B")]
-    assert diagnosis.summary([], kept, kept, task, None)["early"] == 0.5
-    assert diagnosis.summary([], kept, [], task, None)["early"] is None
+    assert diagnosis.summary([], kept, task, None)["early"] == 0.5
+    assert diagnosis.summary([], [], task, None)["early"] is None
 
 
 # -------------------------------------------------------------------------------------------------------------- runs
