@@ -98,7 +98,7 @@ WRONG = {
     "train --sampler nowhere:Sampler": "cannot be imported (ModuleNotFoundError(\"No module named 'nowhere'\"))",
     "train --sampler json:Sampler": "module 'json' has no attribute 'Sampler'",
     "train --sampler json:loads": "sampler.name 'json:loads' cannot be built",
-    "train --iterations 0": "--iterations: run.iterations is 0; it must be greater than or equal to 1",
+    "train --iterations -1": "--iterations: run.iterations is -1; it must be greater than or equal to 0",
     "train --seed -1": "--seed: run.seed is -1; it must be greater than or equal to 0",
     "train --seed 1.5": "Invalid value for '--seed'",
     "train --device gpu": '--device: run.device is "gpu"; it must be one of auto, cpu, cuda',

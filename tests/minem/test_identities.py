@@ -43,7 +43,7 @@ class TablePolicy(torch.nn.Module):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.device = torch.device("cpu")
+        self.device, self.stored_dtype = torch.device("cpu"), torch.float64
         noise = torch.Generator().manual_seed(seed)
         tables = torch.randn(2, len(PREFIXES), 3, generator=noise, dtype=torch.float64)
         self.table = torch.nn.Parameter(tables[0])
