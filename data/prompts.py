@@ -60,19 +60,21 @@ class PromptSet(_Table):
         """The chat that asks a question, hinted if `hint` names a wording; with shots, those of its kind."""
         template = self.plain if hint is None else self.hinted[hint]
         chat = [{"role": "system", "content": self.system}] if self.system is not None else []
-        for shot in self.shots if shots else ():
-            if bool(shot.options) == bool(question.options):
-                labels = tuple(LETTERS[: len(shot.options)])
-                example = Question("", shot.question, tuple(shot.options), labels, shot.gold)
-                worked = f"{shot.rationale.strip()}\n{_filled(self.answer, example)}"
-                chat.append({"role": "user", "content": _filled(template, example)})
-                chat.append({"role": "assistant", "content": worked})
+        fitting = [shot for shot in self.shots if bool(shot.options) == bool(question.options)]
+        if shots and not fitting:
+            raise UserError(f"the prompt set has no shots {'with' if question.options else 'without'} options")
+        for shot in fitting if shots else ():
+            labels = tuple(LETTERS[: len(shot.options)])
+            example = Question("", shot.question, tuple(shot.options), labels, shot.gold)
+            worked = f"{shot.rationale.strip()}\n{_filled(self.answer, example)}"
+            chat.append({"role": "user", "content": _filled(template, example)})
+            chat.append({"role": "assistant", "content": worked})
         return [*chat, {"role": "user", "content": _filled(template, question)}]
 
     @property
     def sha256(self) -> str:
         """A fingerprint of all words."""
-        return hashlib.sha256(json.dumps(self.model_dump()).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.model_dump(), default=str).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,8 @@ class Prompts:
         return hashlib.sha256(json.dumps([self.words.sha256, self.shots, self.stop]).encode()).hexdigest()
 
     def _encode(self, question: Question, hint: str | None, shots: bool) -> list[int]:
-        chat = self.words.messages(question, hint, shots)
         try:
+            chat = self.words.messages(question, hint, shots)
             if self.tokenizer.has_chat_template:
                 return self.tokenizer.chat(chat, self.words.chat_template_kwargs)
             return self.tokenizer.encode(as_text(chat))
@@ -126,10 +128,13 @@ def load_prompts(name: str | None, task: str = "") -> PromptSet:
     try:
         words = PromptSet.model_validate(read_toml(path))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = max(
+            error.errors(), key=lambda found: found["type"] == "extra_forbidden"
+        )  # a misspelt key, if there is one
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    for key, template in {"plain": words.plain, "answer": words.answer, **words.hinted}.items():
-        _check(template, f"{path}: {key}")
+    _check(words.plain, f"{path}: plain", VARIABLES - {"gold", "gold_text"})  # which it must not show
+    for key, template in {"answer": words.answer, **words.hinted}.items():
+        _check(template, f"{path}: {key}", VARIABLES)
     for number, shot in enumerate(words.shots, start=1):
         if shot.options and shot.gold not in LETTERS[: len(shot.options)]:
             found = f"gold is {shot.gold!r}; it must be the label of an option, like A"
@@ -148,16 +153,19 @@ def make_prompts(tokenizer: Tokenizer, section: TaskSection, hint: str | None, s
     return Prompts(tokenizer, words, section.shots, hint or "", tuple(stop))
 
 
-def _check(template: str, where: str) -> None:
+def _check(template: str, where: str, known: set[str]) -> None:
     try:
-        unknown = variables(template) - VARIABLES
+        unknown = variables(template) - known
     except UserError as error:
         raise UserError(f"{where} {error}") from error
     if unknown:
-        raise UserError(f"{where} has no variable {min(unknown)}; it must be {one_of(min(unknown), sorted(VARIABLES))}")
+        raise UserError(f"{where} has no variable {min(unknown)}; it must be {one_of(min(unknown), sorted(known))}")
 
 
 def _filled(template: str, question: Question) -> str:
     gold_text = dict(zip(question.labels, question.options, strict=True)).get(question.gold, question.gold)
     values = {"question": question.text, "options": question.options, "labels": question.labels}
-    return render(template, values | {"gold": question.gold, "gold_text": gold_text})
+    try:
+        return render(template, values | {"gold": question.gold, "gold_text": gold_text})
+    except UserError as error:
+        raise UserError(f"the template {' '.join(template.split())[:60]!r} {error}") from error

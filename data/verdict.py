@@ -44,10 +44,13 @@ _ANSWER_IS = re.compile(
     rf"|\b(?:i|we)(?:'d|{_GAP}+(?:would|will|can))?{_GAP}+(?:choose|pick|select|go{_GAP}+with)\b|(?=\\boxed\b)"
 )
 _HASHES = re.compile(r"^[ \t]*####(?=[ \t]*\S)", re.MULTILINE)  # how GSM8K's own rationales end
-# Before a statement: a condition, a doubt, a denial, another subject ("this answer is").
+# Before a statement: a condition, a doubt, a denial, another's opinion or subject, the form that was asked for.
 _UNSAID = re.compile(
     r"(?i)(?:\b(?:if|whether|unless|suppose|assum(?:e|ing)|doubt|not|nor|this|each|other)"
-    r"|(?:n't|\bmay|\bmight|\bcould) (?:think|believe|say))(?:\s+that)?(?:\s+the)?[\s$(*]*\Z"
+    r"|(?:n't|\bmay|\bmight|\bcould|\bsome would|\bdo i|\b(?:do|can)(?: |n't |not )+)\s*(?:think|believe|say|agree)"
+    r"|\b(?:false|unclear|not (?:true|clear|sure|certain)|cannot be|no evidence|before (?:saying|concluding)"
+    r"|ignor\w+ .{1,20}, then))(?:\s+that)?(?:\s+the)?[\s$(*]*\Z"
+    r"|\b(?:like|line|format is|form|phrase|words)[:,]?\s*[\"'*]{1,2}\Z"
 )
 # "B is correct" stands here: not after any word, as in "vitamin C is the best source", "A or B is correct".
 _CLAUSE_BEGINS = re.compile(
@@ -215,8 +218,12 @@ def _named(text: str, question: Question) -> tuple[str | None, str]:
             return None if doubt else label, text[end:]
     wholes = [(whole.end(), label) for label in options if (whole := options[label].match(text))]
     end, label = max(wholes, default=(0, ""))
+    named = re.compile(rf"(?i)[^\S\n]*[(\[]{re.escape(label)}[)\]]").match(text, end)  # gravity (A)
+    end = named.end() if named and label else end
     doubt = any(p.match(text, end) for p in (*options.values(), _another(label, question.labels)))
-    clear = [whole[0] for whole in wholes].count(end) == 1 and not doubt and _DELIMITED.match(text, end)
+    clear = (
+        len({name for at, name in wholes if at == max(wholes)[0]}) == 1 and not doubt and _DELIMITED.match(text, end)
+    )
     return label if clear else None, text[end:]
 
 
@@ -254,9 +261,11 @@ def _another(label: str, labels: tuple[str, ...]) -> re.Pattern[str]:
     reason = r"\n|\b[.!?](?=\s|\Z)|n't\b|\b(?:not|than|neither|is|are|because|since|as|for|which)\b"
     return re.compile(
         r"(?i)[\s,.;:!?(\[*\-\u2013\u2014]*(?:maybe|perhaps|possibly)?\s*(?:or|and(?!\s+not)|nor|as\s+well\s+as)\b"
-        rf"|\s*[/&|]|\s*[,;.\-\u2013\u2014][\s*(\[]*{names}[*)\]]*\s*(?:\Z|[,.;]|or\b|and\b|(?<=\n))|\s*[(\[]{names}[)\]]"
+        rf"|\s*[/&|]|[}}'\"]*\s*[,;.:?\-\u2013\u2014][\s*(\[{{'\"]*{names}[*)\]}}'\"]*\s*(?:\Z|[,.;:?]|or\b|and\b|(?<=\n))"
+        rf"|\s*[(\[]{names}[)\]]|[\s,;(]*(?:maybe|perhaps|possibly|alternatively|then|next|if not)\s+[(*]*{names}\b"
+        r"|[\s,(\-\u2013\u2014*)]*(?:which is |is )?(?:wrong|incorrect|false|not (?:right|correct))\b|\s*\?\s*No\b"
         rf"|[ .:)]{{0,3}}(?:(?!{reason}).)*?(?:\b(?:or|and|nor)|[,;/])\s+[*(\[]*(?:option )?{names}(?:[).\]:*\n]|\s*\Z)"
-        rf"|[^\n]*\n\s*[*(\-]*{names}[*]*[).:]"
+        rf"|[^\n]*\n\s*[*(\-]*{names}(?:[*]*[).:]|[*]+\s*(?:\Z|\n))"
     )
 
 

@@ -193,9 +193,9 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
     --match cost they train on what they find with equally many generated tokens: on what they accepted at the first
     questions in that order whose attempts fit into the tokens of the thriftiest sampler.
     """
-    if flags["models"] and flags["model"]:
+    if flags["models"] is not None and flags["model"]:
         raise UserError("give either --model or --models")
-    config, origins = _config({**flags, "model": flags["models"] or flags["model"]})
+    config, origins = _config({**flags, "model": flags["model"] if flags["models"] is None else flags["models"]})
     from minem.compare import experiment as comparison
     from minem.report import tables
 
@@ -224,7 +224,7 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
     show_default=True,
     help="always: the prompt set's worked examples.",
 )
-@click.option("--stop", multiple=True, metavar="TEXT", help="End an answer at this text; may be given several times.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="A text that ends an answer, in bash $'\\n\\n'.")
 @click.option("--verdict", help="Your own answer check, module:function.")
 @click.option(
     "--samples", type=click.IntRange(0, 1000), default=0, show_default=True, help="Draws per question at temperature 1."

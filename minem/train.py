@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 import minem
-from minem.config import Config, EvalSection, TaskSection
+from minem.config import Config, EvalSection
 from minem.console import Progress
 from minem.data.prompts import Prompts, Shots, make_prompts
 from minem.data.tasks import Question, load_task
 from minem.data.verdict import load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
-from minem.em import diagnostics
+from minem.em import diagnostics, warnings
 from minem.em.checkpoints import restore
 from minem.em.diagnostics import Diagnosis
 from minem.em.estep import EStep
@@ -109,9 +109,10 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
         for question in questions:
             length = max(map(len, (prompts.trained(question), *(prompts.drawn(question, kind) for kind in kinds))))
             if length + new > generator.max_length:
+                advice = f"lower {name}.max_new_tokens" if length < generator.max_length else "take fewer or no shots"
                 raise UserError(
                     f"question {question.id!r}: its prompt of {length} tokens does not leave {new} of the "
-                    f"model's {generator.max_length} positions; lower {name}.max_new_tokens"
+                    f"model's {generator.max_length} positions; {advice}"
                 )
             longest = max(longest, length)
     return longest, max(config.eval.max_new_tokens, section.max_new_tokens)
@@ -199,8 +200,9 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     sizes = experiment.estep.generators["plain"].max_length, experiment.mstep.model.config.vocab_size
     rules = config.mstep.weights, config.sampler.drop_leaks
     samples = read_samples(file, experiment.task, experiment.estep.prompts, *sizes, *rules)
+    samples = [sample for sample in samples if experiment.estep.keeps(sample)]
     if not samples:
-        raise GuardError(f'{file}: no row has status "accepted", so there is nothing to train on')
+        raise GuardError(f"{file}: no row is accepted by its status and by [sampler], so there is nothing to train on")
     endless = sum(sample.token_ids[-1] not in experiment.estep.tokenizer.eos_ids for sample in samples)
     if endless:
         rows = f"{endless} of {len(samples)} rows"
@@ -254,7 +256,8 @@ def evaluate(
     loaded, check, folder = load_task(task, limit, seed), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)
-    prompts = make_prompts(generator.tokenizer, TaskSection(name=task, prompt=prompt, shots=shots), None, stop)
+    words = Config().changed({"task.name": task, "task.prompt": prompt, "task.shots": shots}).task
+    prompts = make_prompts(generator.tokenizer, words, None, stop)
     new = _new_tokens(max_new_tokens, prompts, questions, generator.max_length)  # before the folder is made
     settings = {
         "model": fingerprint(folder)[:16],
@@ -277,8 +280,11 @@ def evaluate(
             progress.note(f"{out} has {len(known)} answers already, which are not drawn again without --overwrite")
         with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
             answers = evaluation.answers(questions, line.update, known, append)
+    found = summarise_answers(questions, answers, samples)
+    for sentence in warnings.of_answers(found):
+        progress.note(f"warning {sentence}")
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
-    return named | summarise_answers(questions, answers, samples)
+    return named | found
 
 
 def _new_tokens(wanted: int | None, prompts: Prompts, questions: Sequence[Question], positions: int) -> int:

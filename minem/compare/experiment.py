@@ -118,6 +118,10 @@ def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
     """Make or resume the comparison in `config.run.out`. Returns what comparison.json holds, and `out`."""
     out = Path(os.path.expanduser(config.run.out)) if config.run.out else _default_out(config, plan)
     runs = _runs(config, plan, out)
+    if plan.match != "none" and len({own.run.iterations for own in runs.values()}) > 1:
+        raise UserError(
+            f"--match {plan.match}: all rows must have as many iterations; leave run.iterations out of --arm"
+        )
     for cell, own in runs.items():  # bad input is found before the folder is made
         if cell.seed == plan.seeds[0]:
             build(own, weights=False)

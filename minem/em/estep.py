@@ -71,9 +71,9 @@ def judge(completion: Completion, question: Question, verdict: Verdict) -> tuple
 
 
 def rationale_tokens(text: str, tokenizer: Tokenizer) -> int:
-    """The tokens of a text before its answer line, or before its last line if it has no answer line."""
-    text = text.rstrip()
-    end = max(text.rfind(ANSWER_LINE), text.rfind("\n") + 1)
+    """The tokens of a text before its last "The best answer is", or before its last line if it states none."""
+    stated = text.lower().rfind(ANSWER_LINE.lower())
+    end = stated if stated >= 0 else text.rstrip().rfind("\n") + 1
     return len(tokenizer.encode(text[:end].rstrip(), add_special_tokens=False))
 
 

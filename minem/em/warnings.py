@@ -71,6 +71,8 @@ def stop_if_empty(kept: Sequence[Sample], run: Run, iteration: int) -> None:
         text = " ".join(sample.text.split())[:300]
         run.progress.note(f"example {sample.id}, {sample.prompt}, {sample.status}: {text}")
     hint = f"{advice(drawn)}; " if drawn else ""
+    if drawn and drawn["solved"]:
+        hint = "right answers were rejected by sampler.min_rationale_tokens or sampler.drop_leaks; "
     raise GuardError(
         f"iteration {iteration}: no rationale was accepted, so there is nothing to train on: {hint}"
         f"minem show {run.path} prints what the model wrote"

@@ -12,6 +12,7 @@ from minem.config import TaskSection
 from minem.data import verdict
 from minem.data.prompts import FOLDER, Prompts, PromptSet, as_text, load_prompts, make_prompts
 from minem.data.tasks import Question, read_questions
+from minem.em.estep import rationale_tokens
 from minem.errors import UserError
 from minem.model.tokenizer import Tokenizer
 from tests.minem.folders import make_tokenizer
@@ -236,3 +237,36 @@ def test_every_real_row_renders_to_the_text_and_ids_of_transformers(tmp_path: Pa
             assert ours.chat(chat) == theirs(text, add_special_tokens=False)["input_ids"]
             rows += 1
     assert rows == 1119 + 299 + 1172 + 4957 + 500 + 500 + 285 + 1531
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('plain = "{{ question }} {{ gold }}"', "plain has no variable gold"),  # or the answer would be trained on
+        ('plain = "x"\nplian = "x"', "plian: Extra inputs"),
+        ('plian = "x"', "plian: Extra inputs"),
+    ],
+)
+def test_a_plain_prompt_shows_no_answer_and_a_misspelt_key_is_named(tmp_path, text, words):
+    with pytest.raises(UserError, match=f"own.toml: {words}"):
+        own(tmp_path, text)
+
+
+def test_shots_that_do_not_fit_the_question_and_templates_that_fail_are_errors(tmp_path):
+    make_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(UserError, match="question 'q': the prompt set has no shots with options"):
+        Prompts(tokenizer, load_prompts("gsm8k"), "always").trained(QUESTION)
+    words = own(tmp_path, 'plain = "{{ question.nothing.at_all }}"')
+    with pytest.raises(UserError, match=r"question 'q': the template '.*nothing.*' fails on"):
+        Prompts(tokenizer, words).trained(QUESTION)
+
+
+def test_the_tokens_of_a_rationale_are_those_before_its_answer(tmp_path):
+    make_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    before = "Plants need light, and without it they become weak"
+    n = len(tokenizer.encode(before, add_special_tokens=False))
+    for text in (f"{before}\nThe best answer is C", f"{before} the best answer is C.", f"{before}\nC"):
+        assert rationale_tokens(text, tokenizer) == n, text
+    assert rationale_tokens(f"The best answer is **C**.\n\nExplanation: {before}", tokenizer) == 0

@@ -740,3 +740,41 @@ def test_labels_beside_real_options_are_never_taken_for_others():
                     unread += stated is None
     assert read > 160_000
     assert unread < read / 5000
+
+
+DOUBTS = [
+    "It is not true that the best answer is B.",
+    "I do not agree that the best answer is A",
+    "I cannot say the best answer is B",
+    "It's false that the best answer is A",
+    "It is unclear that the best answer is B",
+    "It cannot be that the best answer is B",
+    "There is no evidence that the best answer is B",
+    "Before saying that the best answer is A, check B.",
+    "Do I believe the best answer is A? No.",
+    "Some would say the best answer is A, but it is C.",
+    'I must end with a line like "The best answer is B".',
+    'The format is "The best answer is A".',
+    "The best answer is **A**\n**B**",
+    "The best answer is \\boxed{A, B}",
+    "The best answer is {A}, {C}",
+    "The best answer is 'A', 'C'",
+    "The best answer is A: B: C:",
+    "The best answer is A? B? C?",
+    "The best answer is A, perhaps C",
+    "The best answer is A, possibly C",
+    "The best answer is A, then B",
+    "The best answer is A, alternatively B",
+    "The best answer is A, if not B",
+    "The best answer is gravity (A) or friction (C)",
+    "The best answer is A (incorrect)",
+    "The best answer is A, which is wrong",
+    "The best answer is A - incorrect",
+    "The best answer is A? No, it is B.",
+]
+
+
+@pytest.mark.parametrize("text", DOUBTS)
+def test_a_doubt_a_denial_or_a_second_answer_is_no_statement(text: str):
+    options = ("gravity", "heat", "friction", "light")
+    assert verdict.strict(text, Question("q", "?", options, ("A", "B", "C", "D"), "A")) is None

@@ -610,3 +610,10 @@ def test_an_arm_without_iterations_is_the_base_model_evaluated_its_own_way(tmp_p
     folder = out / base["run"]
     assert not (folder / "iter-01").exists()
     assert numbers(out)["pairs"][0]["differences"]["0"] == pytest.approx(trained["accuracy"] - base["accuracy"])
+
+
+def test_matched_rows_need_equally_many_iterations(tmp_path):
+    result = compare(tmp_path / "out", "--match", "kept", "--arm", "base:run.iterations=0", samplers="rsm:2", seeds="0")
+    assert result.exit_code == 2
+    assert "--match kept: all rows must have as many iterations" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -393,7 +393,7 @@ def test_nothing_accepted_stops_with_code_4_and_what_to_do(tmp_path):
     empty.write_text('{"id": "x", "status": "wrong", "token_ids": [1]}\n')
     result = train(tmp_path / "x", "--samples", empty)
     assert result.exit_code == 4
-    assert 'no row has status "accepted"' in result.stderr
+    assert "no row is accepted by its status" in result.stderr
 
 
 def test_another_config_is_refused_with_the_difference(finished):
@@ -595,3 +595,25 @@ def test_on_a_gpu_the_same_seed_gives_the_same_bytes(as_before, tmp_path, dtype)
     for name in ("one", "two"):
         ok(train(tmp_path / name, *settings))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_right_answers_that_are_all_too_short_are_named_as_the_reason(tmp_path):
+    short = [
+        "--limit",
+        "4",
+        "--iterations",
+        "1",
+        "--set",
+        "sampler.min_rationale_tokens=500",
+        "--set",
+        "eval.samples=0",
+    ]
+    result = CliRunner().invoke(main, ["train", *short, "--out", str(tmp_path / "run")])
+    assert result.exit_code == 4
+    assert "right answers were rejected by sampler.min_rationale_tokens" in result.stderr
+    assert result.stderr.count("example ") == 3
+    assert not (tmp_path / "run" / "log").exists()
+    samples = str(tmp_path / "run" / "iter-01" / "samples.jsonl")
+    result = CliRunner().invoke(main, ["train", *short, "--samples", samples, "--out", str(tmp_path / "alone")])
+    assert result.exit_code == 4
+    assert "no row is accepted by its status and by [sampler]" in result.stderr
