@@ -140,7 +140,8 @@ def test_two_processes_exchange_values_and_shards_and_end_in_a_checkpoint(tmp_pa
         ("usage", 2, ["minem: found by all"]),
         ("guard", 4, ["minem: found by one"]),
         ("bug", 1, [r"\[rank1\]: KeyError: 'a bug of one'"]),
-        ("killed", 3, [f"minem: process 2 of 2 was ended by SIGKILL; {AGAIN}"]),
+        # Either the agent sees the death first, or the other process, whose connection breaks.
+        ("killed", 3, [f"minem: (process 2 of 2 was ended by SIGKILL|the connection to another .* broke); {AGAIN}.*"]),
     ],
 )
 def test_a_failure_ends_all_and_is_printed_once(tmp_path, mode, code, lines):
