@@ -164,7 +164,9 @@ def test_the_death_of_one_process_ends_all_and_the_run_resumes(
     died = time.monotonic()
     _, err = finish(running, code=3)
     assert time.monotonic() - died < 60
-    assert f"process {rank + 1} of 2 was ended by SIGKILL; {AGAIN}" in err.splitlines()[-1]
+    # Whichever notices first: the agent, or the other process, whose connection breaks.
+    noticed = rf"(process {rank + 1} of 2 was ended by SIGKILL|the connection to another process broke); {AGAIN}"
+    assert re.search(noticed, err.splitlines()[-1])
     assert "Traceback" not in err
     assert not Path(f"/proc/{survivor}").exists()
     resume(out, gpus, undisturbed)
