@@ -128,9 +128,7 @@ def load_prompts(name: str | None, task: str = "") -> PromptSet:
     try:
         words = PromptSet.model_validate(read_toml(path))
     except ValidationError as error:
-        first = max(
-            error.errors(), key=lambda found: found["type"] == "extra_forbidden"
-        )  # a misspelt key, if there is one
+        first = max(error.errors(), key=lambda found: found["type"] == "extra_forbidden")  # a misspelt key comes first
         raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     _check(words.plain, f"{path}: plain", VARIABLES - {"gold", "gold_text"})  # which it must not show
     for key, template in {"answer": words.answer, **words.hinted}.items():

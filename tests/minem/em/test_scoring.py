@@ -52,8 +52,8 @@ def test_the_estimate_is_that_of_the_definition(tmp_path):
 @pytest.mark.parametrize(
     ("found", "dtype", "holds"),
     [
-        (Agreement(9, 9e-4, 0.0), torch.float32, True),
-        (Agreement(9, 2e-3, 0.0), torch.float32, False),
+        (Agreement(9, 9e-5, 0.0), torch.float32, True),
+        (Agreement(9, 2e-4, 0.0), torch.float32, False),
         (Agreement(9, math.nan, math.nan), torch.float32, False),
         (Agreement(9, 0.3, 0.004), torch.bfloat16, True),
         (Agreement(9, 0.3, 0.006), torch.bfloat16, False),
