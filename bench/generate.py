@@ -22,6 +22,7 @@ import gc
 import json
 import math
 import random
+import re
 import statistics
 import sys
 import time
@@ -126,7 +127,7 @@ class Words:
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
 
-    def chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def chat(self, messages: list[dict[str, str]], more: Any = None) -> list[int]:
         numbers = random.Random(messages[0]["content"])
         length = np.interp(numbers.random() * (len(ARC) - 1), range(len(ARC)), ARC)
         return [numbers.randrange(self.vocabulary) for _ in range(round(float(length)))]
@@ -207,8 +208,9 @@ def draw_rows(bench: Bench, on: Setting) -> Iterator[Row]:
     prompts = random_prompts([40 + 160 * i // 23 for i in range(24)], bench.shape.vocabulary)
 
     class Given(Words):  # these prompts, asked as questions
-        def chat(self, messages: list[dict[str, str]]) -> list[int]:
-            return prompts[int(messages[0]["content"].split()[1].rstrip("?"))]
+        def chat(self, messages: list[dict[str, str]], more: Any = None) -> list[int]:
+            (number,) = re.findall(r"Question (\d+)\?", messages[-1]["content"])
+            return prompts[int(number)]
 
     words, theirs = Given(bench.shape.vocabulary), bench.theirs
     drawn: list[int] = []

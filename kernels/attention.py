@@ -72,8 +72,7 @@ def _decode_attention_eager(
     siblings, sibling_index = members
     of_prefix, of_suffix = (slice(None) if x is None else x for x in rows)
     suffix_k, suffix_v, suffix_lengths = suffix
-    grouped = q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[2] ** -0.5
-    grouped = grouped.unflatten(1, (suffix_k.shape[1], -1))  # [S, K, G, C]
+    grouped = q.unflatten(1, (suffix_k.shape[1], -1))  # [S, K, G, C]
     shared = grouped[siblings].transpose(1, 2).flatten(2, 3)  # [T, K, nG, C]
     first, first_mass = (
         x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
@@ -88,6 +87,11 @@ def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, 
     """Attention of q [B, K, M, C] over k, v [B, K, L, C], and the log-sum-exp of its scores [B, K, M, 1]."""
     places = torch.arange(k.shape[2], device=q.device)
     bias = torch.where(places < lengths[:, None], 0.0, MASKED)[:, None, None]  # [B, 1, 1, L] float32
+    if q.is_cpu and q.dtype == torch.bfloat16:  # reads the cache as it is: five times as fast as through float32
+        mask = bias.to(q.dtype).expand(-1, 1, q.shape[2], -1)
+        values, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+        return values.float(), sums.unsqueeze(3)
+    q = q.to(torch.promote_types(q.dtype, torch.float32)) * q.shape[3] ** -0.5
     scores = torch.matmul(q, k.to(q.dtype).transpose(2, 3)).add_(bias)
     weights = scores.softmax(-1)
     # The largest weight is exp(0) / sum, which saves another pass of exponentials over the scores: on a CPU exp of
