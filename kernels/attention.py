@@ -45,6 +45,7 @@ def decode_attention(
     *,
     prefix_rows: Tensor | None = None,
     suffix_rows: Tensor | None = None,
+    alike: tuple[int, int] = (0, 0),
     backend: str | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(C)) v over the prefix and the suffix of each sequence; grouped-query.
@@ -54,33 +55,52 @@ def decode_attention(
     The other tensors are int64. prefix_lengths [R], suffix_lengths [S]: the positions that count; the suffix holds the
     new token itself. siblings [T, n]: groups of sequences that share a prefix; unused places may name any sequence.
     sibling_index [S]: the place of each sequence in `siblings.flatten()`. prefix_rows [T]: the prefix of each group,
-    None: the t-th. suffix_rows [S]: the row of each sequence's suffix, None: the s-th.
+    None: the t-th. suffix_rows [S]: the row of each sequence's suffix, None: the s-th. alike: a row of the prefixes
+    and how many of its positions are the same in all that are read, as with worked examples; eager reads these once.
 
     Returns [S, H, C] in the dtype of q; scores and sums in float32 or wider. No gradients: this is for decoding.
     """
     heads = [x.shape[1] for x in (q, prefix_k, suffix_k)]
     if heads[0] % heads[1] or heads[1] != heads[2]:
         raise ValueError(f"heads of q must be a multiple of the key heads, equal in both segments; got {heads}")
-    attend = _decode_attention_triton if pick(backend, q) == "triton" else _decode_attention_eager
     prefix, suffix = (prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)
-    return attend(q, prefix, suffix, (siblings, sibling_index), (prefix_rows, suffix_rows))
+    about = (siblings, sibling_index), (prefix_rows, suffix_rows)
+    if pick(backend, q) == "triton":
+        return _decode_attention_triton(q, prefix, suffix, *about)
+    return _decode_attention_eager(q, prefix, suffix, *about, *alike)
 
 
 def _decode_attention_eager(
-    q: Tensor, prefix: Segment, suffix: Segment, members: tuple[Tensor, Tensor], rows: Sequence[Tensor | None]
-) -> Tensor:
+    q: Tensor, prefix: Segment, suffix: Segment, members: tuple[Tensor, Tensor], rows: Sequence[Tensor | None],
+    row: int, alike: int,
+) -> Tensor:  # fmt: skip
     siblings, sibling_index = members
     of_prefix, of_suffix = (slice(None) if x is None else x for x in rows)
     suffix_k, suffix_v, suffix_lengths = suffix
     grouped = q.unflatten(1, (suffix_k.shape[1], -1))  # [S, K, G, C]
     shared = grouped[siblings].transpose(1, 2).flatten(2, 3)  # [T, K, nG, C]
-    first, first_mass = (
+    prefix_k, prefix_v, prefix_lengths = (x[of_prefix] for x in prefix)
+    first = tuple(
         x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
-        for x in _segment(shared, *(x[of_prefix] for x in prefix))
+        for x in _segment(shared, prefix_k[:, :, alike:], prefix_v[:, :, alike:], prefix_lengths - alike)
     )
-    own, own_mass = _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)])
-    share = torch.sigmoid(first_mass - own_mass)  # of the prefix in the sum of both
-    return torch.lerp(own, first, share).to(q.dtype).view(q.shape)
+    own = _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)])
+    attended = _merge(first, own)
+    if alike:
+        every = grouped.transpose(0, 1).flatten(1, 2)[None]  # [1, K, SG, C]
+        k, v = (x[row : row + 1, :, :alike] for x in prefix[:2])
+        common = (
+            x[0].unflatten(1, (len(q), -1)).transpose(0, 1)
+            for x in _segment(every, k, v, prefix_lengths.new_full((1,), alike))
+        )
+        attended = _merge(tuple(common), attended)
+    return attended[0].to(q.dtype).reshape(q.shape)
+
+
+def _merge(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """Attention over both of two segments, and the log-sum-exp of its scores."""
+    share = torch.sigmoid(one[1] - other[1])  # of the first in the sum of both
+    return torch.lerp(other[0], one[0], share), torch.logaddexp(one[1], other[1])
 
 
 def _segment(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
     engine = Engine(model, stop_ids, slots=64, prefix=256, suffix=1024)
     engine.prefill([prompt], {prompt: row})       # keys and values of the prompt without its last token
     engine.admit([slot], [request])               # the slot starts from that last token
-    engine.start([slot], [row], 256, 1).read()    # one token for each slot; each further start draws the next one
+    engine.start([slot], [row], [prompt], 1).read()    # one token for each slot; each further start draws the next one
 
 A step reads and updates tokens, positions and what has ended in tables on the device, so the host may start the next
 step before it knows what this one drew. On a GPU a step is a CUDA graph, one for each of a few batch sizes, captured on
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from minem.generation.kv_cache import MIN_ROWS, Decode, Groups, KVCache, Prefill
 from minem.generation.request import Request
-from minem.generation.sharing import Part, Prompt, waves
+from minem.generation.sharing import Part, Prompt, alike, waves
 from minem.kernels import sample
 from minem.model.decoder import Model, upload
 
@@ -52,7 +52,7 @@ class _Graph:
     replay: Callable[[], None]
     drawn: Tensor
     groups: Groups
-    composition: tuple[list[int], list[int]] = ([], [])  # the slots and rows in `groups`
+    composition: Any = None  # the slots, rows and prompts in `groups`
 
 
 class Engine:
@@ -77,8 +77,9 @@ class Engine:
         # other engines would still use. A pool of its own: no capture can use one whose graphs are all gone.
         self._stream = torch.cuda.Stream(device) if gpu else None
         self._pool = torch.cuda.graph_pool_handle() if gpu else None
-        self._composition: tuple[list[int], list[int]] = ([], [])  # of the eager steps' groups
+        self._composition: Any = None  # of the eager steps' groups
         self._groups: Groups
+        self._alike = (0, 0)
 
     def prefill(self, new: Container[Prompt], rows: Mapping[Prompt, int]) -> int:
         """Write all but the last token of each new prompt to its row of the cache.
@@ -109,13 +110,15 @@ class Engine:
         self.ints[:, index] = upload(ints, device).T
         self.floats[:, index] = upload(floats, device, torch.float32).T
 
-    def start(self, slots: list[int], rows: list[int], longest_prefix: int, longest_suffix: int) -> Step:
+    def start(self, slots: list[int], rows: list[int], prompts: list[list[int]], longest_suffix: int) -> Step:
         """Start a step for these slots, whose prompts are in these rows; none reads beyond the longest positions."""
-        composition = slots, rows
+        composition = slots, rows, prompts
         if self.graphs is None:
             if composition != self._composition:
                 self._groups, self._composition = Groups.compact(self.cache, slots, rows), composition
-            return Step(self._decode(self._groups, longest_prefix, longest_suffix), None)
+                self._alike = rows[0], alike(prompts)
+            longest = max(map(len, prompts)), longest_suffix
+            return Step(self._decode(self._groups, longest, self._alike), None)
         batch = _bucket(len(slots), self.cache.padding_slot)
         if batch not in self.graphs:
             self.graphs[batch] = self._capture(batch)
@@ -126,11 +129,11 @@ class Engine:
         graph.replay()
         return copy_to_host(graph.drawn)
 
-    def _decode(self, groups: Groups, longest_prefix: int, longest_suffix: int) -> Tensor:
+    def _decode(self, groups: Groups, longest: tuple[int, int], alike: tuple[int, int] = (0, 0)) -> Tensor:
         """The whole step: the model, its head, the draw, and the update of the table. Returns `Step.drawn`."""
         state = self.ints[:, groups.slots]
         token, position, drawn = state[:3]
-        attend = Decode(self.cache, groups, drawn, longest_prefix, longest_suffix)
+        attend = Decode(self.cache, groups, drawn, longest, alike)
         hidden = self.model.hidden(token, position, attend)
         attended = groups.slots[: len(groups.sibling_index)]
         _, position, drawn, ended, limit, top_k, seeds, min_tokens = state[:, : len(attended)]
@@ -147,7 +150,7 @@ class Engine:
     def _capture(self, batch: int) -> _Graph:
         """The step for `batch` sequences as a graph, recorded on padding alone, which changes nothing."""
         groups = Groups.fixed(self.cache, batch, [], [])
-        step = partial(self._decode, groups, self.cache.prefix, self.cache.suffix)
+        step = partial(self._decode, groups, (self.cache.prefix, self.cache.suffix))
         return _Graph(*record(step, self._pool, self._stream), groups)
 
 

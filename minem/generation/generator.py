@@ -227,9 +227,9 @@ class Generator:
         if engine.cache.holds(*self._room):  # else requests wait for the slots to empty: then the cache is made again
             self._admit(engine)
         slots, rows = [s.slot for s in self._active], [s.row for s in self._active]
-        longest_prefix = max(len(s.request.prompt_ids) for s in self._active)
+        prompts = [s.request.prompt_ids for s in self._active]
         longest_suffix = max(len(s.token_ids) for s in self._active) + 1 + len(self._started)
-        self._started.append((self._active, engine.start(slots, rows, longest_prefix, longest_suffix)))
+        self._started.append((self._active, engine.start(slots, rows, prompts, longest_suffix)))
         if len(self._started) > self._lag:
             self._read(*self._started.popleft())
         self._retire()

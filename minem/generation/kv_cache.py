@@ -13,6 +13,7 @@ not prefilled, so that every drawn token, the first included, is sampled in one 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -191,16 +192,18 @@ def _places(groups: Sequence[tuple[int, list[int]]], width: int) -> tuple[list[l
 class Decode:
     """Attention of one new token for each sequence of `groups` over its prompt's prefix and its own suffix."""
 
-    def __init__(self, cache: KVCache, groups: Groups, drawn: Tensor, longest_prefix: int, longest_suffix: int):
-        """drawn: int64 [B], the suffix positions that each sequence held before. None reads beyond the longest ones."""
-        self.cache, self.groups, self.drawn = cache, groups, drawn
+    def __init__(self, cache: KVCache, groups: Groups, drawn: Tensor, longest: tuple[int, int], alike: tuple[int, int]):
+        """drawn: int64 [B], the suffix positions that each sequence held before. None reads beyond the longest prefix
+        and suffix. alike: a row, and how many of its positions are the same in all rows in use.
+        """
+        self.cache, self.groups, self.drawn, self.alike = cache, groups, drawn, alike
         self.attended = len(groups.sibling_index)
         self.suffix_lengths = drawn[: self.attended] + 1
         rows = len(groups.siblings) if groups.prefix_rows is None else None
         slots = self.attended if groups.suffix_rows is None else None
         self.prefix_lengths = cache.prefix_lengths[:rows]
-        self.prefix_k, self.prefix_v = (x[:, :rows, :, :longest_prefix] for x in (cache.prefix_k, cache.prefix_v))
-        self.suffix_k, self.suffix_v = (x[:, :slots, :, :longest_suffix] for x in (cache.suffix_k, cache.suffix_v))
+        self.prefix_k, self.prefix_v = (x[:, :rows, :, : longest[0]] for x in (cache.prefix_k, cache.prefix_v))
+        self.suffix_k, self.suffix_v = (x[:, :slots, :, : longest[1]] for x in (cache.suffix_k, cache.suffix_v))
 
     def cache_write(self, layer: int) -> CacheWrite:
         return CacheWrite(self.cache.suffix_k[layer], self.cache.suffix_v[layer], self.groups.slots, self.drawn)
@@ -210,8 +213,7 @@ class Decode:
         g = self.groups
         prefix = self.prefix_k[layer], self.prefix_v[layer], self.prefix_lengths, g.siblings, g.sibling_index
         suffix = self.suffix_k[layer], self.suffix_v[layer], self.suffix_lengths
-        attended = decode_attention(
-            q[: self.attended], *prefix, *suffix, prefix_rows=g.prefix_rows, suffix_rows=g.suffix_rows
-        )
+        attend = partial(decode_attention, prefix_rows=g.prefix_rows, suffix_rows=g.suffix_rows, alike=self.alike)
+        attended = attend(q[: self.attended], *prefix, *suffix)
         padding = len(q) - self.attended
         return torch.cat((attended, q.new_zeros(padding, *q.shape[1:]))) if padding else attended

@@ -3,7 +3,7 @@
 python -c "from minem.generation.sharing import waves; p = (7,) * 40; print(waves(*[{(*p, 1, 2), (*p, 3)}] * 2))"
 """
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from itertools import takewhile
 from typing import NamedTuple
 
@@ -41,7 +41,15 @@ def waves(prompts: Iterable[Prompt], new: Container[Prompt]) -> list[list[Part]]
                 break
         depth[prompt] = depth.get(source, 0) + 1 if prompt in new else 0
         if prompt in new:
-            pairs = zip(prompt[:-1], source[:-1], strict=False) if source is not prompt else ()
-            start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            start = _same(prompt, source) if source is not prompt else 0
             found.setdefault(depth[prompt], []).append(Part(prompt, source, start))
     return [found[number] for number in sorted(found)]
+
+
+def alike(prompts: list[list[int]]) -> int:
+    """How many tokens all prompts begin with, without the last token of any, in whole steps of SHARED."""
+    return _same(min(prompts), max(prompts)) // SHARED * SHARED
+
+
+def _same(a: Sequence[int], b: Sequence[int]) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a[:-1], b[:-1], strict=False)))

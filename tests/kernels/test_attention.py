@@ -93,6 +93,20 @@ def test_equals_the_definition(sizes: Sizes, backend: str, device: str) -> None:
     torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_all_prefixes_share_may_be_read_once(dtype: torch.dtype, device: str) -> None:
+    """Worked examples: the first 20 positions of three prefixes are alike; one of them has no more than these."""
+    arguments, row = problem(SIZES[0], dtype, device)
+    arguments[3][:] = torch.tensor([20, 31, 40])
+    for segment in arguments[1:3]:
+        segment[:, :, :20] = segment[2, :, :20].clone()
+    out = decode_attention(*arguments, alike=(2, 20), backend="eager")
+    exact = by_definition(arguments, row)
+    whole = decode_attention(*arguments, backend="eager").cpu().double()
+    bound = 2 * (whole - exact).abs().max() if dtype == torch.bfloat16 else 2e-6
+    assert (out.cpu().double() - exact).abs().max() <= bound
+
+
 @pytest.mark.parametrize(("backend", "sizes"), both([SIZES[0], SIZES[1], SIZES[3]], quick=1))
 def test_sequences_may_lie_anywhere(sizes: Sizes, backend: str, device: str) -> None:
     """Prefixes and suffixes scattered over a larger cache, groups of at most two, some without members."""

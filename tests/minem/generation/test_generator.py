@@ -71,8 +71,8 @@ def test_in_bfloat16_draws_depend_on_slots_by_rounding_alone(folder):
         pairs = zip(a.token_ids, b.token_ids, strict=False)
         common = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.token_ids), len(b.token_ids)))
         same += a.token_ids == b.token_ids
-        assert a.logprobs[:common] == pytest.approx(b.logprobs[:common], abs=0.1)
-    assert same >= 0.9 * len(one)
+        assert a.logprobs[:common] == pytest.approx(b.logprobs[:common], abs=0.05)
+    assert same >= 0.7 * len(one)  # of draws of 24 tokens: one in a hundred tokens is tipped over
 
 
 def test_cancelling_does_not_change_the_others(loaded):
