@@ -74,30 +74,27 @@ def _decode_attention_eager(
     q: Tensor, prefix: Segment, suffix: Segment, members: tuple[Tensor, Tensor], rows: Sequence[Tensor | None],
     row: int, alike: int,
 ) -> Tensor:  # fmt: skip
-    siblings, sibling_index = members
     of_prefix, of_suffix = (slice(None) if x is None else x for x in rows)
     suffix_k, suffix_v, suffix_lengths = suffix
     grouped = q.unflatten(1, (suffix_k.shape[1], -1))  # [S, K, G, C]
-    shared = grouped[siblings].transpose(1, 2).flatten(2, 3)  # [T, K, nG, C]
+
+    def shared(siblings: Tensor, sibling_index: Tensor, *segment: Tensor) -> tuple[Tensor, ...]:
+        """The segment as all siblings see it, their queries side by side: [T, K, nG, C] and back to [S, K, G, *]."""
+        queries = grouped[siblings].transpose(1, 2).flatten(2, 3)
+        apart = (x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2) for x in _segment(queries, *segment))
+        return tuple(x.flatten(0, 1)[sibling_index] for x in apart)
+
     prefix_k, prefix_v, prefix_lengths = (x[of_prefix] for x in prefix)
-    first = tuple(
-        x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2).flatten(0, 1)[sibling_index]  # back to [S, K, G, *]
-        for x in _segment(shared, prefix_k[:, :, alike:], prefix_v[:, :, alike:], prefix_lengths - alike)
-    )
-    own = _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)])
-    attended = _merge(first, own)
+    first = shared(*members, prefix_k[:, :, alike:], prefix_v[:, :, alike:], prefix_lengths - alike)
+    attended = _merge(first, _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)]))
     if alike:
-        every = grouped.transpose(0, 1).flatten(1, 2)[None]  # [1, K, SG, C]
+        every = torch.arange(len(q), device=q.device)
         k, v = (x[row : row + 1, :, :alike] for x in prefix[:2])
-        common = (
-            x[0].unflatten(1, (len(q), -1)).transpose(0, 1)
-            for x in _segment(every, k, v, prefix_lengths.new_full((1,), alike))
-        )
-        attended = _merge(tuple(common), attended)
+        attended = _merge(shared(every[None], every, k, v, prefix_lengths.new_full((1,), alike)), attended)
     return attended[0].to(q.dtype).reshape(q.shape)
 
 
-def _merge(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+def _merge(one: Sequence[Tensor], other: Sequence[Tensor]) -> Sequence[Tensor]:
     """Attention over both of two segments, and the log-sum-exp of its scores."""
     share = torch.sigmoid(one[1] - other[1])  # of the first in the sum of both
     return torch.lerp(other[0], one[0], share), torch.logaddexp(one[1], other[1])
