@@ -66,7 +66,7 @@ class PromptSet(_Table):
         for shot in fitting if shots else ():
             labels = tuple(LETTERS[: len(shot.options)])
             example = Question("", shot.question, tuple(shot.options), labels, shot.gold)
-            worked = f"{shot.rationale.strip()}\n{_filled(self.answer, example)}"
+            worked = f"{shot.rationale}\n{_filled(self.answer, example)}".strip()
             chat.append({"role": "user", "content": _filled(template, example)})
             chat.append({"role": "assistant", "content": worked})
         return [*chat, {"role": "user", "content": _filled(template, question)}]

@@ -188,10 +188,9 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
     --arm may be given several times. Each is a row beside the samplers, with keys of its own: the control experiment
     is --arm control:sampler.name=rsm,sampler.filter=none. What an arm does not set is the config's.
 
-    With --match kept, all samplers of a seed train on equally many examples in each iteration: the first n of their
-    accepted rationales, in a random order that is the same for all, n being the fewest that one of them has. With
-    --match cost they train on what they find with equally many generated tokens: on what they accepted at the first
-    questions in that order whose attempts fit into the tokens of the thriftiest sampler.
+    With --match kept, all samplers of a seed train on equally many accepted rationales in each iteration, drawn in
+    a random order that is the same for all. With --match cost they train on what they accept at the first questions
+    in that order, for as many generated tokens as the thriftiest sampler spends.
     """
     if flags["models"] is not None and flags["model"]:
         raise UserError("give either --model or --models")

@@ -8,7 +8,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -64,10 +64,9 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
     hint = config.sampler.hint if "hinted" in prompts_of(sampler) or config.eval.diagnostics else None
     prompts = make_prompts(tokenizer, config.task, hint, config.sampler.stop)
     slots = config.run.slots or DEFAULT_SLOTS[device.type]
-    note = _notes(session.progress)
-    generator = hinted = Generator(model, tokenizer, slots=slots, on_note=note)
+    generator = hinted = Generator(model, tokenizer, slots=slots, on_note=session.progress.note)
     if config.sampler.proposal == "base" and "hinted" in prompts_of(sampler) and weights:
-        hinted = Generator(load_model(folder, device, dtype), tokenizer, slots=slots, on_note=note)
+        hinted = Generator(load_model(folder, device, dtype), tokenizer, slots=slots, on_note=session.progress.note)
     estep = EStep(
         sampler=sampler,
         section=config.sampler,
@@ -91,10 +90,6 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
     )
     longest_prompt(config, experiment)
     return experiment
-
-
-def _notes(progress: Progress) -> Callable[[str], None]:
-    return lambda text: progress.note(f"note    {text}")
 
 
 def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
@@ -121,7 +116,7 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
 @contextmanager
 def opened(config: Config, experiment: Experiment, session: Session, **inputs: str) -> Iterator[Run]:
     """The run's directory, made or resumed, with the weights that it has by then. inputs: more of its fingerprints."""
-    task, tokenizer = experiment.task, experiment.estep.tokenizer
+    task, tokenizer = experiment.task, experiment.estep.prompts.tokenizer
     inputs = {
         "task rows": task.rows_sha256,
         "base model": fingerprint(resolve(config.model.id, config.model.revision)),
@@ -203,7 +198,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     samples = [sample for sample in samples if experiment.estep.keeps(sample)]
     if not samples:
         raise GuardError(f"{file}: no row is accepted by its status and by [sampler], so there is nothing to train on")
-    endless = sum(sample.token_ids[-1] not in experiment.estep.tokenizer.eos_ids for sample in samples)
+    endless = sum(sample.token_ids[-1] not in experiment.estep.prompts.tokenizer.eos_ids for sample in samples)
     if endless:
         rows = f"{endless} of {len(samples)} rows"
         session.progress.note(f"note    {rows} do not end in EOS: the model learns not to stop there")
@@ -305,7 +300,7 @@ def make_generator(name: str, device: str, progress: Progress) -> Generator:
     where, folder = pick_device(device), resolve(name)
     model, tokenizer = load(folder, where, pick_dtype("auto", where, parameters(read_config(folder)).total))
     limit_threads(model)
-    return Generator(model, tokenizer, on_note=_notes(progress))
+    return Generator(model, tokenizer, on_note=progress.note)
 
 
 def describe(config: Config, experiment: Experiment) -> list[str]:
@@ -328,11 +323,9 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
             f"lora    rank {mstep.lora.rank}, alpha {mstep.lora.alpha:g}, {mstep.trained_parameters / 1e6:,.2f} M "
             f"parameters trained beside {', '.join(mstep.lora.targets)}"
         )
-    if size is not None and size <= count:
-        lines.append(f"E-step  {size} of {count} training questions in each iteration")
+    if size is not None:
+        lines.append(f"E-step  {min(size, count)} of {count} training questions in each iteration")
     lines.append(f"run     {experiment.run.path}")
-    if size is not None and size > count:
-        lines.append(f"note    run.questions_per_iteration = {size} is more than the {count} questions: all are used")
     if changed := altered(config.sampler, config.task.shots):
         lines.append(f"note    {', '.join(changed)}: the draws follow this altered policy, not the model's posterior")
     if config.mstep.lr > 1e-4 and millions > 10 and mstep.lora is None:

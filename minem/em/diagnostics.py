@@ -1,6 +1,6 @@
 """Diagnostics of an iteration: what hinted draws on a few fixed questions show of the model. They change nothing.
 
-    minem train --set eval.diagnostics=32 --set eval.hinted_draws=4     # the defaults; eval.diagnostics=0: off
+    minem train --set eval.diagnostics=32 --set eval.hinted_draws=4     # 32 questions, 4 draws each; 0: off
 
 Between the E-step and the M-step, so at theta_old, the same few training questions get K hinted draws, K fixed in
 advance, and one plain draw each, all at temperature 1. A hinted draw (z, y) that is accepted has the importance weight
@@ -12,7 +12,6 @@ p(y* | x) without bias if q covers the posterior. A sampler stops at a success, 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from minem.console import percent
@@ -27,10 +26,7 @@ from minem.statistics import importance, mean, standard_deviation
 
 # The name and the meaning of each number.
 EXPLAINED: dict[str, tuple[str, str]] = {
-    "p_hat": (
-        "p-hat",
-        "Estimate of p(y*|x) by hinted draws weighted by pi/q; unbiased if hints exclude no rationale.",
-    ),
+    "p_hat": ("p-hat", "Estimate of p(y*|x) by hinted draws weighted by pi/q; unbiased if hints exclude no rationale."),
     "plain": ("plain acceptance", "p(y*|x), the chance that a plain draw is right, counted: one draw per question."),
     "all_rejected": ("all rejected", "Share of questions without an accepted hinted draw: their p-hat is 0."),
     "ess": ("effective sample size", "Hinted draws that count in the p-hat of a question; near 1 one weight decides."),
@@ -91,12 +87,14 @@ class Diagnosis:
         length = (estep["tokens"] - estep["cancelled_tokens"]) / estep["attempts"]
         mean_tokens = max(1, (1 + self.hinted_draws) * length)  # of a question
         while done < len(questions) and (size := min(max(1, done), int(left / (CAUTION * mean_tokens)))) > 0:
-            draws += self._round(iteration, questions[done : done + size], partial(_after, len(draws), show))
+            draws += self._round(iteration, questions[done : done + size], len(draws), show)
             spent, done = sum(len(draw.entropies) for draw in draws), done + size
             left, mean_tokens = most - spent, max(1, spent / done)
         return draws
 
-    def _round(self, iteration: int, questions: Sequence[Question], show: Callable[[int], None]) -> list[Draw]:
+    def _round(
+        self, iteration: int, questions: Sequence[Question], before: int, show: Callable[..., None]
+    ) -> list[Draw]:
         requests = [request for question in questions for request in self._requests(iteration, question)]
         for request in requests:
             self.estep.generators[request.tag[1]].submit(request)
@@ -104,7 +102,7 @@ class Diagnosis:
         while len(finished) < len(requests):
             for generator in dict.fromkeys(self.estep.generators.values()):
                 finished |= {completion.request: completion for completion in generator.step()}
-            show(len(finished))
+            show(before + len(finished))
         completions = [finished[request] for request in requests]
         examples = [Example(r.tag[0].id, r.tag[2], c.token_ids) for r, c in zip(requests, completions, strict=True)]
         scored = score(self.estep.generators["plain"].model, examples, self.estep.pack_tokens)
@@ -137,10 +135,6 @@ class Diagnosis:
         found = summarise(draws)
         found["early"] = _mean([states_early(sample.text, questions[sample.id]) for sample in kept])
         return found | {"falling": falling(first or found, found)}
-
-
-def _after(before: int, show: Callable[..., None], done: int) -> None:
-    show(before + done)
 
 
 def summarise(draws: Iterable[Draw]) -> dict[str, Any]:

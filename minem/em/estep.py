@@ -95,10 +95,6 @@ class EStep:
     score_plain: bool = False
     pack_tokens: int = 8192
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self.prompts.tokenizer
-
     def begin(self, iteration: int, questions: Sequence[Question] = (), earlier: Iterable[list[Sample]] = ()) -> None:
         """Start an iteration, counted from 1. earlier: samples of those before, the newest first, for `expected`."""
         self.iteration = iteration
@@ -116,18 +112,16 @@ class EStep:
                 break
 
     def blocks(self, questions: int) -> int:
-        """In how many blocks to draw on them."""
         return max(1, questions // (BLOCK_ROUNDS * self.generators["plain"].slots))
 
     def expected(self, question: Question) -> float:
-        """Tokens that its answer is expected to have."""
-        return self.lengths.get(question.id, 1.0)
+        return self.lengths.get(question.id, 1.0)  # tokens of its answer
 
     def keeps(self, sample: Sample) -> bool:
         """Whether the M-step trains on it: the filter, r(y, y*)."""
         least, leaks = self.section.min_rationale_tokens, self.section.drop_leaks
         right = sample.status == "accepted" and not (sample.leak and leaks)
-        short = least and rationale_tokens(sample.text, self.tokenizer) < least
+        short = least and rationale_tokens(sample.text, self.prompts.tokenizer) < least
         return (right and not short) or self.section.filter == "none"
 
     def run(
@@ -175,7 +169,7 @@ class EStep:
             "kept": len(kept),
             "kept_length": mean([len(sample.token_ids) for sample in kept]) if kept else None,
             "leaks": sum(sample.leak for sample in samples),
-            "short": sum(rationale_tokens(sample.text, self.tokenizer) < fewest for sample in accepted),
+            "short": sum(rationale_tokens(sample.text, self.prompts.tokenizer) < fewest for sample in accepted),
             **counts,
             "statuses": dict(sorted(Counter(sample.status for sample in samples).items())),
             "acceptance": {prompt: right[prompt] / n for prompt, n in sorted(drawn.items())},

@@ -80,7 +80,7 @@ class Experiment:
             checkpoints = Checkpoints(stage, self.mstep, self.section.checkpoint_minutes)
             examples = make_examples(kept, self.task, self.estep.prompts, self.mstep.config)
             found = self.mstep.run(examples, self.section.seed, iteration, checkpoints.after_step)
-            export(stage, self.mstep, self.estep.tokenizer, self.model_id, self.card(iteration), continues)
+            export(stage, self.mstep, self.estep.prompts.tokenizer, self.model_id, self.card(iteration), continues)
             stage.report(**found, warnings=warnings.of_training(self.mstep.losses, found, iteration, self.run.results))
 
         self.run.do(iteration, "mstep", train, writes=export_bytes(self.mstep))

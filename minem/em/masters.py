@@ -126,18 +126,14 @@ class Masters(dict[str, Tensor]):
         """The working parameters that are copies, each with its master."""
         return [(p, self[name]) for name, p in self.working.items() if self[name] is not p]
 
+    @torch.no_grad()
     def export_weights(self) -> None:
         """Give the generator's model what was trained: merge the adapters, or gather the shards."""
         if self.lora is not None:
             self.lora.merge(self.complete())
         elif self.trained is not self.model:
             gather_weights(self.trained, self.model)
-        self.round_weights()
-
-    @torch.no_grad()
-    def round_weights(self) -> None:
-        """Round the generator's model to the dtype of the base's files, so that it is the model that is exported."""
-        for p in self.model.parameters():
+        for p in self.model.parameters():  # rounded as the base's files, so that it is the model that is exported
             if self.model.stored_dtype.itemsize < p.dtype.itemsize:
                 p.copy_(p.to(self.model.stored_dtype))
 

@@ -27,9 +27,7 @@ class Part(NamedTuple):
 
 def waves(prompts: Iterable[Prompt], new: Container[Prompt]) -> list[list[Part]]:
     """The new prompts in waves: each continues from a prompt in the cache or of a wave before, by their order alone.
-
-    prompts: those in the cache, then the new ones.
-    """
+    prompts: those in the cache, then the new ones."""
     owners: dict[Prompt, Prompt] = {}  # first SHARED, 2 SHARED, ... tokens: the first prompt that begins with them
     depth: dict[Prompt, int] = {}
     found: dict[int, list[Part]] = {}

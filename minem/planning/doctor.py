@@ -74,22 +74,17 @@ def _machine() -> dict[str, Any]:
         **package_versions(PACKAGES.split()),
         "runs_free_bytes": free_disk(Path("runs")),
         "hub_cache": str(cache),
-        "hub_cache_free_bytes": free_disk(cache),
-        "hub_cache_bytes": sum(blob.stat().st_size for blob in cache.glob("*/blobs/*") if blob.is_file()),
         "hub_token": token,
-        "hub_offline": constants.HF_HUB_OFFLINE,
     }
 
 
 def _parts(device: torch.device) -> dict[str, str]:
-    dtype, cuda, gpus = pick_dtype("auto", device, SMALL), device.type == "cuda", torch.cuda.device_count()
+    dtype = pick_dtype("auto", device, SMALL)
     flash = takes_varlen(torch.empty(1, 1, 64, dtype=dtype, device=device))
     return {
         "device": f"{device.type}, weights in {str(dtype).removeprefix('torch.')}",
-        "generator": "a CUDA graph for each batch size" if cuda else "step by step, eagerly",
         "kernels": pick(None, torch.empty(1, dtype=dtype, device=device)),
         "attention": "flash attention over packed sequences" if flash else "PyTorch's, one call per sequence length",
-        "several": f"--gpus N, nccl, N up to {gpus}" if cuda else "--gpus N --device cpu: N processes, gloo",
     }
 
 

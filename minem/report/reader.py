@@ -20,7 +20,7 @@ from typing import Any
 
 from minem.config import SECTIONS
 from minem.data.prompts import load_prompts
-from minem.data.tasks import Question, Task, load_task
+from minem.data.tasks import Task, load_task
 from minem.errors import UserError
 from minem.files import own_file, read_rows
 from minem.hub import cache_only
@@ -102,14 +102,10 @@ class Run:
             return f"the texts of the questions cannot be shown: {error}"
         return task
 
-    @cached_property
-    def _questions(self) -> dict[tuple[str, str], Question]:
-        """By split and id; empty without the task."""
-        return {(s, q.id): q for s in ("train", "test") for q in getattr(self.task, s, ())}
-
     def prompt(self, id_: str, kind: str = "plain", split: str = "train") -> str | None:
         """The words of a question's plain or hinted prompt, without shots; None if they are not available."""
-        question, section = self._questions.get((split, id_)), self.config["task"]
+        question = next((question for question in getattr(self.task, split, ()) if question.id == id_), None)
+        section = self.config["task"]
         hint = self.config["sampler"].get("hint") if kind == "hinted" else None
         if question is None:
             return None

@@ -109,13 +109,12 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         run._lines = _read_lines(path)
         return run
 
-    def close(self) -> None:
+    def close(self, *error: object) -> None:
         """Let other processes use the directory."""
         if self._lock is not None:
             self._lock.close()
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    __exit__ = close
 
     @property
     def results(self) -> dict[str, dict[str, Any]]:

@@ -174,7 +174,7 @@ def test_steps_by_hand_are_the_run_and_the_same_seed_gives_the_same_bytes(finish
     done = ok(train(by_hand, *all_of_them))
     assert len(released) >= before + 2
     assert "cache   " in done.stderr
-    assert f"run.questions_per_iteration = 99 is more than the {QUESTIONS} questions" in done.stderr
+    assert f"E-step  {QUESTIONS} of {QUESTIONS} training questions in each iteration" in done.stderr
     assert contents(by_hand) == contents(finished[0])
     late = sample(by_hand, *all_of_them, "--overwrite", "--iteration", 2)
     assert late.exit_code == 2

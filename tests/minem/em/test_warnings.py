@@ -131,7 +131,7 @@ def test_a_run_warns_once_keeps_it_reports_it_and_has_the_metrics_of_each_step(t
     assert result.exit_code == 0, result.output
     journal = read_journal(tmp_path / "run")
     warnings = {stage: found for stage, kept in journal.items() if (found := kept.get("warnings"))}
-    assert {stage.partition("/")[2] for stage in warnings} == {"estep", "mstep"}
+    assert {"iter-01/estep", "iter-01/mstep"} <= warnings.keys()  # and evaluations, if answers fell apart
     lines = [line for line in result.stderr.splitlines() if line.startswith("warning ")]
     assert [line.removeprefix("warning ") for line in lines] == [s for found in warnings.values() for s in found]
     assert any("minem show" in line for line in lines)
