@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,11 @@ def _multiple_choice(row: dict[str, Any]) -> tuple[list[str], list[str], str]:
             if not isinstance(choices.get(part), list):
                 raise _bad(f"choices.{part}", "be a list", choices.get(part))
         options, labels = choices["text"], [_label(label) for label in choices["label"]]
-        gold = _label(_field(row, "answerKey"))
+        field, right, gold = "answerKey", f"one of the labels {', '.join(labels)}", _label(_field(row, "answerKey"))
     elif isinstance(choices, list):
         options, labels = choices, list(LETTERS[: len(choices)])
-        index = _field(row, "answer")
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(labels):
-            raise _bad("answer", f"be a number from 0 to {len(labels) - 1}", index)
-        gold = labels[index]
+        field, right, index = "answer", f"a whole number from 0 to {len(labels) - 1}", _field(row, "answer")
+        gold = labels[int(index)] if index in range(len(labels)) and not isinstance(index, bool) else ""
     else:
         raise _bad("choices", "be {text, label} or a list of texts", choices)
     if len(options) < 2 or len(options) != len(labels):
@@ -134,14 +133,13 @@ def _multiple_choice(row: dict[str, Any]) -> tuple[list[str], list[str], str]:
     if not words or len({label.lower() for label in labels}) < len(labels):
         raise UserError(f"the labels in 'choices' must be different words (case aside), not {shown(labels)}")
     if gold not in labels:
-        raise _bad("answerKey", f"be one of the labels {', '.join(labels)}", gold)
+        raise _bad(field, f"be {right}", row[field])
     return options, labels, gold
 
 
 def _free_form(answer: Any) -> str:
     """The answer alone: the text after the last `####`, which ends GSM8K's rationales; without that mark, all of it."""
-    readable = isinstance(answer, str | int) or (isinstance(answer, float) and math.isfinite(answer))
-    gold = str(answer).rpartition("####")[2].strip() if readable and not isinstance(answer, bool) else ""
+    gold = _label(answer).rpartition("####")[2].strip()
     if not gold or len(gold.splitlines()) > 1:
         raise _bad("answer", "be a number or a text of one line, or end with a line '#### ANSWER'", answer)
     return gold
@@ -159,6 +157,8 @@ def _bad(field: str, must: str, value: Any) -> UserError:
 
 def _label(value: Any) -> str:
     """A label or id as text: numbers are welcome, anything else becomes "", which no check accepts."""
+    if isinstance(value, float) and math.isfinite(value):
+        return format(Decimal(repr(value)), "f")  # 0.00005, which Python writes as 5e-05
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     return value.strip() if isinstance(value, str) else ""

@@ -25,6 +25,7 @@ _PLAIN: dict[int, str | None] = {0xFEE0 + code: chr(code) for code in range(0x21
 _PLAIN |= {ord(c): "'" for c in "\u2018\u2019"} | {ord(c): '"' for c in "\u201c\u201d\u00ab\u00bb"}
 _PLAIN |= {0x3010: "[", 0x3011: "]", 0x3002: ".", 0x2026: "...", 0x2212: "-"}
 _PLAIN |= dict.fromkeys((0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF))
+_PLAIN |= {ord(c): f" {above}/{below}" for c, above, below in zip("½⅓⅔¼¾⅛⅜⅝⅞", "112131357", "233448888", strict=True)}
 
 # One grammar for both verdicts: "the best answer" + "is" + adverbs and marks + the answer.
 _GAP = r"(?:[^\S\n]|[*_])"
@@ -121,7 +122,7 @@ def number(text: str, question: Question) -> str | None:
     Returns the question's own spelling if it is the right one, else digits or a fraction in lowest terms. Raises
     UserError for a question whose answer is no number.
     """
-    if _amount(question.gold) is None:
+    if _amount(question.gold, alone=True) is None:
         raise UserError(f"question {question.id!r}: its answer {question.gold!r} is no number, as this verdict needs")
     return strict(text, question)
 
@@ -135,7 +136,7 @@ def flexible(text: str, question: Question) -> str | None:
     """
     if statements := list(_statements(text := text.translate(_PLAIN), question)):
         return _last(statements)
-    line = "" if question.labels or _amount(question.gold) is None else text.rstrip().rpartition("\n")[2]
+    line = "" if question.labels or _amount(question.gold, alone=True) is None else text.rstrip().rpartition("\n")[2]
     found = [match.group() for match in _FIGURE.finditer(line)]
     return _free_form(found[-1], question.gold) if found else None
 
@@ -278,31 +279,32 @@ _WHOLE = r"(?:[0-9]{1,3}(?:(?:,|\{,\}|\\,|[\u00a0\u2009\u202f])[0-9]{3})+|[0-9]{
 _FIGURE = re.compile(
     rf"(?<![\w.,])(?P<sign>[-+]?)(?:{_MONEY}[ ]?)?"
     rf"(?:(?P<figure>{_WHOLE}(?:\.[0-9]{{1,40}})?|\.[0-9]{{1,40}})(?:[ ]?/[ ]?(?P<below>[0-9]{{1,40}}))?"
-    r"|\\[dt]?frac\{(?P<top>[0-9]{1,40})\}\{(?P<bottom>[0-9]{1,40})\})"
-    r"(?![\w^]|[.,:/][0-9])"  # not a part of something else: 1e3, 3x, 10^3, 1.2.3, 3:30
+    r"|\\[dt]?frac(?:\{(?P<top>[0-9]{1,40})\}\{(?P<bottom>[0-9]{1,40})\}|(?P<one>[0-9])(?P<two>[0-9])))"
+    r"(?=(?:[kcm][mg]|ml|lbs?|oz|ft|mph|hrs?|mins?)\b|[^\w^]|\Z)(?![.,:/'][0-9])"  # no 1e3, 3x, 10^3, 1.2.3, 9'500
 )
 _BEFORE_FIGURE = re.compile(
     rf"(?:[\s*_`\"'(\[{{:]|{_MONEY}(?![0-9])|\\(?:boxed|text|textbf|mathbf)\{{|\\[(\[])*"
     r"(?:[a-z][ ]?=[ ]*)?",  # x = 3
     re.IGNORECASE,
 )
-_AFTER_FIGURE = re.compile(r"(?:[*_`\"')\]}%\u00b0$]|\\[%)\]])*")
-_CLAUSE_ENDS = re.compile(r"[.!?;](?=\s|\Z|[*_`\"')\]}$])|\n|\b(?:because|since|as|for|which)\b")
-# The figure continues, or is one of several: 3 + 4, 18-20, 18, 20, 2 1/2, 5 feet 6, 18 of 20, 3 million
+_AFTER_FIGURE = re.compile(r"(?:(?:[*_`\"')\]}%\u00b0$]|\\[%)\]])(?![ ]*[0-9(]))*")
+_CLAUSE_ENDS = re.compile(r"[.!?;](?=\s|\Z|[*_`\"')\]}$])|\n|\b(?:because|since|(?<!well )as(?! well)|for|which)\b")
+# A number is the whole of what is stated, with a unit at most: no operator, power, scale, part or other number follows.
 _CONTINUES = re.compile(
-    r"(?:\s*(?:[-\u2010-\u2015+*/\u00d7\u00f7=:<>\u2264\u2265\u00b1^~,]|\\(?:times|cdot|div|pm)|(?:to|through)\b)[\s(]*"
-    rf"|\s*[a-z]+\s+|\s+|\()(?:{_MONEY})?[0-9]"
-    r"|\s*(?:out\s+)?of\b|\s*(?:hundred|thousand|million|billion|trillion|dozen)s?\b",
+    r"!|[ ]*(?:[+=^<>\u00d7\u00f7\u2264\u2265\u00b1~]|\\(?:times|cdot|div|pm)\b|[*\u2212-][ ]?[a-z]\b(?!\*))"
+    r"|\s*(?:(?:out\s+)?of|plus|minus|divided|multiplied|squared|cubed|factorial|to the)\b"
+    r"|\s*(?:bn|mn|k|dozen|hundred|thousand|(?:m|b|tr)illion)s?\b"
+    r"|.*\b(?:or|and|to)\s+(?:an?\s+)?(?:half|third|quarter|one|two|three|four|five|six|seven|eight|nine|ten)\b",
     re.IGNORECASE,
 )
-_ANOTHER_FIGURE = re.compile(r"\b(?:or|and)\b.*[0-9]", re.IGNORECASE)
+_REMARK = re.compile(r"(?i)(?<=[a-z ])\([^()]*[^()0-9][^()]*\)|(?<=[a-z])\^?[0-9]\b|\bnot\b.*")  # 12 (3 * 4), m^2
 
 
 def _free_form(rest: str, gold: str, alone: bool = False) -> str | None:
     """`_read` without labels: `gold` itself if `rest` begins with it, else the other answer that stands there.
 
     A number is compared as a number, other answers as whole lines, ignoring case, spaces and marks."""
-    right = _amount(gold)
+    right = _amount(gold, alone=True)
     if right is None:
         line = _bare(rest.split("\n", 1)[0])
         if line == _bare(gold):
@@ -314,19 +316,20 @@ def _free_form(rest: str, gold: str, alone: bool = False) -> str | None:
 
 def _amount(text: str, alone: bool = False) -> Fraction | None:
     """The number that begins a text, without marks, currency and units; None if another stands beside it."""
+    text = text.translate(_PLAIN)
     figure = _FIGURE.match(text, _BEFORE_FIGURE.match(text).end())  # type: ignore[union-attr]
     if figure is None:
         return None
     after = text[_AFTER_FIGURE.match(text, figure.end()).end() :]  # type: ignore[union-attr]
     if alone:
         return None if after.strip(" \t.") else _value(figure)
-    clause = _CLAUSE_ENDS.split(after, maxsplit=1)[0]
-    return None if _CONTINUES.match(clause) or _ANOTHER_FIGURE.search(clause) else _value(figure)
+    clause = _REMARK.sub("", _CLAUSE_ENDS.split(after, maxsplit=1)[0])
+    return None if _CONTINUES.match(after) or re.search("[0-9]", clause) else _value(figure)
 
 
 def _value(figure: re.Match[str]) -> Fraction | None:
-    above = re.sub(r"[^0-9.]", "", figure["figure"] or figure["top"])
-    below = Fraction(figure["below"] or figure["bottom"] or 1)
+    above = re.sub(r"[^0-9.]", "", figure["figure"] or figure["top"] or figure["one"])
+    below = Fraction(figure["below"] or figure["bottom"] or figure["two"] or 1)
     return None if below == 0 else Fraction(above) / below * (1 if figure["sign"] in ("", "+") else -1)
 
 

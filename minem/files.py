@@ -188,7 +188,7 @@ def read_json(path: Path, limit: int = CONFIG_LIMIT) -> dict[str, Any]:
 def read_toml(path: Path) -> dict[str, Any]:
     """The content of a small TOML file. UserError names the file and what is wrong with it."""
     try:
-        return tomllib.loads(read_limited(path, TOML_LIMIT).decode())
+        return tomllib.loads(read_limited(path, TOML_LIMIT).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise UserError(f"{path} is not valid TOML: {reason(error)}") from error
 

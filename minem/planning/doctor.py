@@ -48,12 +48,8 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _machine() -> dict[str, Any]:
-    from huggingface_hub import constants, get_token
+    from huggingface_hub import constants
 
-    try:
-        token = get_token() is not None
-    except OSError:  # HF_HOME is a file, or may not be read
-        token = False
     cache, info = Path(constants.HF_HUB_CACHE), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
     gpus = {}
@@ -74,7 +70,6 @@ def _machine() -> dict[str, Any]:
         **package_versions(PACKAGES.split()),
         "runs_free_bytes": free_disk(Path("runs")),
         "hub_cache": str(cache),
-        "hub_token": token,
     }
 
 

@@ -95,9 +95,14 @@ BAD: dict[str, tuple[str, list[Any] | str | bytes, str, str]] = {
         "validation",
         [{**MMLU, "answer": 2}],
         JSONL,
-        "'answer' must be a number from 0 to 1",
+        "'answer' must be a whole number from 0 to 1",
     ),
-    "a text for an index": ("validation", [{**MMLU, "answer": "B"}], JSONL, "'answer' must be a number from 0 to 1"),
+    "a text for an index": (
+        "validation",
+        [{**MMLU, "answer": "B"}],
+        JSONL,
+        "'answer' must be a whole number from 0 to 1",
+    ),
     "a free-form answer of lines": (
         "test",
         [{**FREE, "answer": "a\nb"}],

@@ -74,6 +74,8 @@ def test_free_form_rows(tmp_path: Path):
         "18": "18",
         18: "18",
         0.5: "0.5",
+        0.00005: "0.00005",
+        1e16: "10000000000000000",
         " the Sun ": "the Sun",
         "a #### b\n#### c": "c",
     }
@@ -81,8 +83,13 @@ def test_free_form_rows(tmp_path: Path):
     questions = read_questions(write_jsonl(tmp_path / "f.jsonl", rows))
     assert [question.gold for question in questions] == list(answers.values())
     assert questions[0] == Question("0", FREE["question"], (), (), "18")
-    texts = [{**row, "answer": str(row["answer"])} for row in rows]
+    texts = [{**row, "answer": question.gold} for row, question in zip(rows, questions, strict=True)]
     assert read_questions(write_parquet(tmp_path / "f.parquet", texts)) == questions
+
+
+def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path):
+    (read,) = read_questions(write_jsonl(tmp_path / "m.jsonl", [{**MMLU, "id": 7.0, "answer": 1.0}]))
+    assert (read.id, read.gold) == ("7.0", "B")
 
 
 def test_a_file_holds_one_kind_of_questions(tmp_path: Path):
@@ -131,8 +138,10 @@ def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
         ({"answerKey": None}, "'answerKey' is missing"),
         ({"answerKey": "E"}, "'answerKey' must be one of the labels A, B, C, not \"E\""),
         ({"id": ""}, "'id'"),
-        ({"choices": ["a", "b"], "answer": 2}, "'answer' must be a number from 0 to 1, not 2"),
+        ({"choices": ["a", "b"], "answer": 2}, "'answer' must be a whole number from 0 to 1, not 2"),
         ({"choices": ["a", "b"], "answer": -1}, "'answer'"),
+        ({"choices": ["a", "b"], "answer": 1.5}, "'answer' must be a whole number from 0 to 1, not 1.5"),
+        ({"choices": [], "answer": 0}, "must hold two or more texts, each with a label, not 0 texts and 0 labels"),
         ({"choices": ["a", "b"], "answer": True}, "'answer'"),
         ({"choices": ["a", "b"], "answer": "B"}, "'answer'"),
         ({"choices": ["a", "b"]}, "'answer' is missing"),

@@ -80,6 +80,7 @@ def test_the_toy_is_where_a_bare_command_starts(tmp_path: Path) -> None:
     assert load_config(flags={"model.id": "some/model"}).mstep == Config().mstep
     assert load_config(overrides=["model.id=some/model"]).mstep == Config().mstep
     assert load_config(write(tmp_path, "")) == Config()
+    assert load_config(write(tmp_path, "\ufeff[run]\nseed = 3\n")).run.seed == 3  # as Windows writes files
 
 
 def test_flags_win_over_the_file_and_the_origin_of_each_value_is_known(tmp_path: Path) -> None:

@@ -36,20 +36,11 @@ def test_it_reports_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
     assert machine["torch"] == torch.__version__
     assert machine["runs_free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     assert len([key for key in machine if key.startswith("gpu_")]) == torch.cuda.device_count()
-    assert machine["hub_token"] is True
     assert SECRET not in result.output
     assert list(tmp_path.iterdir()) == []
     text = "\n".join(doctor.lines(found))
     for word in ("this machine", "what runs on what", "self-test", platform.python_version(), "memory free", "kernels"):
         assert word in text
-
-
-def test_a_home_of_the_hub_that_is_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
-        raise NotADirectoryError("/etc/passwd/token")
-
-    monkeypatch.setattr("huggingface_hub.get_token", fails)
-    assert doctor._machine()["hub_token"] is False
 
 
 def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
