@@ -118,7 +118,7 @@ class Bench:
 class Words:
     """A tokenizer that names tokens by number, and turns questions into prompts as long as ARC's."""
 
-    has_chat_template = True
+    chat_template = ""
     eos_ids: frozenset[int] = frozenset()
 
     def __init__(self, vocabulary: int):

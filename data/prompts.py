@@ -106,7 +106,7 @@ class Prompts:
     def _encode(self, question: Question, hint: str | None, shots: bool) -> list[int]:
         try:
             chat = self.words.messages(question, hint, shots)
-            if self.tokenizer.has_chat_template:
+            if self.tokenizer.chat_template is not None:
                 return self.tokenizer.chat(chat, self.words.chat_template_kwargs)
             return self.tokenizer.encode(as_text(chat))
         except UserError as error:

@@ -124,7 +124,7 @@ def test_small_files_of_a_model(model: Path, number: int) -> None:
             (model / name).unlink(missing_ok=True)
         (model / case[0]).write_bytes(case[1])
         tokenizer = Tokenizer.from_folder(model)
-        if tokenizer.has_chat_template:
+        if tokenizer.chat_template is not None:
             tokenizer.chat([{"role": "user", "content": "Hi"}])
 
     one = st.one_of(*(st.tuples(st.just(name), strategy) for name, strategy in strategies.items()))

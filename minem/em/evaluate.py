@@ -94,7 +94,7 @@ def summarise_answers(questions: Sequence[Question], rows: Iterable[Mapping[str,
     Of the greedy answers: n, correct, accuracy, low and high (95 %), flexible (accuracy under the lenient reading),
     shares that are unparsed and truncated, tokens per answer; the first five also for each of the `subjects`, if any.
     Of the draws at temperature 1: sampled (mean accuracy, None without draws); of two or more per question also
-    pass_at_k ({"1": share, "2": ...}, k = 1, 2, 4, ... up to their number), majority and sampled_tokens.
+    pass_at_k ({"1": share, "2": ...}, k = 1, 2, 4, ... up to their number) and majority.
     """
     answers = {(row["id"], row["draw"]): row for row in rows}
     greedy = [(question, answers[question.id, 0]) for question in questions]
@@ -115,7 +115,6 @@ def summarise_answers(questions: Sequence[Question], rows: Iterable[Mapping[str,
         summary["pass_at_k"] = {str(k): sum(pass_at_k(samples, c, k) for c in right) / n for k in ks}
         votes = [majority(rows) == question.gold for question, rows in zip(questions, draws, strict=True)]
         summary["majority"] = sum(votes) / n
-        summary["sampled_tokens"] = sum(row["tokens"] for rows in draws for row in rows) / (n * samples)
     if subjects := sorted({question.subject for question in questions} - {""}):
         groups = {name: [row for question, row in greedy if question.subject == name] for name in subjects}
         summary["subjects"] = {name: _accuracy(rows) for name, rows in groups.items()}

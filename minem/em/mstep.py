@@ -117,8 +117,7 @@ class MStep:
         blocks = self.model.config.num_hidden_layers
         if self.config.checkpointing != "auto":
             return blocks if self.config.checkpointing == "full" else 0
-        room = self.room()
-        return next((n for n in range(blocks) if self.memory_needed(n) <= room), blocks)
+        return next((n for n in range(blocks) if self.memory_needed(n) <= self.room()), blocks)
 
     @property
     def state_bytes(self) -> int:
@@ -230,8 +229,6 @@ class MStep:
             "micro_batches": sum(len(step.micro_batches) for step in steps),
             "checkpointed": self.masters.trained.checkpointed,
             "seconds": totals.seconds,
-            "loss_first": self.losses[0],
-            "loss_last": self.losses[-1],
             "grad_norm": totals.grad_norm / len(steps),
             **self._metrics(totals),
         }

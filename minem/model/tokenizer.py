@@ -26,6 +26,7 @@ FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
+TEMPLATES = "additional_chat_templates/*.jinja"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -53,18 +54,13 @@ class Tokenizer:
         special_tokens = _add_special_tokens(backend, config, folder)
         eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
         eos_ids = set() if eos is None else {eos}
-        for name in ("generation_config.json", "config.json"):
-            eos_ids |= _eos_ids(_read_optional(folder, name), folder / name)
+        eos_ids |= _eos_ids(folder, "generation_config.json") or _eos_ids(folder, "config.json")  # as transformers
         return cls(folder, backend, special_tokens, _read_template(folder, config), frozenset(eos_ids))
 
     @cached_property
     def bos_id(self) -> int | None:
         bos = self.special_tokens.get("bos_token")
         return None if bos is None else self.backend.token_to_id(bos)
-
-    @property
-    def has_chat_template(self) -> bool:
-        return self.chat_template is not None
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` runs tokenizer.json's post-processor; BOS is never doubled."""
@@ -104,7 +100,8 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Copy the tokenizer's files into `folder`, byte for byte."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        copy_files(FILES, self.folder, Path(folder))
+        more = [path.relative_to(self.folder).as_posix() for path in self.folder.glob(TEMPLATES)]
+        copy_files([*FILES, *more], self.folder, Path(folder))
 
 
 def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
@@ -112,6 +109,7 @@ def copy_files(names: Iterable[str], source: Path, target: Path) -> None:
     for name in names:
         file = own_file(source, name)
         if file.is_file() and file.resolve() != (target / name).resolve():
+            (target / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, target / name)
 
 
@@ -189,11 +187,11 @@ def _text_of(token: Any) -> str:
     return text
 
 
-def _eos_ids(config: dict[str, Any], path: Path) -> set[int]:
-    value = config.get("eos_token_id")
+def _eos_ids(folder: Path, name: str) -> set[int]:
+    value = _read_optional(folder, name).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise UserError(f"{path}: eos_token_id must be a token id or a list of them, not {value!r}")
+        raise UserError(f"{folder / name}: eos_token_id must be a token id or a list of them, not {value!r}")
     return set(ids)
 
 

@@ -24,10 +24,10 @@ from minem.hub import download
 from minem.model.decoder import Model
 from minem.model.hf_config import ARCHITECTURES, ModelConfig
 from minem.model.sizes import parameters
-from minem.model.tokenizer import Tokenizer, copy_files
+from minem.model.tokenizer import FILES, TEMPLATES, Tokenizer, copy_files
 
 TOY = Path(__file__).parents[1] / "data" / "toy" / "model"
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+HUB_FILES = ["config.json", "generation_config.json", "model.safetensors.index.json", *FILES, TEMPLATES]
 SHARD_BYTES = 5 * 2**30
 FILE_NAMES = "model{suffix}.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -179,23 +179,29 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"model {name!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
-    return download(name, "model", HUB_FILES, revision)
+    found = download(name, "model", [*HUB_FILES, "model.safetensors"], revision)
+    return (
+        found if (names := _weight_names(found)) == ["model.safetensors"] else download(name, "model", names, revision)
+    )
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_names(folder: Path) -> list[str]:
     single, index = own_file(folder, "model.safetensors"), own_file(folder, "model.safetensors.index.json")
     if single.exists():
-        return [single]
+        return [single.name]
     if not index.exists():
         raise UserError(f"{folder}: model.safetensors is missing (other formats are not read; convert to safetensors)")
     names = read_json(index, INDEX_LIMIT).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{index}: weight_map must map tensor names to file names")
-    files = sorted(set(names.values()))
-    for name in files:
-        if Path(name).name != name or not os.path.isfile(folder / name):
-            raise UserError(f"{index}: weight_map names {name[:200]!r}, which is not a file of this folder")
-    return [own_file(folder, name) for name in files]
+    return sorted(set(names.values()))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index, names = folder / "model.safetensors.index.json", _weight_names(folder)
+    if lost := [name for name in names if Path(name).name != name or not os.path.isfile(folder / name)]:
+        raise UserError(f"{index}: weight_map names {lost[0][:200]!r}, which is not a file of this folder")
+    return [own_file(folder, name) for name in names]
 
 
 def _write_weights(model: Model, folder: Path) -> None:

@@ -97,7 +97,7 @@ class Scripted:
 class _Tokenizer:
     """Prompts that say what the scripted generator must know: the gold label, and whether a hint was given."""
 
-    has_chat_template = True
+    chat_template = ""
 
     def encode(self, text: str, add_special_tokens: bool) -> list[str]:
         return text.split()

@@ -32,7 +32,7 @@ QUESTIONS = [Question(f"q{i}", f"Question {i}?", ("one", "two"), ("A", "B"), "A"
 
 
 class Tokenizer:
-    has_chat_template = True
+    chat_template = ""
 
     def chat(self, messages: list[dict[str, str]], more: dict[str, Any]) -> list[int]:
         return [int(messages[0]["content"].split()[1].rstrip("?"))]

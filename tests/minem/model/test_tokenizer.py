@@ -148,7 +148,7 @@ def test_chats_render_as_in_transformers(tmp_path: Path, where: str) -> None:
     if where == "file":
         (folder / "chat_template.jinja").write_text(TEMPLATE)
     ours, theirs = Tokenizer.from_folder(folder), PreTrainedTokenizerFast.from_pretrained(folder)
-    assert ours.has_chat_template
+    assert ours.chat_template is not None
     for chat in [*CHATS, [{"role": "tool", "content": "skipped"}, *CHATS[0]]]:
         for prompt in (True, False):
             expected = theirs.apply_chat_template(
@@ -159,11 +159,14 @@ def test_chats_render_as_in_transformers(tmp_path: Path, where: str) -> None:
         assert ours.chat(chat) == ids
 
 
-def test_eos_is_the_union_of_what_the_files_name(tmp_path: Path) -> None:
+def test_eos_is_the_tokenizers_and_the_generation_configs_or_else_the_configs(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, byte_level_bpe(None))
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     (folder / "config.json").write_text('{"eos_token_id": 9}')
-    assert Tokenizer.from_folder(folder).eos_ids == {1, 5, 7, 9}
+    assert Tokenizer.from_folder(folder).eos_ids == {1, 5, 7}
+    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    assert Tokenizer.from_folder(folder).eos_ids == {1, 9}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     (folder / "tokenizer_config.json").unlink()
     (folder / "config.json").write_text('{"eos_token_id": null}')
     tokenizer = Tokenizer.from_folder(folder)
@@ -280,7 +283,7 @@ def test_a_template_that_fails_is_named(tmp_path: Path, template: str, expected:
 
 def test_no_template_and_no_unicode(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(write_folder(tmp_path, byte_level_bpe(None)))
-    assert not tokenizer.has_chat_template
+    assert tokenizer.chat_template is None
     with pytest.raises(UserError, match="has no chat template"):
         tokenizer.chat(CHATS[0])
     with pytest.raises(UserError, match="not valid Unicode"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 import minem
 from minem.device import release_cached_memory
 from minem.errors import UserError
-from minem.model.weights import checkpoint_views, load_model
+from minem.model.weights import checkpoint_views, load_model, resolve
 from tests.minem.folders import SHAPES, VOCABULARY, make_folder
 
 
@@ -294,3 +295,38 @@ def test_a_hub_model_is_read_from_the_cache(tmp_path, monkeypatch):
     assert minem.load("someone/small", revision=commit)[0].config == model.config
     with pytest.raises(UserError, match="not in the local cache"):
         minem.load("someone/small", revision="no-such-branch")
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_of_a_hub_id_only_what_is_loaded_is_fetched(tmp_path: Path, monkeypatch, sharded: bool) -> None:
+    shards = ["weights-a.safetensors", "weights-b.safetensors"] if sharded else ["model.safetensors"]
+    needed = ["config.json", "tokenizer.json", "additional_chat_templates/tools.jinja", *shards]
+    needed += ["model.safetensors.index.json"] if sharded else []
+    other = [
+        "checkpoint-500/model.safetensors",
+        "fp8/model-00001-of-00002.safetensors",
+        "onnx/config.json",
+        "README.md",
+    ]
+    other += ["consolidated.safetensors", "optimizer.safetensors", "trainer_state.json"]
+    local = tmp_path / "local"
+
+    def snapshot_download(repo_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        for name in filter_repo_objects([*needed, *other], allow_patterns=allow_patterns):
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            (local / name).write_text(json.dumps({"weight_map": {str(i): shard for i, shard in enumerate(shards)}}))
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert resolve("some/model") == local
+    assert {path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file()} == set(needed)
+
+
+def test_further_chat_templates_are_saved_with_the_tokenizer(folder: Path, tmp_path: Path) -> None:
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    shutil.copytree(folder, source)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    minem.load(source)[1].save(saved)
+    assert (saved / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert AutoTokenizer.from_pretrained(saved).chat_template["tool_use"] == "{{ messages }}"
