@@ -177,8 +177,8 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
         raise UserError(f"{path} is a LoRA adapter, not a model; a run has both merged in the folder model beside it")
     if os.path.isdir(path):
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"model {name!r} is neither a folder nor a hub id such as Qwen/Qwen2.5-0.5B-Instruct")
+    if os.path.isfile(path) or not re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name):
+        raise UserError(f"model {name!r} is no folder that exists, and no hub id such as Qwen/Qwen2.5-0.5B-Instruct")
     found = download(name, "model", [*HUB_FILES, "model.safetensors"], revision)
     return (
         found if (names := _weight_names(found)) == ["model.safetensors"] else download(name, "model", names, revision)

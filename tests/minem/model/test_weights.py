@@ -255,7 +255,7 @@ def test_a_second_save_replaces_the_first(tmp_path, monkeypatch):
 
 
 def test_broken_folders_are_refused_in_one_sentence(folder):
-    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+    with pytest.raises(UserError, match="no folder that exists, and no hub id"):
         minem.load("no/such/folder/here")
     (folder / "model.safetensors").write_bytes(b"\xff" * 500_000)
     with pytest.raises(UserError, match="not a readable safetensors file"):
