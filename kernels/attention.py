@@ -84,13 +84,13 @@ def _decode_attention_eager(
         apart = (x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2) for x in _segment(queries, *segment))
         return tuple(x.flatten(0, 1)[sibling_index] for x in apart)
 
-    prefix_k, prefix_v, prefix_lengths = (x[of_prefix] for x in prefix)
-    first = shared(*members, prefix_k[:, :, alike:], prefix_v[:, :, alike:], prefix_lengths - alike)
+    apart = (*(x[:, :, alike:] for x in prefix[:2]), prefix[2] - alike)
+    first = shared(*members, *(x[of_prefix] for x in apart))
     attended = _merge(first, _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)]))
     if alike:
         every = torch.arange(len(q), device=q.device)
         k, v = (x[row : row + 1, :, :alike] for x in prefix[:2])
-        attended = _merge(shared(every[None], every, k, v, prefix_lengths.new_full((1,), alike)), attended)
+        attended = _merge(shared(every[None], every, k, v, prefix[2].new_full((1,), alike)), attended)
     return attended[0].to(q.dtype).reshape(q.shape)
 
 
