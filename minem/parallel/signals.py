@@ -6,6 +6,7 @@ A signal only leaves a note. The M-step reads it after each update and writes a 
 token drawn. A second Ctrl-C does not wait for that.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,8 +37,8 @@ class Stop:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # a rank only exits now: torch's agent must not interrupt that
+                signal.signal(number, signal.SIG_IGN if "LOCAL_RANK" in os.environ else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # After a Ctrl-C any signal is a second one: torch's agent passes its own second Ctrl-C on as SIGTERM.

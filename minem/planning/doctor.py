@@ -48,9 +48,7 @@ def lines(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _machine() -> dict[str, Any]:
-    from huggingface_hub import constants
-
-    cache, info = Path(constants.HF_HUB_CACHE), Path("/proc/cpuinfo")
+    info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*:\s*(.*)", info.read_text() if info.exists() else "")
     gpus = {}
     for index in range(torch.cuda.device_count()):
@@ -69,7 +67,6 @@ def _machine() -> dict[str, Any]:
         "minem": minem.__version__,
         **package_versions(PACKAGES.split()),
         "runs_free_bytes": free_disk(Path("runs")),
-        "hub_cache": str(cache),
     }
 
 
