@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,9 @@ def prefill(folder: Path, prompts: list[list[int]], shared: bool) -> float:
 @click.option("--questions", default=64, show_default=True)
 @click.option("--draws", default=4, show_default=True)
 @click.option("--new-tokens", "new", default=96, show_default=True)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16"]), help="Default: both.")
 @click.option("--json", "as_json", is_flag=True, help="Also print everything as one JSON object, the last line.")
-def main(model: str, questions: int, draws: int, new: int, as_json: bool) -> None:
+def main(model: str, questions: int, draws: int, new: int, dtypes: Sequence[str], as_json: bool) -> None:
     folder = resolve(model)
     _, tokenizer = minem.load(folder, "meta")
     made = make_prompts(tokenizer, TaskSection(name="word-problems", shots="always"), None, [])
@@ -97,11 +98,10 @@ def main(model: str, questions: int, draws: int, new: int, as_json: bool) -> Non
     with torch.no_grad():
         show("prefill, shared tokens once", prefill(folder, prompts, True))
         show("prefill, shared tokens for every prompt", prefill(folder, prompts, False))
-        show("draws, minem, float32", draw(folder, *work, torch.float32))
-        show("draws, transformers, float32", their_draws(folder, *work, torch.float32))
-        if multiplies_bfloat16():
-            show("draws, minem, bfloat16", draw(folder, *work, torch.bfloat16))
-            show("draws, transformers, bfloat16", their_draws(folder, *work, torch.bfloat16))
+        for name in dtypes or (["float32", "bfloat16"] if multiplies_bfloat16() else ["float32"]):
+            dtype = getattr(torch, name)
+            show(f"draws, minem, {name}", draw(folder, *work, dtype))
+            show(f"draws, transformers, {name}", their_draws(folder, *work, dtype))
     tokens = sorted(map(len, prompts))
     click.echo(f"{len(prompts)} prompts of {tokens[0]} to {tokens[-1]} tokens, {draws} draws of {new} tokens each")
     if as_json:
