@@ -180,9 +180,8 @@ def resolve(folder_or_hub_id: str | Path, revision: str | None = None) -> Path:
     if os.path.isfile(path) or not re.fullmatch(r"(?!\.)[\w.-]+/[\w.-]+", name):
         raise UserError(f"model {name!r} is no folder that exists, and no hub id such as Qwen/Qwen2.5-0.5B-Instruct")
     found = download(name, "model", [*HUB_FILES, "model.safetensors"], revision)
-    return (
-        found if (names := _weight_names(found)) == ["model.safetensors"] else download(name, "model", names, revision)
-    )
+    names = _weight_names(found)
+    return found if names == ["model.safetensors"] else download(name, "model", names, revision)
 
 
 def _weight_names(folder: Path) -> list[str]:
