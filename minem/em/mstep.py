@@ -117,7 +117,8 @@ class MStep:
         blocks = self.model.config.num_hidden_layers
         if self.config.checkpointing != "auto":
             return blocks if self.config.checkpointing == "full" else 0
-        return next((n for n in range(blocks) if self.memory_needed(n) <= self.room()), blocks)
+        room = self.room()
+        return next((n for n in range(blocks) if self.memory_needed(n) <= room), blocks)
 
     @property
     def state_bytes(self) -> int:
