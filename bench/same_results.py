@@ -70,7 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trees", nargs=2, type=Path, metavar="TREE")
     parser.add_argument("--runs", default=",".join(RUNS), help="with commas")
-    parser.add_argument("--out", type=Path, default=Path("same-results"))
+    parser.add_argument("--out", type=lambda name: Path(name).resolve(), default="same-results")
     arguments = parser.parse_args()
     different = 0
     for name in arguments.runs.split(","):
