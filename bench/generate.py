@@ -119,6 +119,7 @@ class Words:
     """A tokenizer that names tokens by number, and turns questions into prompts as long as ARC's."""
 
     chat_template = ""
+    control_tokens = re.compile("(?!)")
     eos_ids: frozenset[int] = frozenset()
 
     def __init__(self, vocabulary: int):

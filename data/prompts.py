@@ -10,7 +10,7 @@ asks for a last line `The best answer is X`, which minem.data.verdict reads. The
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from minem.model.tokenizer import Tokenizer
 ANSWER_LINE = "The best answer is"
 FOLDER = Path(__file__).parent / "prompt_sets"
 OF_TASK = {"toy": "toy", "gsm8k": "gsm8k", "word-problems": "gsm8k"}  # of other tasks: default
-VARIABLES = {"question", "options", "labels", "gold", "gold_text"}
+VARIABLES = {"question", "options", "labels", "gold", "gold_text", "context"}
 
 Shots = Literal["none", "proposal", "always"]
 Message = dict[str, str]
@@ -81,7 +81,8 @@ class PromptSet(_Table):
 class Prompts:
     """Questions as token ids, for one model. Shots stand in no prompt, in those that are drawn from, or in all.
 
-    hint: the wording of hinted prompts, a name of `words.hinted`. stop: texts that end an answer.
+    hint: the wording of hinted prompts, a name of `words.hinted`. stop: texts that end an answer. special_tokens: let
+    control tokens in a question act as such; else a space in each keeps it text.
     """
 
     tokenizer: Tokenizer
@@ -89,6 +90,7 @@ class Prompts:
     shots: Shots = "none"
     hint: str = "forward"
     stop: tuple[str, ...] = ()
+    special_tokens: bool = False
 
     def trained(self, question: Question) -> list[int]:
         """The prompt that the M-step trains on and that an evaluation asks."""
@@ -103,9 +105,19 @@ class Prompts:
         """A fingerprint of the words, where shots stand and what ends an answer; of the plain prompts alone."""
         return hashlib.sha256(json.dumps([self.words.sha256, self.shots, self.stop]).encode()).hexdigest()
 
+    def escaped(self, question: Question) -> Question:
+        """The question as prompts show it: without control tokens, so that no row can end the user's turn."""
+        if self.special_tokens:
+            return question
+        text, context, gold, *options = (
+            self.tokenizer.control_tokens.sub(lambda found: f"{found[0][0]} {found[0][1:]}", part)
+            for part in (question.text, question.context, question.gold, *question.options)
+        )
+        return replace(question, text=text, context=context, gold=gold, options=tuple(options))
+
     def _encode(self, question: Question, hint: str | None, shots: bool) -> list[int]:
         try:
-            chat = self.words.messages(question, hint, shots)
+            chat = self.words.messages(self.escaped(question), hint, shots)
             if self.tokenizer.chat_template is not None:
                 return self.tokenizer.chat(chat, self.words.chat_template_kwargs)
             return self.tokenizer.encode(as_text(chat))
@@ -148,7 +160,7 @@ def make_prompts(tokenizer: Tokenizer, section: TaskSection, hint: str | None, s
         raise UserError(f"sampler.hint is {hint!r}; it must be {found}")
     if section.shots != "none" and not words.shots:
         raise UserError(f"task.shots is {section.shots!r}, but the prompt set has no shots; it must be none")
-    return Prompts(tokenizer, words, section.shots, hint or "", tuple(stop))
+    return Prompts(tokenizer, words, section.shots, hint or "", tuple(stop), section.special_tokens)
 
 
 def _check(template: str, where: str, known: set[str]) -> None:
@@ -163,6 +175,11 @@ def _check(template: str, where: str, known: set[str]) -> None:
 def _filled(template: str, question: Question) -> str:
     gold_text = dict(zip(question.labels, question.options, strict=True)).get(question.gold, question.gold)
     values = {"question": question.text, "options": question.options, "labels": question.labels}
+    values |= {"context": question.context}
+    if question.context and "context" not in variables(template):
+        raise UserError(
+            f"the template {' '.join(template.split())[:60]!r} leaves out {{{{ context }}}}, which rows have"
+        )
     try:
         return render(template, values | {"gold": question.gold, "gold_text": gold_text})
     except UserError as error:

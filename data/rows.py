@@ -1,22 +1,24 @@
-"""Rows of .jsonl and .parquet files as questions, in four schemas that are recognised by their columns.
+"""Rows of .jsonl and .parquet files as questions: what their columns mean is recognised, or named by task.columns.
 
     python -c "from minem.data.rows import *; print(read_questions(Path('data/toy/test.jsonl'))[0])"
 
-    ARC          id, question,      choices {text, label}, answerKey
-    OpenBookQA   id, question_stem, choices {text, label}, answerKey
-    MMLU         question, subject, choices [4 texts], answer (0..3); labels are A, B, C, D
-    free-form    id, question, answer, and no choices: a text or a number, as in GSM8K after its `####`
+    question     question or question_stem
+    options      choices or options: {text, label}, {label: text} or a list, labelled A, B, ...; or columns A, B, ...
+    answer       answerKey, answer, answer_index or answer_idx: a label, an option's number from 0, or its text
+    context      context, passage or article: a text that the question is about; may be absent, as subject and id may
 
-A file holds multiple-choice or free-form questions, not both. Ids are made from the content where rows have none.
+A row without options is free-form: its answer is a text or a number, as in GSM8K after its `####`. A file holds
+questions of one kind. Ids are made from the content where rows have none.
 """
 
 import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,17 @@ from minem.errors import UserError, shown
 from minem.files import read_lines
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+NAMES = ("question", "options", "answer", "context", "subject", "id", "ignore")  # of task.columns
+OPTIONS = ("choices", "options")
+ANSWERS = ("answerKey", "answer", "answer_index", "answer_idx")
+CONTEXTS = ("context", "passage", "article")
+# Columns that hold options or a passage in some dataset, beside those that are read.
+_LIKE_OPTIONS = (
+    r"(choice|option|ending|candidate|distractor|alternative|(incorrect|wrong|best)_answer)s?[ _]?([a-j]|\d+)?"
+)
+_LIKE_ANSWERS = r"(op|opt|sol|solution|ans|answer)[ _]?([a-j]|\d+)|[a-j]|\w*(mc\d|choice)_targets"
+_LIKE_PASSAGE = r"(context|ctx|passage|article|paragraph|support|story|document|background|premise|body)s?(_?\w)?"
+_UNREAD = re.compile(f"{_LIKE_OPTIONS}|{_LIKE_ANSWERS}|{_LIKE_PASSAGE}", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -37,19 +50,37 @@ class Question:
     labels: tuple[str, ...]
     gold: str
     subject: str = ""
+    context: str = ""
 
 
-def read_questions(path: Path, on_bad_row: Callable[[str], None] | None = None) -> list[Question]:
-    """The rows of a .jsonl or .parquet file. UserError names a bad one and its field, or `on_bad_row` gets that."""
+def parse_columns(texts: Sequence[str]) -> dict[str, list[str]]:
+    """task.columns, texts like "options=opa,opb", as {name of NAMES: columns of a row}."""
+    columns = {}
+    for text in texts:
+        name, _, theirs = (part.strip() for part in text.partition("="))
+        if name not in NAMES or not theirs or (name not in ("options", "ignore") and "," in theirs):
+            example = 'like "question=problem", "options=opa,opb" or "ignore=notes"'
+            raise UserError(f"task.columns: {shown(text)} must be {', '.join(NAMES)}, = and a column, {example}")
+        columns[name] = [column.strip() for column in theirs.split(",")]
+    return columns
+
+
+def read_questions(
+    path: Path, columns: Mapping[str, Sequence[str]] | None = None, on_bad_row: Callable[[str], None] | None = None
+) -> list[Question]:
+    """The rows of a .jsonl or .parquet file; columns as of `parse_columns`.
+
+    UserError names a bad row and its field, or `on_bad_row` gets that.
+    """
     if path.suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{path} is neither .jsonl nor .parquet")
     rows: dict[str, int] = {}  # id -> row number
     questions: list[Question] = []
     for number, row in (_table if path.suffix == ".parquet" else read_lines)(path):
         try:
-            question = _question(row)
+            question = _question(row, columns or {})
             if questions and bool(question.labels) != bool(questions[0].labels):
-                odd = "has 'choices', which no" if question.labels else "lacks 'choices', which every"
+                odd = "has options, which no" if question.labels else "lacks options, which every"
                 raise UserError(f"this row {odd} row above it has; a file holds questions of one kind")
             if question.id in rows and "id" in row:
                 raise UserError(f"the field 'id' repeats {question.id!r} of row {rows[question.id]}; ids must differ")
@@ -79,62 +110,115 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
     return enumerate(rows, start=1)
 
 
-def _question(row: Any) -> Question:
-    """One row in any of the four schemas -> Question. UserError names the field."""
+def _question(row: Any, columns: Mapping[str, Sequence[str]]) -> Question:
+    """One row -> Question. UserError names the field."""
     if isinstance(row, ValueError):
         raise UserError(f"not one JSON object in UTF-8 ({row})")
     if not isinstance(row, dict):
         raise UserError(f"expected a JSON object with a question, choices and an answer, not {shown(row)}")
     if row.keys() == {"train"} and isinstance(row["train"], dict):  # as some copies of MMLU hold auxiliary_train
         row = row["train"]
+    row = _renamed(row, columns)
     stem = "question_stem" if "question_stem" in row else "question"
     text = _field(row, stem)
     if not isinstance(text, str) or not text.strip():
         raise _bad(stem, "be a text that is not empty", text)
-    if row.get("choices") is not None:
-        options, labels, gold = _multiple_choice(row)
+    found = _only(row, OPTIONS)
+    lettered = dict(takewhile(lambda item: item[1] is not None, ((letter, row.get(letter)) for letter in LETTERS)))
+    if found and "A" in lettered:
+        raise UserError(f"the row has options twice, in {found!r} and 'A'; name those that count in task.columns")
+    context = _only(row, CONTEXTS)
+    read = {stem, found, context, *ANSWERS, *(lettered if len(lettered) > 1 else ())}
+    for name, value in row.items():
+        if name not in read and _UNREAD.fullmatch(name) and value not in (None, "", []):
+            advice = f'"options={name},..." or "context={name}", or leave it out by "ignore={name}"'
+            raise UserError(f"the column {name!r} may hold options or a passage; name it in task.columns, {advice}")
+    if found or len(lettered) > 1:
+        options, labels = _options(found or "A", row[found] if found else lettered)
+        gold = _gold(row, options, labels)
     elif row.get("answer") is not None and row.get("answerKey") is None:
         options, labels, gold = [], [], _free_form(row["answer"])
     else:
         raise UserError("the field 'choices' is missing (a free-form question has only an 'answer')")
-    subject = row.get("subject") or ""
-    if not isinstance(subject, str):
-        raise _bad("subject", "be a text", subject)
-    content = json.dumps([text, options, subject], ensure_ascii=False).encode(errors="surrogatepass")
+    texts = {"subject": row.get("subject") or "", "context": row[context] if context else ""}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise _bad(name, "be a text", value)
+    parts = [text, options, texts["subject"], *filter(None, [texts["context"]])]
+    content = json.dumps(parts, ensure_ascii=False).encode(errors="surrogatepass")
     identity = _label(row["id"]) if "id" in row else hashlib.sha256(content).hexdigest()[:16]
     if not identity:
         raise _bad("id", "be a text or a number", row["id"])
-    if any(_SURROGATE.search(part) for part in (text, *options, gold, identity, subject)):
+    if any(_SURROGATE.search(part) for part in (text, *options, gold, identity, *texts.values())):
         raise UserError("a field holds half of a surrogate pair (\\ud800 to \\udfff), which is no character")
-    return Question(identity, text, tuple(options), tuple(labels), gold, subject)
+    return Question(identity, text, tuple(options), tuple(labels), gold, **texts)
 
 
-def _multiple_choice(row: dict[str, Any]) -> tuple[list[str], list[str], str]:
-    """(options, labels, the right label) of a row with choices."""
-    choices = row["choices"]
-    if isinstance(choices, dict):
+def _renamed(row: dict[str, Any], columns: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The row with the columns that task.columns names under the names that are read here."""
+    named = [column for theirs in columns.values() for column in theirs]
+    if missing := [column for column in named if column not in row]:
+        raise UserError(f"task.columns names {missing[0]!r}; the columns of this row are {', '.join(map(repr, row))}")
+    kept = {name: value for name, value in row.items() if name not in named}
+    for name, theirs in columns.items():
+        if name != "ignore":
+            kept[name] = row[theirs[0]] if len(theirs) == 1 else [row[column] for column in theirs]
+    return kept
+
+
+def _only(row: dict[str, Any], names: Sequence[str]) -> str:
+    """The one of these columns that the row has; "" if none. UserError if there are two."""
+    found = [name for name in names if row.get(name) is not None]
+    if len(found) > 1:
+        raise UserError(f"the row has both {found[0]!r} and {found[1]!r}; leave one out, as by task.columns")
+    return found[0] if found else ""
+
+
+def _options(field: str, choices: Any) -> tuple[list[str], list[str]]:
+    """(options, their labels) of a row."""
+    if isinstance(choices, dict) and not choices.keys().isdisjoint(("text", "label")):
         for part in ("text", "label"):
             if not isinstance(choices.get(part), list):
-                raise _bad(f"choices.{part}", "be a list", choices.get(part))
+                raise _bad(f"{field}.{part}", "be a list", choices.get(part))
         options, labels = choices["text"], [_label(label) for label in choices["label"]]
-        field, right, gold = "answerKey", f"one of the labels {', '.join(labels)}", _label(_field(row, "answerKey"))
+    elif isinstance(choices, dict):
+        options, labels = list(choices.values()), list(choices)
     elif isinstance(choices, list):
         options, labels = choices, list(LETTERS[: len(choices)])
-        field, right, index = "answer", f"a whole number from 0 to {len(labels) - 1}", _field(row, "answer")
-        gold = labels[int(index)] if index in range(len(labels)) and not isinstance(index, bool) else ""
     else:
-        raise _bad("choices", "be {text, label} or a list of texts", choices)
+        raise _bad(field, "be {text, label}, {label: text} or a list of texts", choices)
     if len(options) < 2 or len(options) != len(labels):
         found = f"{len(options)} texts and {len(labels)} labels"
-        raise UserError(f"the field 'choices' must hold two or more texts, each with a label, not {found}")
+        raise UserError(f"the field {field!r} must hold two or more texts, each with a label, not {found}")
     if not all(isinstance(option, str) for option in options):
-        raise _bad("choices", "hold texts only", options)
+        raise _bad(field, "hold texts only", options)
     words = all(re.fullmatch(r"\w+", label) for label in labels)
     if not words or len({label.lower() for label in labels}) < len(labels):
-        raise UserError(f"the labels in 'choices' must be different words (case aside), not {shown(labels)}")
-    if gold not in labels:
-        raise _bad(field, f"be {right}", row[field])
-    return options, labels, gold
+        raise UserError(f"the labels in {field!r} must be different words (case aside), not {shown(labels)}")
+    return options, labels
+
+
+def _gold(row: dict[str, Any], options: list[str], labels: list[str]) -> str:
+    """The right label. An answer is a label, an option's number from 0 or its text; two answers must agree."""
+    given = {name: row[name] for name in ANSWERS if row.get(name) is not None}
+    if not given:
+        _field(row, "answerKey" if "answerKey" in row or isinstance(row.get("choices"), dict) else "answer")
+    right: dict[str, str] = {}
+    for name, value in given.items():
+        if (label := _label(value)) in labels:  # first: an option of ARC has the text "C"
+            meant = [label]
+        elif isinstance(value, str):
+            texts = [option.strip() for option in options]
+            meant = [own for own, text in zip(labels, texts, strict=True) if text == value.strip()]
+        else:
+            meant = [labels[int(value)]] if value in range(len(labels)) and not isinstance(value, bool) else []
+        if len(meant) != 1:
+            numbers = f"a number from 0 to {len(labels) - 1}"
+            raise _bad(name, f"be one of the labels {', '.join(labels)}, {numbers} or the text of one option", value)
+        right[name] = meant[0]
+    if len(set(right.values())) > 1:
+        raise UserError(f"the answers differ: {', '.join(f'{name} means {gold}' for name, gold in right.items())}")
+    return next(iter(right.values()))
 
 
 def _free_form(answer: Any) -> str:

@@ -3,6 +3,7 @@
     task = load_task("arc-challenge")        # a name of TASKS; "mmlu@REVISION" pins the hub's
     task = load_task("my/questions")         # a folder with train, validation and test as .jsonl or .parquet
     task = load_task("my/questions.jsonl")   # one file, split 80/20 by a hash of the id
+    task = load_task("hub:ehovy/race:high")  # a dataset on the hub: NAME, or NAME:FOLDER of its parquet files
 
 minem/data/rows.py reads the rows. The test split only measures: nothing may be chosen by it.
 """
@@ -13,11 +14,11 @@ import json
 import os
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from minem.data.rows import Question, read_questions
+from minem.data.rows import Question, parse_columns, read_questions
 from minem.errors import UserError
 from minem.hub import download
 
@@ -34,7 +35,9 @@ TOY = Path(__file__).parent / "toy"
 EMBEDDED = {"toy": TOY, "word-problems": TOY.parent / "word_problems"}
 TASKS = (*EMBEDDED, *HUB)
 MMLU_TRAIN = 5_000  # questions sampled from the 99,842 of auxiliary_train: about as many as OpenBookQA has
-GSM8K_VALIDATION = 500  # of GSM8K's 7,473 training questions: about as many as OpenBookQA has
+HELD_OUT = 500  # training questions in place of a split that a dataset lacks: about as many as OpenBookQA has
+
+Columns = Mapping[str, Sequence[str]]  # as `parse_columns` makes it
 
 
 @dataclass(frozen=True)
@@ -49,33 +52,35 @@ class Task:
     note: str = ""
 
 
-def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Task:
-    """Load a task by name (`TASKS`) or from a local folder or file.
+def load_task(name_or_path: str, limit: int | None = None, seed: int = 0, columns: Sequence[str] = ()) -> Task:
+    """Load a task by name (`TASKS`), from a local folder or file, or any dataset of the hub.
 
     `limit` caps every split, to the questions with the lowest hashes of their ids: the same for every seed, and spread
-    over a file that is sorted by subject. `seed` chooses MMLU's training sample and nothing else.
+    over a file that is sorted by subject. `seed` chooses MMLU's training sample and nothing else. `columns`: as
+    task.columns, what the columns of your own rows mean.
     Raises UserError for an unknown name, a bad row, an empty split, or an unreachable hub repository.
     """
     if limit is not None and limit < 1:
         raise UserError(f"task.limit must be at least 1, not {limit}")
     name, _, revision = name_or_path.partition("@")
+    if columns and name in TASKS:
+        raise UserError(f"task.columns names the columns of your own rows; {name} is built in, so leave it out")
+    named = parse_columns(columns)
     if name in EMBEDDED and not revision:
         splits, note = _folder(EMBEDDED[name])
     elif name == "mmlu":
         splits, note = _mmlu(revision or None, seed)
-    elif name == "gsm8k":
-        splits, note = _gsm8k(revision or None)
-    elif name in HUB:
-        splits, note = _hub_splits(name, revision or None)
+    elif name in HUB or name.startswith("hub:"):
+        splits, note = _hub_splits(name, revision or None, named)
     elif os.path.isdir(name_or_path):
-        splits, note = _folder(Path(name_or_path))
+        splits, note = _folder(Path(name_or_path), named)
     elif os.path.isfile(name_or_path):
-        splits, note = _one_file(Path(name_or_path))
+        splits, note = _one_file(Path(name_or_path), named)
     else:
         near = "".join(f" (did you mean {task!r}?)" for task in difflib.get_close_matches(name, TASKS, n=1))
         raise UserError(
             f"no task or path {name_or_path!r}{near}: known tasks are {', '.join(TASKS)}; a path may be a folder with "
-            "train, validation and test as .jsonl or .parquet, or one such file"
+            "train, validation and test as .jsonl or .parquet, or one such file; hub:NAME is any dataset of the hub"
         )
     for split, questions in splits.items():
         if not questions:
@@ -84,7 +89,7 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0) -> Tas
     return Task(name_or_path, train, validation, test, _rows_sha256(train, validation, test), note)
 
 
-def _folder(folder: Path) -> tuple[dict[str, list[Question]], str]:
+def _folder(folder: Path, columns: Columns | None = None) -> tuple[dict[str, list[Question]], str]:
     splits = {}
     for split in SPLITS:
         names = [f"{split}.jsonl", f"{split}.parquet"]
@@ -92,15 +97,15 @@ def _folder(folder: Path) -> tuple[dict[str, list[Question]], str]:
         if len(found) != 1:
             what = "both " + " and ".join(names) if found else "neither " + " nor ".join(names)
             raise UserError(f"{folder} holds {what}: it needs one of the two")
-        splits[split] = read_questions(found[0])
+        splits[split] = read_questions(found[0], columns)
     trained = {question.id for question in splits["train"]}
     seen = sum(question.id in trained for split in ("validation", "test") for question in splits[split])
     return splits, f"{seen} questions of validation and test have ids that train has too" if seen else ""
 
 
-def _one_file(path: Path) -> tuple[dict[str, list[Question]], str]:
+def _one_file(path: Path, columns: Columns) -> tuple[dict[str, list[Question]], str]:
     """80 % for training; of the held-out 20 %, half for validation and half for the test."""
-    questions = sorted(read_questions(path), key=_id_hash)
+    questions = sorted(read_questions(path, columns), key=_id_hash)
     held_out = max(2, round(len(questions) / 5))
     tests = (held_out + 1) // 2
     splits = {"test": questions[:tests], "validation": questions[tests:held_out], "train": questions[held_out:]}
@@ -108,18 +113,34 @@ def _one_file(path: Path) -> tuple[dict[str, list[Question]], str]:
     return splits, f"{path.name} is one file: split 80/20 by a hash of the ids, the held-out part in halves ({counts})"
 
 
-def _hub_splits(name: str, revision: str | None) -> tuple[dict[str, list[Question]], str]:
-    files, source = _hub_files(name, SPLITS, revision)
-    return {split: _read_all(files[split]) for split in SPLITS}, source
+def _hub_splits(
+    name: str, revision: str | None, columns: Columns | None = None
+) -> tuple[dict[str, list[Question]], str]:
+    """The splits of a dataset. Those that it lacks are held out of train, the same questions for every seed."""
+    files, note = _hub_files(name, SPLITS, revision, needed=("train",))
+    splits = {split: _read_all(files[split], columns) for split in SPLITS}
+    pool = splits["train"]
+    for split in ("validation", "test"):
+        if not files[split]:
+            kept = splits["train"]
+            held_out = {question.id for question in sorted(kept, key=_id_hash)[: min(HELD_OUT, len(kept) // 2)]}
+            splits[split] = [question for question in kept if question.id in held_out]
+            splits["train"] = [question for question in kept if question.id not in held_out]
+            chosen = f"{len(held_out)} of its {len(pool)} training questions, chosen by a hash of the ids"
+            note += f"; {split} is {chosen}"
+    return splits, note
 
 
-def _hub_files(name: str, splits: Iterable[str], revision: str | None) -> tuple[dict[str, list[Path]], str]:
+def _hub_files(
+    name: str, splits: Iterable[str], revision: str | None, needed: Iterable[str] | None = None
+) -> tuple[dict[str, list[Path]], str]:
     """(split -> its parquet files in the hub's cache, "repository at COMMIT"); only these splits are downloaded."""
-    repo, folder = HUB[name]
+    repo, _, folder = name.removeprefix("hub:").partition(":")
+    repo, folder = HUB.get(name, (repo, folder or "data"))
     patterns = {split: f"{folder}/{split}-*.parquet" for split in splits}
     snapshot = download(repo, "dataset", list(patterns.values()), revision)
     files = {split: sorted(snapshot.glob(pattern)) for split, pattern in patterns.items()}
-    for split in (split for split, found in files.items() if not found):
+    for split in (split for split in needed or files if not files[split]):
         raise UserError(
             f"dataset {repo!r} has no file {patterns[split]} (revision {revision or 'main'}; or not in the cache): "
             f"connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
@@ -149,20 +170,8 @@ def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], s
     return splits, f"{source}; train is a sample (seed {seed}) of {distinct} ({len(bad)} unreadable rows left out)"
 
 
-def _gsm8k(revision: str | None) -> tuple[dict[str, list[Question]], str]:
-    """GSM8K's test as it is; validation is held out of train, the same questions for every seed."""
-    files, source = _hub_files("gsm8k", ("train", "test"), revision)
-    pool = _read_all(files["train"])
-    held_out = {question.id for question in sorted(pool, key=_id_hash)[: min(GSM8K_VALIDATION, len(pool) // 2)]}
-    splits = {"test": _read_all(files["test"])}
-    splits["validation"] = [question for question in pool if question.id in held_out]
-    splits["train"] = [question for question in pool if question.id not in held_out]
-    chosen = f"{len(held_out)} of its {len(pool)} training questions, chosen by a hash of the ids"
-    return splits, f"{source}; validation is {chosen}"
-
-
-def _read_all(paths: list[Path]) -> list[Question]:
-    return [question for path in paths for question in read_questions(path)]
+def _read_all(paths: list[Path], columns: Columns | None = None) -> list[Question]:
+    return [question for path in paths for question in read_questions(path, columns)]
 
 
 def _id_hash(question: Question) -> bytes:
@@ -184,6 +193,7 @@ def _rows_sha256(*splits: tuple[Question, ...]) -> str:
     digest = hashlib.sha256()
     for questions in splits:
         for question in questions:
-            digest.update(json.dumps(list(asdict(question).values()), ensure_ascii=False).encode() + b"\n")
+            fields = [value for key, value in asdict(question).items() if key != "context" or value]
+            digest.update(json.dumps(fields, ensure_ascii=False).encode() + b"\n")
         digest.update(b"\n")
     return digest.hexdigest()

@@ -45,7 +45,8 @@ _config_options = [
     _file_option,
     click.Option(["--model"], help="Hugging Face folder, hub id, or toy (the default).  [model.id]"),
     click.Option(
-        ["--task"], help="toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k, a folder or file.  [task.name]"
+        ["--task"],
+        help="toy, arc-challenge, arc-easy, openbookqa, mmlu, gsm8k, hub:NAME, a folder or file.  [task.name]",
     ),
     click.Option(["--limit"], type=int, help="At most N questions of each split.  [task.limit]"),
     click.Option(["--prompt"], help="A built-in prompt set or your own FILE.toml.  [task.prompt]"),
@@ -215,6 +216,7 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 @click.option("--task", default="toy", show_default=True, help="As for train.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
 @click.option("--limit", type=click.IntRange(min=1), help="At most N questions.")
+@click.option("--columns", multiple=True, metavar="NAME=COLUMN", help="What a column of your rows means, options=a,b.")
 @click.option("--prompt", help="A built-in prompt set or your own FILE.toml. By default the task's.")
 @click.option(
     "--shots",

@@ -31,6 +31,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+Texts = Annotated[list[Text], Field(max_length=16)]
 # module:name of the user's own code
 Reference = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
 _TARGET = "(all|[qkvo]_proj|gate_proj|up_proj|down_proj)"
@@ -49,10 +50,12 @@ class ModelSection(Section):
 
 
 class TaskSection(Section):
-    name: Text = "toy"  # a built-in task, or a folder or file of your own
+    name: Text = "toy"  # a built-in task, a folder or file of your own, or hub:NAME
+    columns: Texts = []  # what columns of your own rows mean, like "question=problem" or "options=opa,opb"
     limit: Rows | None = None  # use at most N questions of each split
     prompt: Text | None = None  # a built-in prompt set, or a FILE.toml of your own; by default the task's
     shots: Literal["none", "proposal", "always"] = "none"  # worked examples: in no prompt, in the E-step, in all
+    special_tokens: bool = False  # let texts like <|im_end|> in a question act as control tokens
     verdict: Reference | None = None  # module:function that replaces the answer check
 
 
@@ -70,7 +73,7 @@ class SamplerSection(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # 1: off
     min_p: Share = 0.0  # 0: off
     max_new_tokens: Count = 512  # a longer draw is truncated and rejected
-    stop: Annotated[list[Text], Field(max_length=16)] = []  # texts that end an answer, as base models need them
+    stop: Texts = []  # texts that end an answer, as base models need them
 
 
 class MStepSection(Section):
@@ -162,6 +165,7 @@ CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code
 TEXT = "a text that is valid Unicode and not empty, without NUL"
 PATTERNS = {
     "sampler.stop": 'a list of texts, like ["\\n\\n"]',
+    "task.columns": 'a list of texts, like ["question=problem", "options=opa,opb"]',
     "task.verdict": "written as module:function",
     "mstep.lora_targets": '"all", or some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj with commas',
 }
@@ -272,7 +276,10 @@ def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
 
 
 def _is_text(key: str) -> bool:
-    return any(word in repr(KEYS[key].annotation) for word in ("str", "Literal")) and key != "sampler.stop"
+    return any(word in repr(KEYS[key].annotation) for word in ("str", "Literal")) and key not in (
+        "sampler.stop",
+        "task.columns",
+    )
 
 
 def _wanted(error: Any, key: str) -> str:

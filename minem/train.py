@@ -47,10 +47,15 @@ from minem.statistics import mcnemar
 LAST_STAGE = "report"  # of a whole run
 
 
-def build(config: Config, session: Session | None = None, weights: bool = True) -> Experiment:
-    """The experiment of a config; wrong input is found here. weights: False leaves them on the disk, for a dry run."""
+def build(
+    config: Config, session: Session | None = None, weights: bool = True, source: str | None = None
+) -> Experiment:
+    """The experiment of a config; wrong input is found here. weights: False leaves them on the disk, for a dry run.
+
+    source: where the samples come from, if no sampler draws them.
+    """
     session = session or Session()
-    task = load_task(config.task.name, config.task.limit, config.run.seed)
+    task = load_task(config.task.name, config.task.limit, config.run.seed, config.task.columns)
     device = pick_device(config.run.device)
     set_deterministic(device, config.run.deterministic)
     sampler = make_sampler(config.sampler.name, config.sampler.budget, config.sampler.draws)
@@ -86,7 +91,7 @@ def build(config: Config, session: Session | None = None, weights: bool = True) 
         evaluation=Evaluation(generator, prompts, verdict, config.eval, config.run.seed),
         diagnosis=Diagnosis(looked_at, estep, config.eval.hinted_draws),
         model_id=config.model.id,
-        card=partial(model_card, config, Path(config.run.out or default_path(config)).name),
+        card=partial(model_card, config, Path(config.run.out or default_path(config)).name, source),
     )
     longest_prompt(config, experiment)
     return experiment
@@ -102,7 +107,9 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
         ("sampler", section.max_new_tokens, task.train, hinted),
     ):
         for question in questions:
-            length = max(map(len, (prompts.trained(question), *(prompts.drawn(question, kind) for kind in kinds))))
+            asked = [prompts.trained(question), *(prompts.drawn(question, kind) for kind in kinds)]
+            check_ids(generator, question, max(asked, key=max))
+            length = max(map(len, asked))
             if length + new > generator.max_length:
                 advice = f"lower {name}.max_new_tokens" if length < generator.max_length else "take fewer or no shots"
                 raise UserError(
@@ -111,6 +118,16 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
                 )
             longest = max(longest, length)
     return longest, max(config.eval.max_new_tokens, section.max_new_tokens)
+
+
+def check_ids(generator: Generator, question: Question, prompt: Sequence[int]) -> None:
+    """UserError for a prompt with a token that the model has no embedding of, as some added tokens."""
+    size, last = generator.model.config.vocab_size, max(prompt)
+    if last >= size:
+        token = f"{generator.tokenizer.decode([last], skip_special_tokens=False)!r}, number {last}"
+        raise UserError(
+            f"question {question.id!r}: its prompt has the token {token}, and the model's vocabulary is {size}"
+        )
 
 
 @contextmanager
@@ -129,7 +146,7 @@ def opened(config: Config, experiment: Experiment, session: Session, **inputs: s
             inputs[f"{key} {name}"] = hash_source(name)
     with Run.open(config, session, inputs) as run:
         experiment.run = run
-        for line in describe(config, experiment):
+        for line in describe(config, experiment, inputs.get("samples")):
             session.progress.note(line)
         restore(run, last_model(run.results), experiment.mstep)
         yield run
@@ -190,8 +207,8 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
         raise UserError(f"--samples {file} is not a file")
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if config.run.out is None:
-        config = config.changed({"run.out": f"{default_path(config)}.samples-{digest[:8]}"})
-    experiment = build(config, session)
+        config = config.changed({"run.out": str(default_path(config, f"samples-{digest[:8]}"))})
+    experiment = build(config, session, source=f"on samples of the file `{file.name}` (SHA-256 {digest})")
     sizes = experiment.estep.generators["plain"].max_length, experiment.mstep.model.config.vocab_size
     rules = config.mstep.weights, config.sampler.drop_leaks
     samples = read_samples(file, experiment.task, experiment.estep.prompts, *sizes, *rules)
@@ -234,6 +251,7 @@ def evaluate(
     split: str,
     *,
     limit: int | None = None,
+    columns: Sequence[str] = (),
     prompt: str | None = None,
     shots: Shots = "none",
     stop: Sequence[str] = (),
@@ -248,12 +266,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure a model on a split of a task; answers are kept in `out` as they finish, and are not drawn again."""
     progress = progress or Progress()
-    loaded, check, folder = load_task(task, limit, seed), load_verdict(verdict), resolve(model)
+    loaded, check, folder = load_task(task, limit, seed, columns), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)
     words = Config().changed({"task.name": task, "task.prompt": prompt, "task.shots": shots}).task
     prompts = make_prompts(generator.tokenizer, words, None, stop)
-    new = _new_tokens(max_new_tokens, prompts, questions, generator.max_length)  # before the folder is made
+    new = _new_tokens(max_new_tokens, prompts, questions, generator)  # before the folder is made
     settings = {
         "model": fingerprint(folder)[:16],
         **{name: digest[:16] for name, digest in hash_tokenizer(prompts.tokenizer).items()},
@@ -271,6 +289,8 @@ def evaluate(
     out = out or Path("evals") / folder_name(f"{model.strip('./')}.{task.strip('./')}.{split}.s{seed}")
     evaluation = Evaluation(generator, prompts, check, EvalSection(max_new_tokens=new, samples=samples), seed)
     with answer_file(out, settings, overwrite) as (known, append):
+        for sentence in first_question(prompts, questions):
+            progress.note(sentence)
         if known:
             progress.note(f"{out} has {len(known)} answers already, which are not drawn again without --overwrite")
         with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
@@ -282,16 +302,19 @@ def evaluate(
     return named | found
 
 
-def _new_tokens(wanted: int | None, prompts: Prompts, questions: Sequence[Question], positions: int) -> int:
+def _new_tokens(wanted: int | None, prompts: Prompts, questions: Sequence[Question], generator: Generator) -> int:
     """How many tokens an answer may have. UserError if the longest prompt leaves no room for as many as are wanted."""
-    longest, id_ = max((len(prompts.trained(question)), question.id) for question in questions)
-    room = positions - longest
+    asked = [(prompts.trained(question), question) for question in questions]
+    for prompt, question in asked:
+        check_ids(generator, question, prompt)
+    longest, id_ = max((len(prompt), question.id) for prompt, question in asked)
+    room = generator.max_length - longest
     if room >= (wanted or 1):
         return wanted or min(512, room)
     advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
     raise UserError(
-        f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's {positions} positions "
-        f"for max_new_tokens; {advice}"
+        f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's "
+        f"{generator.max_length} positions for max_new_tokens; {advice}"
     )
 
 
@@ -303,8 +326,21 @@ def make_generator(name: str, device: str, progress: Progress) -> Generator:
     return Generator(model, tokenizer, on_note=progress.note)
 
 
-def describe(config: Config, experiment: Experiment) -> list[str]:
-    """Every value that was inferred, and what is unusual: the first lines that a run prints."""
+def first_question(prompts: Prompts, questions: Sequence[Question]) -> list[str]:
+    """What the model is asked first, without shots, and a note if questions hold control tokens."""
+    first = prompts.words.messages(prompts.escaped(questions[0]))[-1]["content"].replace("\n", "\n        ")
+    lines = [f"first   {first[:2000]}\n        (right: {questions[0].gold})"]
+    if held := sum(prompts.escaped(question) != question for question in questions):
+        remedy = "a space in each keeps it text, which task.special_tokens = true turns off"
+        lines.append(f"note    control tokens of the tokenizer stand in {held} questions: {remedy}")
+    return lines
+
+
+def describe(config: Config, experiment: Experiment, samples: str | None = None) -> list[str]:
+    """Every value that was inferred, and what is unusual: the first lines that a run prints.
+
+    samples: the SHA-256 of the file that they come from, if no sampler draws them.
+    """
     task, mstep, model = experiment.task, experiment.mstep, experiment.mstep.model
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     threads = f", {torch.get_num_threads()} thread(s)" if model.device.type == "cpu" else ""
@@ -314,8 +350,11 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
     lines = [
         f"model   {config.model.id}: {millions:,.2f} M parameters, {dtype} on {model.device}{threads}",
         f"task    {task.name}: {sizes}" + (f" ({task.note})" if task.note else ""),
-        f"sampler {config.sampler.name}: budget {config.sampler.budget}, draws {config.sampler.draws}",
+        *first_question(experiment.estep.prompts, task.train),
     ]
+    if samples is None:
+        section = config.sampler
+        lines.append(f"sampler {section.name}: budget {section.budget}, draws {section.draws}")
     if mstep.ranks.size > 1:
         lines.append(f"ranks   {mstep.ranks.size} processes; the M-step's weights: {mstep.strategy}")
     if mstep.lora is not None:
@@ -323,10 +362,10 @@ def describe(config: Config, experiment: Experiment) -> list[str]:
             f"lora    rank {mstep.lora.rank}, alpha {mstep.lora.alpha:g}, {mstep.trained_parameters / 1e6:,.2f} M "
             f"parameters trained beside {', '.join(mstep.lora.targets)}"
         )
-    if size is not None:
+    if size is not None and samples is None:
         lines.append(f"E-step  {min(size, count)} of {count} training questions in each iteration")
     lines.append(f"run     {experiment.run.path}")
-    if changed := altered(config.sampler, config.task.shots):
+    if (changed := altered(config.sampler, config.task.shots)) and samples is None:
         lines.append(f"note    {', '.join(changed)}: the draws follow this altered policy, not the model's posterior")
     if config.mstep.lr > 1e-4 and millions > 10 and mstep.lora is None:
         lines.append(f"note    mstep.lr = {config.mstep.lr:g} is high for a model of this size; 1e-5 is usual")

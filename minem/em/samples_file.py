@@ -2,7 +2,11 @@
 
     minem train --samples FILE.jsonl
 
-A row needs `id`, a training question of the task, and `token_ids`; what else samples.jsonl has is optional.
+A row needs `id`, a training question of the task, and one of these; what else samples.jsonl has is optional:
+
+    token_ids    the ids that were drawn, in the model's own vocabulary
+    text         the answer; the model's tokenizer encodes it, with EOS after it where finish_reason is "stop"
+    messages     a chat that ends with the assistant's answer, the same as `text`
 """
 
 from collections.abc import Mapping
@@ -14,6 +18,7 @@ from minem.data.tasks import Task
 from minem.em.sample import Sample
 from minem.errors import UserError, shown
 from minem.files import read_rows
+from minem.model.tokenizer import Tokenizer
 
 MEANINGS = {"logprob_plain": "the plain prompt", "logprob_q": "the prompt they were drawn with"}
 
@@ -30,9 +35,10 @@ def read_samples(
     for number, row in enumerate(read_rows(file), start=1):
         if row.get("status", "accepted") != "accepted" or (drop_leaks and row.get("leak")):
             continue
-        where, question, ids = f"{file}, row {number}", questions.get(str(row.get("id"))), row.get("token_ids")
+        where, question = f"{file}, row {number}", questions.get(str(row.get("id")))
         if question is None:
             raise UserError(f"{where}: id {row.get('id')!r} is no training question of {task.name}")
+        ids = row["token_ids"] if "token_ids" in row else _encoded(row, tokenizer, where)
         if not (isinstance(ids, list) and ids and all(type(i) is int for i in ids)):
             raise UserError(f"{where}: token_ids must be a list of the ids that were drawn")
         prompt = prompts.trained(question)
@@ -41,7 +47,7 @@ def read_samples(
             raise UserError(f"{where}: token id {outside[0]} is {reason}")
         text = row.get("text")
         spelt = " ".join(tokenizer.decode(ids).split())  # with a stop text, which the text lacks
-        if isinstance(text, str) and not spelt.startswith(" ".join(text.split())):
+        if "token_ids" in row and isinstance(text, str) and not spelt.startswith(" ".join(text.split())):
             raise UserError(f"{where}: token_ids do not spell its text; they come from another tokenizer")
         if len(prompt) + len(ids) > max_length:
             raise UserError(f"{where}: {len(ids)} token ids and their prompt exceed {max_length} positions")
@@ -62,6 +68,18 @@ def read_samples(
             )
         )
     return samples
+
+
+def _encoded(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> list[int]:
+    """The token ids of a row's text, or of the assistant's last message."""
+    text, chat = row.get("text"), row.get("messages")
+    last = chat[-1] if text is None and isinstance(chat, list) and chat else {}
+    if isinstance(last, dict) and last.get("role") == "assistant":
+        text = last.get("content")
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{where} needs token_ids, a text, or messages of which the assistant's answer is the last")
+    eos = tokenizer.eos_id if row.get("finish_reason") == "stop" else None
+    return tokenizer.encode(text, add_special_tokens=False) + ([] if eos is None else [eos])
 
 
 def _logprob(row: Mapping[str, Any], field: str, where: str) -> float:

@@ -35,6 +35,7 @@ def render(source: str, context: Mapping[str, Any]) -> str:
         raise UserError(f"fails on this chat: {reason(error)}") from error
 
 
+@lru_cache(maxsize=64)
 def variables(source: str) -> set[str]:
     """The names that a template leaves to `context`. UserError as of `render`."""
     try:

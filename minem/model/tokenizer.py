@@ -6,6 +6,7 @@
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,6 +62,19 @@ class Tokenizer:
     def bos_id(self) -> int | None:
         bos = self.special_tokens.get("bos_token")
         return None if bos is None else self.backend.token_to_id(bos)
+
+    @cached_property
+    def eos_id(self) -> int | None:
+        """The token that ends a text: the tokenizer's own, else the least of those that the checkpoint names."""
+        eos = self.backend.token_to_id(self.special_tokens.get("eos_token", ""))
+        return min(self.eos_ids, default=None) if eos is None else eos
+
+    @cached_property
+    def control_tokens(self) -> re.Pattern[str]:
+        """Texts that `encode` turns into one control token, like <|im_end|>; among spaces and words there are none."""
+        added = self.backend.get_added_tokens_decoder().values()
+        texts = [token.content for token in added if token.special or re.fullmatch(r"[<\[].+[>\]]", token.content)]
+        return re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or "(?!)")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` runs tokenizer.json's post-processor; BOS is never doubled."""

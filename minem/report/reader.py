@@ -42,7 +42,9 @@ class Run:
 
     @property
     def sampler(self) -> str:
-        """The sampler and its budget, like "rsm 8"."""
+        """The sampler and its budget, like "rsm 8", or where the samples came from."""
+        if digest := self.facts.get("inputs", {}).get("samples"):
+            return f"samples {digest[:8]}"
         return f"{self.config['sampler'].get('name')} {self.config['sampler'].get('budget')}"
 
     @cached_property
@@ -95,7 +97,7 @@ class Run:
         """The task that the run was about, or the sentence that explains why it is not available."""
         wanted, seed = self.config["task"], self.config["run"].get("seed")
         try:
-            task = _load_task(wanted.get("name"), wanted.get("limit"), seed)
+            task = _load_task(wanted.get("name"), wanted.get("limit"), seed, tuple(wanted.get("columns", ())))
             if task.rows_sha256 != self.facts.get("inputs", {}).get("task rows"):
                 raise UserError(f"the rows of {task.name} are not those of the run")
         except UserError as error:
@@ -163,6 +165,6 @@ def flips(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[list[str
 
 
 @lru_cache(maxsize=8)  # runs of a comparison are about the same questions
-def _load_task(name: str, limit: int | None, seed: int) -> Task:
+def _load_task(name: str, limit: int | None, seed: int, columns: tuple[str, ...]) -> Task:
     with cache_only():  # nothing is downloaded for a report
-        return load_task(name, limit, seed)
+        return load_task(name, limit, seed, columns)

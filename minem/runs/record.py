@@ -82,12 +82,16 @@ def hash_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     return {"tokenizer": digest.hexdigest(), "chat template": hashlib.sha256(template).hexdigest()}
 
 
-def model_card(config: Config, name: str, iteration: int) -> str:
-    """README.md of the model that the run called `name` exports after an iteration."""
+def model_card(config: Config, name: str, source: str | None, iteration: int) -> str:
+    """README.md of the model that the run called `name` exports after an iteration.
+
+    source: where its samples came from, if no sampler drew them.
+    """
     front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(config.model.id)}\ntags: [minem]\n---\n"
+    drawn = f"with the sampler `{config.sampler.name}` (budget {config.sampler.budget})"
     return visible(
         f"{front}\n# {name}, iteration {iteration}\n\n"
         f"`{config.model.id}` after {iteration} iteration(s) of expectation maximization on "
-        f"`{config.task.name}` with the sampler `{config.sampler.name}` (budget {config.sampler.budget}), "
+        f"`{config.task.name}` {source or drawn}, "
         f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
     )

@@ -95,13 +95,13 @@ BAD: dict[str, tuple[str, list[Any] | str | bytes, str, str]] = {
         "validation",
         [{**MMLU, "answer": 2}],
         JSONL,
-        "'answer' must be a whole number from 0 to 1",
+        "'answer' must be one of the labels A, B, a number from 0 to 1",
     ),
-    "a text for an index": (
+    "a digit for an index": (
         "validation",
-        [{**MMLU, "answer": "B"}],
+        [{**MMLU, "answer": "1"}],
         JSONL,
-        "'answer' must be a whole number from 0 to 1",
+        'a number from 0 to 1 or the text of one option, not "1"',
     ),
     "a free-form answer of lines": (
         "test",
@@ -110,7 +110,7 @@ BAD: dict[str, tuple[str, list[Any] | str | bytes, str, str]] = {
         "row 1: the field 'answer' must be",
     ),
     "an empty free-form answer": ("test", [{**FREE, "answer": "so\n####"}], JSONL, "row 1: the field 'answer' must"),
-    "two kinds in a file": ("train", [*rows(ARC), FREE], JSONL, "train.jsonl, row 4: this row lacks 'choices'"),
+    "two kinds in a file": ("train", [*rows(ARC), FREE], JSONL, "train.jsonl, row 4: this row lacks options"),
     "an id twice": ("train", [*rows(ARC), *rows(ARC)], JSONL, "train.jsonl, row 4: the field 'id' repeats 'q1'"),
     "labels that repeat": (
         "train",
@@ -196,6 +196,24 @@ def test_a_template_that_fails_is_named_with_the_question(tmp_path: Path, case: 
     refused(minem_cli("eval", "--model", tmp_path / "model", "--task", task, "--max-new-tokens", 8), expected)
     run = minem_cli("train", *SHORT, "--model", tmp_path / "model", "--task", task, "--out", tmp_path / "run")
     refused(run, expected)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "train --dry-run", "eval"])
+def test_a_token_that_the_model_lacks_is_found_before_anything_is_drawn(tmp_path: Path, command: str) -> None:
+    shutil.copytree(TOY / "model", tmp_path / "model")
+    tokens = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    vocabulary = json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"]
+    new = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    tokens["added_tokens"].append({"id": vocabulary, "content": "soup", **new})
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(tokens))
+    odd = {**ARC, "id": "odd", "choices": {"text": ["light", "water"], "label": ["A", "B"]}}
+    task = folder(tmp_path / "task", "test", [odd, *rows(ARC)])
+    name, *flags = command.split()
+    flags += ["--max-new-tokens", "8"] if name == "eval" else SHORT
+    run = minem_cli(name, *flags, "--model", tmp_path / "model", "--task", task, "--out", tmp_path / "run")
+    message = f"question 'q1': its prompt has the token 'soup', number {vocabulary}, and the model's vocabulary is"
+    refused(run, f"{message} {vocabulary}")
     assert not (tmp_path / "run").exists()
 
 

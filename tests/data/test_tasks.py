@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 
 from minem.data import tasks
+from minem.data.rows import parse_columns
 from minem.data.tasks import Question, load_task, read_questions
 from minem.errors import UserError
 
@@ -95,8 +97,8 @@ def test_whole_numbers_may_be_written_with_a_point(tmp_path: Path):
 def test_a_file_holds_one_kind_of_questions(tmp_path: Path):
     multiple, free = {**ARC, "id": "m"}, {**FREE, "id": "f"}
     for rows, odd in (
-        ([multiple, free], "lacks 'choices', which every"),
-        ([free, multiple], "has 'choices', which no"),
+        ([multiple, free], "lacks options, which every"),
+        ([free, multiple], "has options, which no"),
     ):
         with pytest.raises(UserError, match=rf"rows\.jsonl, row 2: this row {odd} row above it has"):
             read_questions(write_jsonl(tmp_path / "rows.jsonl", rows))
@@ -136,15 +138,24 @@ def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
         ({"choices": {"text": ["a", "b"], "label": ["A", "B or C"]}}, "labels in 'choices'"),
         ({"choices": {"text": [1, 2], "label": ["A", "B"]}}, "texts only"),
         ({"answerKey": None}, "'answerKey' is missing"),
-        ({"answerKey": "E"}, "'answerKey' must be one of the labels A, B, C, not \"E\""),
+        (
+            {"answerKey": "E"},
+            "'answerKey' must be one of the labels A, B, C, a number from 0 to 2 or the text of one option, not \"E\"",
+        ),
         ({"id": ""}, "'id'"),
-        ({"choices": ["a", "b"], "answer": 2}, "'answer' must be a whole number from 0 to 1, not 2"),
+        (
+            {"choices": ["a", "b"], "answerKey": None, "answer": 2},
+            "'answer' must be one of the labels A, B, a number from 0 to 1",
+        ),
         ({"choices": ["a", "b"], "answer": -1}, "'answer'"),
-        ({"choices": ["a", "b"], "answer": 1.5}, "'answer' must be a whole number from 0 to 1, not 1.5"),
+        (
+            {"choices": ["a", "b"], "answerKey": None, "answer": 1.5},
+            "a number from 0 to 1 or the text of one option, not 1.5",
+        ),
         ({"choices": [], "answer": 0}, "must hold two or more texts, each with a label, not 0 texts and 0 labels"),
         ({"choices": ["a", "b"], "answer": True}, "'answer'"),
-        ({"choices": ["a", "b"], "answer": "B"}, "'answer'"),
-        ({"choices": ["a", "b"]}, "'answer' is missing"),
+        ({"choices": ["a", "a"], "answerKey": None, "answer": "a"}, 'the text of one option, not "a"'),
+        ({"choices": ["a", "b"], "answer": "b"}, "the answers differ: answerKey means A, answer means B"),
         ({"choices": "a, b"}, "'choices'"),
         ({"subject": 7}, "'subject'"),
         ({"choices": None, "answerKey": None, "answer": " "}, "'answer' must be a number or a text of one line"),
@@ -169,6 +180,70 @@ def test_a_bad_row_is_named(tmp_path: Path, write, change: dict, field: str):
     assert message.startswith(f"{path.name}, row {len(rows)}: ")
     assert field in message
     assert "\n" not in message
+
+
+SAME = Question("q1", "What do plants need?", ("light", "soup", "shoes"), ("A", "B", "C"), "A")
+BARE = {"id": "q1", "question": "What do plants need?"}
+LIST = {**BARE, "options": ["light", "soup", "shoes"]}
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({**LIST, "answer": "A"}, []),  # RACE
+        ({**LIST, "answer": 0, "category": "biology"}, []),
+        ({**LIST, "answer": " light "}, []),
+        ({**LIST, "answer": "A", "answer_index": 0, "question_id": 7}, []),  # MMLU-Pro
+        ({**LIST, "answerKey": "A"}, []),
+        ({**BARE, "options": {"A": "light", "B": "soup", "C": "shoes"}, "answer": "light", "answer_idx": "A"}, []),
+        ({**BARE, "A": "light", "B": "soup", "C": "shoes", "D": None, "answer": "A"}, []),
+        ({**BARE, "opa": "light", "opb": "soup", "opc": "shoes", "cop": 0}, ["options=opa,opb,opc", "answer=cop"]),
+        ({**LIST, "answer": "A", "support": "Plants live by light."}, ["ignore=support"]),
+        ({**LIST, "answer": "A", "choices": ["no", "yes"]}, ["ignore=choices"]),
+        ({**ARC, "question": "?", "problem": ARC["question"]}, ["question=problem"]),
+    ],
+)
+def test_options_are_recognised_in_whatever_columns_they_stand(tmp_path: Path, write, row: dict, columns: list[str]):
+    path = write(tmp_path / f"rows.{'jsonl' if write is write_jsonl else 'parquet'}", [row])
+    assert read_questions(path, parse_columns(columns)) == [SAME]
+
+
+@pytest.mark.parametrize("column", ["context", "passage", "article"])
+def test_a_passage_is_part_of_the_question(tmp_path: Path, column: str):
+    row = {**LIST, "answer": "A", column: "Plants live by light."}
+    assert read_questions(write_jsonl(tmp_path / "r.jsonl", [row])) == [replace(SAME, context="Plants live by light.")]
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({**BARE, "answer": "A", "opa": "light", "opb": "soup"}, [], "column 'opa' may hold options or a passage"),
+        ({**BARE, "answer": "light", "distractor1": "soup"}, [], "column 'distractor1' may hold options"),
+        ({**BARE, "answer": "light", "endings": ["soup"]}, [], "column 'endings' may hold options"),
+        ({**BARE, "answer": "light", "mc1_targets": {"choices": []}}, [], "column 'mc1_targets' may hold options"),
+        ({**BARE, "answer": "light", "A": "soup"}, [], "column 'A' may hold options"),
+        ({**LIST, "answer": "A", "support": "Plants ..."}, [], "column 'support' may hold options or a passage"),
+        ({**BARE, "answer": "4", "Body": "Ann has 2 plants."}, [], "column 'Body' may hold options or a passage"),
+        ({**LIST, "answer": "A", "choices": ["a", "b"]}, [], "both 'choices' and 'options'"),
+        ({**LIST, "answer": "A", "A": "light", "B": "soup"}, [], "options twice, in 'options' and 'A'"),
+        ({**LIST, "answer": "A", "context": "x", "passage": "y"}, [], "both 'context' and 'passage'"),
+        ({**LIST, "answer": "A", "context": ["x"]}, [], "'context' must be a text"),
+        ({**LIST, "answer": "A", "answer_index": 1}, [], "answers differ: answer means A, answer_index means B"),
+        ({**LIST, "answer": "A"}, ["question=problem"], "names 'problem'; the columns of this row are 'id'"),
+    ],
+)
+def test_what_may_be_options_or_a_passage_is_never_left_out_silently(
+    tmp_path: Path, row: dict, columns: list[str], message: str
+):
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_questions(write_jsonl(tmp_path / "rows.jsonl", [row]), parse_columns(columns))
+
+
+@pytest.mark.parametrize("text", ["question", "question=", "gold=answer", "answer=a,b", "=a"])
+def test_a_wrong_task_columns_is_named(text: str):
+    with pytest.raises(UserError, match=r"task\.columns: .* must be question, options, .*, ignore, = and a column"):
+        parse_columns([text])
 
 
 @pytest.mark.parametrize("line", ["{", "[1, 2]", '"text"', "7", "null", "\xff\xfe"])
@@ -364,7 +439,7 @@ def test_mmlu_trains_on_a_sample_that_nobody_is_tested_on(cache: Path, monkeypat
 
 
 def test_gsm8k_holds_its_validation_out_of_train(cache: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tasks, "GSM8K_VALIDATION", 6)
+    monkeypatch.setattr(tasks, "HELD_OUT", 6)
     task = load_task("gsm8k")
     assert [len(task.train), len(task.validation), len(task.test)] == [24, 6, 4]
     asked = {q.text for q in task.train} | {q.text for q in task.validation}
@@ -376,6 +451,22 @@ def test_gsm8k_holds_its_validation_out_of_train(cache: Path, monkeypatch: pytes
         "openai/gsm8k at 0123456789ab; validation is 6 of its 30 training questions, chosen by a hash of the ids"
     )
     assert load_task("gsm8k", seed=1) == task
+
+
+def test_any_dataset_of_the_hub_by_its_name(cache: Path, tmp_path: Path):
+    rows = [{**BARE, "id": f"r{i}", "opa": "light", "opb": "soup", "cop": 1} for i in range(20)]
+    write_cache(tmp_path / "hub", "me/exam", {"high/train-00000-of-00001.parquet": rows})
+    task = load_task("hub:me/exam:high", columns=["options=opa,opb", "answer=cop"])
+    assert [len(task.train), len(task.validation), len(task.test)] == [5, 10, 5]
+    assert {q.gold for q in task.train} == {"B"}
+    assert "me/exam at 0123456789ab; validation is 10 of its 20 training questions" in task.note
+    assert load_task("hub:allenai/openbookqa:main").train == load_task("openbookqa").train
+    with pytest.raises(UserError, match=r"dataset 'me/exam' has no file data/train-\*\.parquet"):
+        load_task("hub:me/exam")
+    with pytest.raises(UserError, match=r"row 1: the column 'opa' may hold options"):
+        load_task("hub:me/exam:high")
+    with pytest.raises(UserError, match=r"openbookqa is built in"):
+        load_task("openbookqa", columns=["question=question_stem"])
 
 
 def test_what_the_cache_lacks_gets_one_sentence(cache: Path):

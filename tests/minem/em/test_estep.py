@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import re
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,7 @@ class _Tokenizer:
     """Prompts that say what the scripted generator must know: the gold label, and whether a hint was given."""
 
     chat_template = ""
+    control_tokens = re.compile("(?!)")
 
     def encode(self, text: str, add_special_tokens: bool) -> list[str]:
         return text.split()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from minem.errors import Interrupted
 from minem.files import read_rows
 from minem.generation.request import Request, stream_seed
 from minem.model.decoder import Model
+from minem.report.reader import read_run
 from minem.runs.directory import read_journal
 from tests.minem.folders import toy_prompts
 from tests.minem.tiny_runs import stopped_every
@@ -204,8 +206,13 @@ def test_rows_made_by_hand_are_trained_and_a_missing_eos_is_noted(tmp_path, monk
     done = ok(minem_cli("train", "--limit", QUESTIONS, "--samples", "mine.jsonl"))
     assert "1 of 1 rows do not end in EOS: the model learns not to stop there" in done.stderr
     (folder,) = (tmp_path / "runs").iterdir()
-    assert re.fullmatch(r"toy\.rsm8\.toy-llama\.s0\.samples-[0-9a-f]{8}", folder.name)
+    assert re.fullmatch(r"toy\.samples-[0-9a-f]{8}\.toy-llama\.s0", folder.name)
     assert (folder / "iter-01" / "model" / "model.safetensors").exists()
+    digest = hashlib.sha256((tmp_path / "mine.jsonl").read_bytes()).hexdigest()
+    assert read_run(folder).sampler == f"samples {digest[:8]}"
+    card = (folder / "iter-01" / "model" / "README.md").read_text()
+    assert f"on samples of the file `mine.jsonl` (SHA-256 {digest})" in card
+    assert "rsm" not in card + done.stderr
 
 
 def test_base_as_start_and_as_proposal(from_base):

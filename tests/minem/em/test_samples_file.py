@@ -42,6 +42,19 @@ def test_accepted_rows_and_those_without_a_status_are_taken(tmp_path):
     assert read(tmp_path, {"id": "no such question", "status": "wrong"}) == []
 
 
+def test_rows_of_text_get_the_ids_of_the_models_tokenizer(tmp_path):
+    asked = {"role": "user", "content": "?"}
+    answered = [asked, {"role": "assistant", "content": TEXT}]
+    rows = [{"text": TEXT}, {"messages": answered}, {"text": TEXT, "finish_reason": "length"}]
+    ended = [{**row, "finish_reason": "stop"} for row in rows]
+    found = read(tmp_path, *({"id": ROW["id"], **row} for row in rows + ended))
+    assert [sample.token_ids for sample in found] == [IDS[:-1]] * 3 + [IDS] * 3
+    assert {sample.text for sample in found} == {TEXT}
+    for row in ({}, {"text": " "}, {"text": 7}, {"messages": [asked]}, {"messages": []}, {"messages": ["text"]}):
+        with pytest.raises(UserError, match="row 1 needs token_ids, a text, or messages of which"):
+            read(tmp_path, {"id": ROW["id"], **row})
+
+
 def test_the_rows_of_a_run_give_the_examples_that_the_run_trains(tmp_path):
     own = [
         Sample(q.id, 1, k, "hinted", IDS, -1.0 * k, -2.5, TEXT, "4", q.gold, "accepted", False)

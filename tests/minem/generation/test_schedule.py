@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import deque
 from itertools import pairwise
 from typing import Any
@@ -33,6 +34,7 @@ QUESTIONS = [Question(f"q{i}", f"Question {i}?", ("one", "two"), ("A", "B"), "A"
 
 class Tokenizer:
     chat_template = ""
+    control_tokens = re.compile("(?!)")
 
     def chat(self, messages: list[dict[str, str]], more: dict[str, Any]) -> list[int]:
         return [int(messages[0]["content"].split()[1].rstrip("?"))]
