@@ -124,8 +124,11 @@ def _refuse_unsupported(raw: Mapping[str, Any], source: str) -> None:
 
 def _read_rope(raw: Mapping[str, Any], source: str) -> RopeConfig:
     """Rotary settings, from rope_theta and rope_scaling or from rope_parameters (transformers 5)."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    rope = raw.get(key) or {}
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if new and old and new != old:
+        raise UserError(f"{source}: rope_parameters and rope_scaling differ; remove one of the two")
+    key = "rope_parameters" if new else "rope_scaling"
+    rope = new or old or {}
     if not isinstance(rope, Mapping):
         raise UserError(f"{source}: {key} must be an object, not {rope!r}")
     where = f"{source}: {key}"

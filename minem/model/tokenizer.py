@@ -28,6 +28,7 @@ FILES = (
     *("chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model"),
 )
 TEMPLATES = "additional_chat_templates/*.jinja"
+FLAGS = ("lstrip", "rstrip", "normalized", "single_word")  # of an added token
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -51,11 +52,15 @@ class Tokenizer:
         config = _read_optional(folder, "tokenizer_config.json")
         # As in transformers: special_tokens_map.json counts only if tokenizer_config.json is of the old kind.
         if "added_tokens_decoder" not in config:
-            config |= _read_optional(folder, "special_tokens_map.json")
-        special_tokens = _add_special_tokens(backend, config, folder)
+            old = _read_optional(folder, "special_tokens_map.json")
+            own = {name for name, token in config.items() if isinstance(token, str)} - {*NAMED_TOKENS}
+            config |= {name: token for name, token in old.items() if name not in own}
+        special_tokens = _add_tokens(backend, config, folder)
+        backend.encode_special_tokens = config.get("split_special_tokens") is True
         eos = backend.token_to_id(special_tokens["eos_token"]) if "eos_token" in special_tokens else None
         eos_ids = set() if eos is None else {eos}
-        eos_ids |= _eos_ids(folder, "generation_config.json") or _eos_ids(folder, "config.json")  # as transformers
+        named = "generation_config.json" if (folder / "generation_config.json").is_file() else "config.json"
+        eos_ids |= _eos_ids(folder, named)  # as transformers, which knows none of the tokenizer's own
         return cls(folder, backend, special_tokens, _read_template(folder, config), frozenset(eos_ids))
 
     @cached_property
@@ -168,27 +173,42 @@ def _silent_stderr() -> Iterator[None]:
         os.close(stderr)
 
 
-def _add_special_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> dict[str, str]:
-    """Register the tokens that tokenizer_config.json adds or makes special, as transformers does; name -> text."""
-    extra = config.get("added_tokens_decoder") or {}
-    if not isinstance(extra, dict):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder must be an object of id -> token")
+def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Add what the files beside tokenizer.json name, in transformers' order; the named special tokens, name -> text."""
+    written = backend.get_added_tokens_decoder()
+    extra = config.get("extra_special_tokens", config.get("additional_special_tokens")) or []
+    named = {key: config[key] for key in NAMED_TOKENS if config.get(key) is not None}
+    for name, token in config.items():  # a model's own, as image_token
+        if name.endswith("_token") and (isinstance(token, str) or (isinstance(token, dict) and "__type" in token)):
+            named.setdefault(name, token)
     try:
-        for token_id, fields in sorted(extra.items(), key=lambda item: int(item[0])):
-            if backend.token_to_id(fields["content"]) is None:
-                backend.add_tokens([tokenizers.AddedToken(**fields)])
-            if backend.token_to_id(fields["content"]) != int(token_id):
-                raise ValueError(f"the token {fields['content']!r} is not number {token_id} in tokenizer.json")
-        special = {name: _text_of(config[name]) for name in NAMED_TOKENS if config.get(name) is not None}
-    except (TypeError, ValueError, KeyError, OverflowError) as error:
+        if isinstance(extra, dict):
+            named, extra = named | extra, []
+        special = {name: _text_of(token) for name, token in named.items()}
+        decoder = config.get("added_tokens_decoder") or {}
+        if not isinstance(decoder, dict):
+            raise TypeError("added_tokens_decoder must be an object of id -> token")
+        added = {int(token_id): tokenizers.AddedToken(**fields) for token_id, fields in decoder.items()}
+        if "added_tokens_decoder" not in config:
+            texts = {*special.values(), *map(_text_of, extra)}
+            for text, token_id in _read_optional(folder, "added_tokens.json").items():
+                added[token_id] = tokenizers.AddedToken(text, special=text in texts, normalized=text not in texts)
+            added |= written
+        new = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
+        known = {token.content for token in (*written.values(), *new)}
+        unknown = [token for token in (*named.values(), *extra) if _text_of(token) not in known]
+        for number, token in enumerate(unknown):
+            if token not in unknown[:number]:
+                fields = {k: v for k, v in token.items() if k in FLAGS} if isinstance(token, dict) else {}
+                new.append(tokenizers.AddedToken(_text_of(token), **(fields | {"special": True})))
+        for token in new:
+            token.special = token.special or token.content in special.values()
+        backend.add_tokens(new)
+        for token_id, token in added.items():
+            if backend.token_to_id(token.content) != token_id:
+                raise ValueError(f"the token {token.content!r} is not number {token_id} in tokenizer.json")
+    except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
         raise UserError(f"{folder / 'tokenizer_config.json'}: bad token: {reason(error)}") from error
-    for name in ("bos_token", "eos_token"):
-        if name in special and backend.token_to_id(special[name]) is None:
-            raise UserError(f"{folder / 'tokenizer_config.json'}: {name} {special[name]!r} is not in tokenizer.json")
-    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    texts = [text for text in special.values() if backend.token_to_id(text) is not None]
-    new = [known.get(text, tokenizers.AddedToken(text, special=True, normalized=False)) for text in texts]
-    backend.add_special_tokens(new)
     return special
 
 
@@ -219,7 +239,11 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"{file} is not UTF-8 text") from error
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+    if isinstance(found, dict):
+        found = found.get("default", 0)
     if found is not None and not isinstance(found, str):
-        raise UserError(f"{folder / 'tokenizer_config.json'}: chat_template must be a text or a list with a 'default'")
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: chat_template must be a text, or texts of which one is 'default'"
+        )
     return found

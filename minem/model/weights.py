@@ -31,6 +31,7 @@ HUB_FILES = ["config.json", "generation_config.json", "model.safetensors.index.j
 SHARD_BYTES = 5 * 2**30
 FILE_NAMES = "model{suffix}.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FILE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COPY_BYTES = 4 * 2**20
 INDEX_LIMIT = 16 * 2**20  # bytes of a shard index, which names every tensor
@@ -94,25 +95,33 @@ def load_model(folder: Path, device: str | torch.device = "cpu", dtype: torch.dt
 def read_weights(model: Model, folder: Path) -> None:
     """Overwrite the parameters of `model` in place with those of a folder; UserError lists tensors that do not fit."""
     views = checkpoint_views(model)
-    ignored = re.compile(r"rotary_emb\.inv_freq$" + (r"|^lm_head\.weight$" if model.config.tie_word_embeddings else ""))
-    missing, problems = set(views), list[str]()
+    tied = rf"|^{HEAD}$" if model.config.tie_word_embeddings else ""
+    ignored = re.compile(r"rotary_emb\.inv_freq$|^(v_head|value_head|score)\." + tied)  # value heads are of no use here
+    missing, problems, head = set(views), list[str](), None
     for path in _weight_files(folder):
         try:
             # The library checks that tensors are adjacent and have the sizes of their shapes.
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
+                for stored in file.keys():  # noqa: SIM118 (not a dict)
+                    name = stored if stored in views else f"model.{stored}"  # a base model's names lack "model."
                     missing.discard(name)
                     if name not in views:
-                        problems += [] if ignored.search(name) else [f"unexpected {name}"]
-                    elif problem := _misfit(source := file.get_slice(name), views[name]):
+                        problems += [] if ignored.search(stored) else [f"unexpected {stored}"]
+                    elif problem := _misfit(source := file.get_slice(stored), views[name]):
                         problems.append(f"{name} {problem}")
                     elif not views[name].is_meta:
                         _copy_rows(source, views[name])
+                    if stored == HEAD and model.config.tie_word_embeddings:
+                        head = file.get_tensor(stored)
                     if name == EMBEDDING and not problems:
                         model.stored_dtype = FILE_DTYPES[source.get_dtype()]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a readable safetensors file ({reason(error)})") from error
     problems += [f"missing {name}" for name in missing]
+    embedding = views[EMBEDDING]
+    tied_head = None if problems or embedding.is_meta else head
+    if tied_head is not None and not torch.equal(tied_head.to(embedding), embedding):
+        problems.append(f"tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; remove one of the two")
     if problems:
         raise UserError(f"{folder}: the weights do not fit config.json: {some(sorted(problems), 8)}")
 

@@ -164,7 +164,9 @@ def test_eos_is_the_tokenizers_and_the_generation_configs_or_else_the_configs(tm
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     (folder / "config.json").write_text('{"eos_token_id": 9}')
     assert Tokenizer.from_folder(folder).eos_ids == {1, 5, 7}
-    (folder / "generation_config.json").write_text('{"do_sample": true}')
+    (folder / "generation_config.json").write_text('{"do_sample": true}')  # as transformers: config.json is not asked
+    assert Tokenizer.from_folder(folder).eos_ids == {1}
+    (folder / "generation_config.json").unlink()
     assert Tokenizer.from_folder(folder).eos_ids == {1, 9}
     (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')
     (folder / "tokenizer_config.json").unlink()
@@ -228,7 +230,11 @@ BROKEN = {
     "list for a config": ("tokenizer_config.json", "[1]", "holds a JSON list"),
     "eos of the wrong type": ("config.json", '{"eos_token_id": "2"}', "eos_token_id must be a token id"),
     "negative eos": ("generation_config.json", '{"eos_token_id": [-1]}', "eos_token_id must be a token id"),
-    "unknown eos": ("tokenizer_config.json", '{"eos_token": "<nope>"}', "eos_token '<nope>' is not in"),
+    "half a template": (
+        "tokenizer_config.json",
+        '{"chat_template": [{"name": "rag", "template": ""}]}',
+        "is 'default'",
+    ),
     "bos is a number": ("tokenizer_config.json", '{"bos_token": 3}', "bad token"),
     "eos is half a character": ("tokenizer_config.json", '{"eos_token": "\\ud83d"}', "bad token"),
     "wrong number": (
