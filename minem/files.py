@@ -207,14 +207,14 @@ def read_limited(path: Path, limit: int) -> bytes:
 
 def own_file(folder: Path, name: str) -> Path:
     """The path of a file in this folder, which may not exist. UserError for a link out of it, which could publish a
-    private file (but the hub's cache links SNAPSHOT/name to ../../blobs), and for a pipe or a device."""
+    private file (but the hub's client links to the blobs of its cache), and for a pipe or a device."""
     path = folder / name
     try:
         home, target, exists = folder.resolve(), path.resolve(), os.path.exists(path)
     except (OSError, RuntimeError) as error:  # a link to itself, a name that is too long
         raise UserError(f"{path} cannot be read: {error}") from error
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+    in_cache = target.parent.name == "blobs" and target.parents[1].name.startswith("models--")
+    if not (target.is_relative_to(home) or in_cache):
         raise UserError(f"{path} is a link that leads out of its folder; put the file itself there")
     if exists and not path.is_file():
         raise UserError(f"{path} is not a file")

@@ -302,6 +302,10 @@ def test_a_link_that_leads_out_of_a_model_folder_is_refused(tmp_path: Path) -> N
     for path in (cache / "blobs").iterdir():
         (snapshot / path.name).symlink_to(Path("..") / ".." / "blobs" / path.name)
     (tmp_path / "link").symlink_to(snapshot)
-    for folder in (snapshot, tmp_path / "link"):
+    links = tmp_path / "local-dir"  # as `hf download --local-dir` of older versions left it
+    links.mkdir()
+    for path in (cache / "blobs").iterdir():
+        (links / path.name).symlink_to(path)
+    for folder in (snapshot, tmp_path / "link", links):
         minem.save(*minem.load(folder), tmp_path / "copy")
         assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())

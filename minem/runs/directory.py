@@ -209,8 +209,11 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             files.write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
             files.write_atomic(journal, b"")
         if not (self.path / "config.toml").exists():
-            head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n\n"
-            files.write_atomic(self.path / "config.toml", (head + to_toml(self.config, origins)).encode())
+            head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n"
+            paths = (self.config.model.id, self.config.task.name, self.config.task.prompt or "")
+            if any(os.path.exists(path) and not os.path.isabs(path) for path in paths):
+                head += f"# Relative paths are relative to {json.dumps(os.getcwd())}.\n"
+            files.write_atomic(self.path / "config.toml", (f"{head}\n" + to_toml(self.config, origins)).encode())
         self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
         self._drop_metrics()
 

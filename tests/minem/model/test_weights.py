@@ -330,3 +330,33 @@ def test_further_chat_templates_are_saved_with_the_tokenizer(folder: Path, tmp_p
     minem.load(source)[1].save(saved)
     assert (saved / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
     assert AutoTokenizer.from_pretrained(saved).chat_template["tool_use"] == "{{ messages }}"
+
+
+def test_weights_of_a_base_model_and_a_value_head_load_as_in_transformers(tmp_path: Path) -> None:
+    theirs = make_folder(tmp_path, "llama")
+    weights = load_file(tmp_path / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    save_file(
+        bare | {"v_head.summary.weight": torch.ones(1, 48)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    model, _ = minem.load(tmp_path)
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.allclose(model(ids), theirs(ids).logits, atol=1e-5)
+    save_file(
+        bare | {"layers.0.strange.weight": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"}
+    )
+    with pytest.raises(UserError, match=r"unexpected layers\.0\.strange\.weight"):
+        minem.load(tmp_path)
+
+
+def test_a_tied_head_that_differs_is_named(tmp_path: Path) -> None:
+    make_folder(tmp_path, "llama")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=r"tie_word_embeddings is true, but lm_head\.weight differs from model\.embed"):
+        minem.load(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    minem.load(tmp_path)
