@@ -13,7 +13,7 @@ over iterations, because each merge starts from the base weights, read again fro
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -99,16 +99,12 @@ class LoRA:
     def attached(self) -> Iterator[None]:
         """While open, the model computes with base weights and adapters, each inside its own block's forward."""
         self._unmerge()
-        for linear, adapter in self.adapters.items():
-            linear.add_module("lora", adapter)
-        hooks = [linear.register_forward_hook(lambda own, x, y: own.lora(x[0], y)) for linear in self.adapters]
-        try:
+        with ExitStack() as stack:
+            for linear, adapter in self.adapters.items():
+                linear.add_module("lora", adapter)
+                stack.callback(delattr, linear, "lora")
+                stack.enter_context(linear.register_forward_hook(lambda own, x, y: own.lora(x[0], y)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for linear in self.adapters:
-                del linear.lora
 
     @torch.no_grad()
     def merge(self, masters: Mapping[str, Tensor]) -> None:
