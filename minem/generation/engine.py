@@ -174,8 +174,6 @@ def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Call
 
 def copy_to_host(drawn: Tensor) -> Step:
     """Start to copy a result to the host, because the next replay writes to the same memory."""
-    if not drawn.is_cuda:
-        return Step(drawn.clone(), None)
     host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
     host.copy_(drawn, non_blocking=True)
     arrived = torch.cuda.Event()

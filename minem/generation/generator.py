@@ -271,7 +271,7 @@ class Generator:
         return new
 
     def _read(self, sequences: Sequence[_Sequence], step: Step) -> None:
-        """Append what a step drew, except for sequences that had finished before it was known."""
+        """Append what a step drew, except for sequences that had finished before it was known; see which end by it."""
         for sequence, token, logprob, proposal in zip(sequences, *step.read(), strict=False):  # padding follows
             if sequence.finish_reason is not None:
                 continue
@@ -280,17 +280,13 @@ class Generator:
             sequence.token_ids.append(int(token))
             sequence.logprobs.append(logprob)
             sequence.proposal_logprobs.append(proposal)
-            self._finish(sequence)
-
-    def _finish(self, sequence: _Sequence) -> None:
-        """Set the finish reason if the last token ended the sequence."""
-        params, drawn = sequence.request.params, len(sequence.token_ids)
-        ended = sequence.token_ids[-1] in self.tokenizer.eos_ids
-        if params.stop and not ended and drawn >= params.min_new_tokens:
-            text = self.tokenizer.decode(sequence.token_ids)
-            found = [text.index(stop) for stop in params.stop if stop in text]
-            sequence.stop_text = text[: min(found)] if found else None
-        if ended or sequence.stop_text is not None:
-            sequence.finish_reason = "stop"
-        elif drawn >= params.max_new_tokens:
-            sequence.finish_reason = "length"
+            params, drawn = sequence.request.params, len(sequence.token_ids)
+            ended = sequence.token_ids[-1] in self.tokenizer.eos_ids
+            if params.stop and not ended and drawn >= params.min_new_tokens:
+                text = self.tokenizer.decode(sequence.token_ids)
+                found = [text.index(stop) for stop in params.stop if stop in text]
+                sequence.stop_text = text[: min(found)] if found else None
+            if ended or sequence.stop_text is not None:
+                sequence.finish_reason = "stop"
+            elif drawn >= params.max_new_tokens:
+                sequence.finish_reason = "length"
