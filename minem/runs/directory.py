@@ -196,7 +196,13 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             files.remove(partial)
         journal = self.path / "journal.jsonl"
         if (before := self._config_before()) is not None:
-            self._refuse_another_run(before, inputs)
+            changes = difference(before, self.config.model_dump())
+            self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
+            read = read_facts(self.path).get("inputs")
+            if not isinstance(read, dict):
+                raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
+            changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
+            refuse(self.path, [change for change in changes if change not in self.changes])
             if not journal.exists():  # without it all would be done again, over what is there
                 raise UserError(f"{journal} is missing; put it back, or give --overwrite to start from scratch")
         else:
@@ -229,16 +235,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         if not (isinstance(found, dict) and all(isinstance(values, dict) for values in found.values())):
             raise UserError(f"the config of {self.path} is damaged; give --overwrite to start from scratch")
         return found
-
-    def _refuse_another_run(self, before: Mapping[str, Mapping[str, Any]], inputs: dict[str, str]) -> None:
-        changes = difference(before, self.config.model_dump())
-        self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
-        changes = [change for change in changes if change not in self.changes]
-        read = read_facts(self.path).get("inputs")
-        if not isinstance(read, dict):
-            raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
-        changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
-        refuse(self.path, changes)
 
 
 def remove_run(path: Path) -> None:
