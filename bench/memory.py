@@ -20,8 +20,10 @@ import click
 import torch
 from record import facts
 
+from minem.model.decoder import Model
 from minem.model.hf_config import ModelConfig
-from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
+from minem.model.lora import LoRA
+from minem.model.sizes import SAFE_SHARE, parameters
 from minem.planning.memory import Work, e_step, fitted, m_step
 
 # Qwen's and Llama's: layers, width, query heads, key heads, channels of a head, MLP's width, vocabulary, tied head.
@@ -125,7 +127,9 @@ train with FSDP, and the bytes are those of each.
     for name in MODELS:
         config = model_config(name)
         for trained, rank in (("all", 0), (f"LoRA {RANK}", RANK)):
-            adapters = lora_parameters(config, rank)
+            with torch.device("meta"):
+                terms = LoRA(Model(config), rank, 1.0, "all", 0, Path()).named_parameters() if rank else {}
+            adapters = sum(p.numel() for p in terms.values())
             for pack in (8192, 16_384):
                 cells = " | ".join(cell(config, gpus, size, pack, adapters) for gpus, size in GPUS)
                 count = parameters(config).total

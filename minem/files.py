@@ -71,9 +71,9 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Write a file that exists complete or not at all, even if the machine stops."""
     partial = path.with_name(PARTIAL + path.name)
     partial.write_bytes(content)
-    _flush_path(partial)
+    flush(partial)
     os.replace(partial, path)
-    _flush_path(path.parent)
+    flush(path.parent)
 
 
 def remove(path: Path) -> None:
@@ -87,17 +87,11 @@ def remove(path: Path) -> None:
 def flush_tree(path: Path) -> None:
     """fsync a file, or a folder and everything in it."""
     for one in (*path.rglob("*"), path):
-        _flush_path(one)
+        flush(one)
 
 
-def flush_folders(folder: Path, top: Path) -> None:
-    """fsync `folder` and the folders above it, up to `top`."""
-    _flush_path(folder)
-    if folder != top:
-        flush_folders(folder.parent, top)
-
-
-def _flush_path(path: Path) -> None:
+def flush(path: Path) -> None:
+    """fsync a file, or a folder without its content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -148,7 +142,7 @@ def complete_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
         raise damaged(path, rows.index(None) + 1)
     if rows and rows[-1] is None and repair:
         os.truncate(path, sum(map(len, lines[:-1])))
-        _flush_path(path)
+        flush(path)
     return [row for row in rows if row is not None]
 
 

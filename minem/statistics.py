@@ -28,10 +28,7 @@ def mcnemar(b: int, c: int) -> float:
     Under the null hypothesis b ~ Binomial(b + c, 1/2), which is symmetric: twice the smaller tail, at most 1.
     """
     n = b + c
-    tail = term = 1  # integers until the last division
-    for k in range(min(b, c)):
-        term = term * (n - k) // (k + 1)
-        tail += term
+    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1))  # integers until the last division
     return min(1.0, 2 * tail / 2**n)
 
 

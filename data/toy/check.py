@@ -13,7 +13,6 @@ from minem.data.rows import Question
 # How a question names an operation, how a rationale writes it, and what it does.
 OPERATIONS = {"add": "+", "subtract": "-", "multiply by": "*"}
 _ASKED = re.compile(rf"({'|'.join(OPERATIONS)}) (\d)")
-_STEP = re.compile(r"(\d) ([-+*]) (\d) = (\d)")
 
 
 def apply(symbol: str, value: int, operand: int) -> int:
@@ -29,14 +28,11 @@ def asked_steps(question: Question) -> tuple[int, list[tuple[str, int]]]:
 
 def valid_steps(text: str, question: Question) -> bool:
     """Whether a rationale does each step of the question in order, one a line, truly, and answers with the result."""
+    *lines, last = text.strip().split("\n")
     value, asked = asked_steps(question)
-    lines = text.strip().split("\n")
-    if len(lines) != len(asked) + 1:
-        return False
-    for line, (symbol, operand) in zip(lines, asked, strict=False):
-        step = _STEP.fullmatch(line.strip())
+    steps = []
+    for symbol, operand in asked:
         result = apply(symbol, value, operand)
-        if step is None or step.groups() != (str(value), symbol, str(operand), str(result)):
-            return False
+        steps.append(f"{value} {symbol} {operand} = {result}")
         value = result
-    return verdict.strict(lines[-1], question) == str(value)
+    return [line.strip() for line in lines] == steps and verdict.strict(last, question) == str(value)

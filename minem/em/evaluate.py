@@ -20,7 +20,7 @@ from minem.data.tasks import Question
 from minem.data.verdict import Verdict, flexible
 from minem.em.estep import judge
 from minem.generation.generator import Generator
-from minem.generation.request import Completion, Request, SamplingParams, stream_seed
+from minem.generation.request import Request, SamplingParams, stream_seed
 from minem.statistics import pass_at_k, wilson
 
 FIELDS = ("id", "answer", "gold", "status", "text", "tokens")  # of a row of eval.*.jsonl
@@ -69,7 +69,9 @@ class Evaluation:
             for completion in self.generator.step():
                 assert completion.request is not None
                 question, k = completion.request.tag
-                answers[question.id, k] = row = {**_row(completion, question, self.verdict), "draw": k}
+                answer, status = judge(completion, question, self.verdict)
+                values = (question.id, answer, question.gold, status, completion.text, len(completion.token_ids))
+                answers[question.id, k] = row = {**dict(zip(FIELDS, values, strict=True)), "draw": k}
                 greedy += [row["status"] == "accepted"] if k == 0 else []
                 on_row(row)
             show(len(answers), accuracy=percent(sum(greedy) / max(1, len(greedy))))
@@ -132,9 +134,3 @@ def _accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     right = sum(row["status"] == "accepted" for row in rows)
     low, high = wilson(right, len(rows))
     return {"n": len(rows), "correct": right, "accuracy": right / len(rows), "low": low, "high": high}
-
-
-def _row(completion: Completion, question: Question, verdict: Verdict) -> dict[str, Any]:
-    answer, status = judge(completion, question, verdict)
-    values = (question.id, answer, question.gold, status, completion.text, len(completion.token_ids))
-    return dict(zip(FIELDS, values, strict=True))

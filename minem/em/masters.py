@@ -12,7 +12,7 @@ any number of ranks resumes what any other number saved. No more of them is comp
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,12 @@ class Masters(dict[str, Tensor]):
         """While open, each working gradient moves to its float32 master as soon as autograd has finished it."""
         # So micro-batches are summed in float32, and no complete set of low-precision gradients ever exists.
         self.clear_gradients()
-        hooks = [p.register_post_accumulate_grad_hook(partial(_move_gradient, master)) for p, master in self._rounded()]
-        try:
-            with self._adapters() if self.trained is self.model else nullcontext():
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.clear_gradients()
+        with ExitStack() as stack:
+            stack.callback(self.clear_gradients)
+            for p, master in self._rounded():
+                stack.enter_context(p.register_post_accumulate_grad_hook(partial(_move_gradient, master)))
+            stack.enter_context(self._adapters() if self.trained is self.model else nullcontext())
+            yield
 
     def clear_gradients(self) -> None:
         """Drop the gradients of masters and working weights."""

@@ -190,7 +190,7 @@ class MStep:
         losses, entropies, weight = [], [], 0.0
         for number, members in enumerate(own):
             # A rank without work takes part with weight zero, since the others wait for it to exchange gradients.
-            packed = pack(members or [replace(min(examples, key=len), weight=0.0)]).to(self.model.device)
+            packed = pack(members or [replace(min(examples, key=len), weight=0.0)], self.model.device)
             if isinstance(model, FSDPModule):  # replicas need each other's gradients once only
                 model.set_requires_all_reduce(number + 1 == len(own))
             loss, _, entropy = model(**vars(packed))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from minem.model.decoder import upload
+
 
 @dataclass(frozen=True)
 class Example:
@@ -120,12 +122,8 @@ class MicroBatch:
     targets: torch.Tensor  # [R] int64, the sampled tokens
     token_weights: torch.Tensor  # [R] float32
 
-    def to(self, device: torch.device) -> "MicroBatch":
-        input_ids, *others = (x.to(device) for x in (self.input_ids, self.rows, self.targets, self.token_weights))
-        return MicroBatch(input_ids, self.lengths, *others)
 
-
-def pack(examples: Sequence[Example]) -> MicroBatch:
+def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> MicroBatch:
     """Lay examples end to end. Prompts are not supervised: only positions that predict a target are rows."""
     rows: list[int] = []
     end = 0
@@ -133,9 +131,9 @@ def pack(examples: Sequence[Example]) -> MicroBatch:
         end += len(example)
         rows += range(end - len(example.token_ids), end)
     return MicroBatch(
-        input_ids=torch.tensor([i for e in examples for i in (*e.prompt_ids, *e.token_ids[:-1])]),
+        input_ids=upload([i for e in examples for i in (*e.prompt_ids, *e.token_ids[:-1])], device),
         lengths=[len(e) for e in examples],
-        rows=torch.tensor(rows),
-        targets=torch.tensor([i for e in examples for i in e.token_ids]),
-        token_weights=torch.tensor([e.weight for e in examples for _ in e.token_ids], dtype=torch.float32),
+        rows=upload(rows, device),
+        targets=upload([i for e in examples for i in e.token_ids], device),
+        token_weights=upload([e.weight for e in examples for _ in e.token_ids], device, torch.float32),
     )

@@ -63,7 +63,7 @@ def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[t
     """Log-probability and entropy (nats) of the policy at each supervised token, by the forward pass of training."""
     scored: dict[int, tuple[list[float], list[float]]] = {}
     for members in best_fit_decreasing([len(example) for example in examples], pack_tokens):
-        packed = pack([examples[i] for i in members]).to(model.device)
+        packed = pack([examples[i] for i in members], model.device)
         _, logprobs, entropies = model(packed.input_ids, packed.lengths, packed.rows, packed.targets)
         sizes = [len(examples[i].token_ids) for i in members]
         for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):

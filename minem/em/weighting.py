@@ -40,10 +40,14 @@ def weigh(samples: Sequence[Sample], weights: str) -> list[float]:
     """The weight of each kept sample. Those of a question sum to 1, unless all are "equal"."""
     if weights == "equal":
         return [1.0] * len(samples)
-    logs = [_log_ratio(sample) if weights == "importance" else 0.0 for sample in samples]
+    logs = [0.0] * len(samples)
     questions: dict[str, list[int]] = {}
     for i, sample in enumerate(samples):
         questions.setdefault(sample.id, []).append(i)
+        if weights == "importance":
+            assert sample.logprob_plain is not None
+            assert sample.logprob_q is not None
+            logs[i] = sample.logprob_plain - sample.logprob_q
     found = [0.0] * len(samples)
     for members in questions.values():
         largest = max(logs[i] for i in members)  # taken out, so that no weight overflows and the sum does not vanish
@@ -51,12 +55,6 @@ def weigh(samples: Sequence[Sample], weights: str) -> list[float]:
         for i in members:
             found[i] = max(math.exp(logs[i] - largest) / total, SMALLEST)
     return found
-
-
-def _log_ratio(sample: Sample) -> float:
-    assert sample.logprob_plain is not None
-    assert sample.logprob_q is not None
-    return sample.logprob_plain - sample.logprob_q
 
 
 def plain_logprobs(

@@ -120,8 +120,10 @@ class Engine:
             longest = max(map(len, prompts)), longest_suffix
             return Step(self._decode(self._groups, longest, self._alike), None)
         batch = _bucket(len(slots), self.cache.padding_slot)
-        if batch not in self.graphs:
-            self.graphs[batch] = self._capture(batch)
+        if batch not in self.graphs:  # recorded on padding alone, which changes nothing
+            groups = Groups.fixed(self.cache, batch, [], [])
+            step = partial(self._decode, groups, (self.cache.prefix, self.cache.suffix))
+            self.graphs[batch] = _Graph(*record(step, self._pool, self._stream), groups)
         graph = self.graphs[batch]
         if composition != graph.composition:
             graph.groups.copy_(Groups.fixed(self.cache, batch, slots, rows))
@@ -146,12 +148,6 @@ class Engine:
         on = (~ends).long()
         self.ints[: ENDED + 1, attended] = torch.stack((tokens, position + on, drawn + on, 1 - on))
         return torch.stack((tokens.double(), logprobs.double(), proposal_logprobs.double()))
-
-    def _capture(self, batch: int) -> _Graph:
-        """The step for `batch` sequences as a graph, recorded on padding alone, which changes nothing."""
-        groups = Groups.fixed(self.cache, batch, [], [])
-        step = partial(self._decode, groups, (self.cache.prefix, self.cache.suffix))
-        return _Graph(*record(step, self._pool, self._stream), groups)
 
 
 def _packs(parts: Iterable[Part]) -> list[list[Part]]:
@@ -178,8 +174,6 @@ def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Call
 
 def copy_to_host(drawn: Tensor) -> Step:
     """Start to copy a result to the host, because the next replay writes to the same memory."""
-    if not drawn.is_cuda:
-        return Step(drawn.clone(), None)
     host = torch.empty(drawn.shape, dtype=drawn.dtype, pin_memory=True)
     host.copy_(drawn, non_blocking=True)
     arrived = torch.cuda.Event()

@@ -83,7 +83,7 @@ class Generator:
         self._rows: dict[Prompt, int] = {}  # prompts in the cache, and their rows
 
     def generate(
-        self, prompts: Sequence[str] | Sequence[list[int]], params: SamplingParams | None = None
+        self, prompts: Sequence[str | list[int]], params: SamplingParams | None = None
     ) -> list[list[Completion]]:
         """Draw `params.n` completions for each prompt, in order.
 
@@ -92,16 +92,7 @@ class Generator:
         gets further draws, not the same ones again.
         Raises UserError if a prompt is empty or does not fit max_length together with max_new_tokens; nothing is drawn.
         """
-        requests = self._requests(prompts, params or SamplingParams())
-        for request in (request for group in requests for request in group):
-            self.submit(request)
-        done = {completion.request: completion for completion in self}
-        drawn = [[done.pop(request) for request in group] for group in requests]
-        self._finished = list(done.values())  # of requests that were submitted before
-        return drawn
-
-    def _requests(self, prompts: Sequence[str | list[int]], params: SamplingParams) -> list[list[Request]]:
-        """The requests for each prompt, once all prompts are known to be valid."""
+        params = params or SamplingParams()
         seen: Counter[tuple[int, ...]] = Counter()
         requests = []
         for number, prompt in enumerate(prompts, start=1):
@@ -114,7 +105,12 @@ class Generator:
             first = seen[tuple(ids)]
             seen[tuple(ids)] += params.n
             requests.append([Request(ids, params, stream_seed(params.seed, ids, first + k)) for k in range(params.n)])
-        return requests
+        for request in (request for group in requests for request in group):  # all prompts are valid
+            self.submit(request)
+        done = {completion.request: completion for completion in self}
+        drawn = [[done.pop(request) for request in group] for group in requests]
+        self._finished = list(done.values())  # of requests that were submitted before
+        return drawn
 
     def submit(self, request: Request, first: bool = False) -> None:
         """Queue one draw, ahead of all waiting ones if `first`, or raise UserError as `generate`."""
@@ -271,7 +267,7 @@ class Generator:
         return new
 
     def _read(self, sequences: Sequence[_Sequence], step: Step) -> None:
-        """Append what a step drew, except for sequences that had finished before it was known."""
+        """Append what a step drew, except for sequences that had finished before it was known; see which end by it."""
         for sequence, token, logprob, proposal in zip(sequences, *step.read(), strict=False):  # padding follows
             if sequence.finish_reason is not None:
                 continue
@@ -280,17 +276,13 @@ class Generator:
             sequence.token_ids.append(int(token))
             sequence.logprobs.append(logprob)
             sequence.proposal_logprobs.append(proposal)
-            self._finish(sequence)
-
-    def _finish(self, sequence: _Sequence) -> None:
-        """Set the finish reason if the last token ended the sequence."""
-        params, drawn = sequence.request.params, len(sequence.token_ids)
-        ended = sequence.token_ids[-1] in self.tokenizer.eos_ids
-        if params.stop and not ended and drawn >= params.min_new_tokens:
-            text = self.tokenizer.decode(sequence.token_ids)
-            found = [text.index(stop) for stop in params.stop if stop in text]
-            sequence.stop_text = text[: min(found)] if found else None
-        if ended or sequence.stop_text is not None:
-            sequence.finish_reason = "stop"
-        elif drawn >= params.max_new_tokens:
-            sequence.finish_reason = "length"
+            params, drawn = sequence.request.params, len(sequence.token_ids)
+            ended = sequence.token_ids[-1] in self.tokenizer.eos_ids
+            if params.stop and not ended and drawn >= params.min_new_tokens:
+                text = self.tokenizer.decode(sequence.token_ids)
+                found = [text.index(stop) for stop in params.stop if stop in text]
+                sequence.stop_text = text[: min(found)] if found else None
+            if ended or sequence.stop_text is not None:
+                sequence.finish_reason = "stop"
+            elif drawn >= params.max_new_tokens:
+                sequence.finish_reason = "length"

@@ -216,31 +216,27 @@ def upload(values: Any, device: torch.device | str, dtype: torch.dtype = torch.i
 
 
 @lru_cache(maxsize=1)
-def varlen_attention() -> Callable[..., Any] | None:
-    """PyTorch's causal flash attention over packed sequences; None if this PyTorch was built without it.
+def varlen_attention() -> Callable[..., Any]:
+    """PyTorch's causal flash attention over packed sequences.
 
     Its arguments: q [N, H, C], k and v [M, K, C], the starts of the sequences in either, the longest length in either.
     Of a sequence with more keys than queries the queries are the last ones.
     """
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler
-    except ImportError:
-        return None
-    if not torch.backends.cuda.is_flash_attention_available():
-        return None
+    from torch.nn.attention.varlen import varlen_attn  # imported late: it loads the compiler
+
     # The kernel supports fewer key/value heads than query heads; torch above 2.11 wants a flag for it.
     grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
     return partial(varlen_attn, window_size=(-1, 0), **grouped)
 
 
 def takes_varlen(q: Tensor) -> bool:
-    """Whether the flash kernel supports this dtype and head size on this device."""
+    """Whether this PyTorch was built with the flash kernel, and it supports this dtype and head size on this device."""
     return (
         q.is_cuda
         and q.dtype in (torch.bfloat16, torch.float16)
         and q.shape[-1] in range(8, 257, 8)
         and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        and varlen_attention() is not None
+        and torch.backends.cuda.is_flash_attention_available()
     )
 
 
@@ -264,9 +260,7 @@ class PackedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if takes_varlen(q):
-            attention = varlen_attention()
-            assert attention is not None
-            return attention(q, k, v, *self.starts, *self.longest)
+            return varlen_attention()(q, k, v, *self.starts, *self.longest)
         queries, keys = ([count * sizes[i] for count, *sizes in self.rectangles] for i in (0, 1))
         parts = zip(self.rectangles, q.split(queries), k.split(keys), v.split(keys), strict=True)
         done = [self._rectangle(*(x.unflatten(0, (n, -1)) for x in part)).flatten(0, 1) for (n, *_), *part in parts]

@@ -13,7 +13,7 @@ over iterations, because each merge starts from the base weights, read again fro
 import json
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from minem.errors import UserError
 from minem.model.decoder import Model
-from minem.model.sizes import read_targets
 from minem.model.weights import PARTS, checkpoint_views, read_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+# The projections that can be trained, by their Hugging Face names.
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class Adapter(nn.Module):
@@ -58,15 +59,16 @@ class Adapter(nn.Module):
 class LoRA:
     """The adapters of a model; its own parameters stay frozen.
 
-    targets: as for `read_targets`. seed: of the random A, the same in every process. base: the folder of the model's
-    current weights, from which each merge starts. Raises UserError if the rank is above the model's width.
+    targets: names of TARGETS with commas, or "all". seed: of the random A, the same in every process. base: the folder
+    of the model's current weights, from which each merge starts. UserError if the rank is above the model's width.
     """
 
     def __init__(self, model: Model, rank: int, alpha: float, targets: str, seed: int, base: Path):
         if rank > model.config.hidden_size:
             raise UserError(f"mstep.lora_rank is {rank}; the model's width of {model.config.hidden_size} is the most")
         self.model, self.rank, self.alpha, self.seed, self.base = model, rank, alpha, seed, base
-        self.scale, self.targets = alpha / rank, read_targets(targets)
+        names = {name.strip() for name in targets.split(",")}
+        self.scale, self.targets = alpha / rank, [name for name in TARGETS if "all" in names or name in names]
         self.adapters: dict[nn.Linear, Adapter] = {}
         model.requires_grad_(False)
         views = checkpoint_views(model)
@@ -99,16 +101,12 @@ class LoRA:
     def attached(self) -> Iterator[None]:
         """While open, the model computes with base weights and adapters, each inside its own block's forward."""
         self._unmerge()
-        for linear, adapter in self.adapters.items():
-            linear.add_module("lora", adapter)
-        hooks = [linear.register_forward_hook(lambda own, x, y: own.lora(x[0], y)) for linear in self.adapters]
-        try:
+        with ExitStack() as stack:
+            for linear, adapter in self.adapters.items():
+                linear.add_module("lora", adapter)
+                stack.callback(delattr, linear, "lora")
+                stack.enter_context(linear.register_forward_hook(lambda own, x, y: own.lora(x[0], y)))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for linear in self.adapters:
-                del linear.lora
 
     @torch.no_grad()
     def merge(self, masters: Mapping[str, Tensor]) -> None:

@@ -11,8 +11,6 @@ from minem.kernels.cross_entropy import CHUNK_BYTES
 from minem.model.hf_config import ModelConfig
 
 SAFE_SHARE = 0.9  # the share of free memory to plan with: allocators leave gaps
-# The projections that LoRA can train, by their Hugging Face names.
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,6 @@ def parameters(config: ModelConfig) -> Parameters:
     vocabulary = config.vocab_size * width
     head = 0 if config.tie_word_embeddings else vocabulary
     return Parameters(embeddings=vocabulary, body=config.num_hidden_layers * block + width, head=head)
-
-
-def lora_parameters(config: ModelConfig, rank: int, targets: str = "all") -> int:
-    """Parameters of LoRA's terms: for each of `read_targets(targets)`, A [rank, in] and B [out, rank]."""
-    inner, channels = config.intermediate_size, config.head_dim
-    queries, keys = config.num_attention_heads * channels, config.num_key_value_heads * channels
-    ends = dict(zip(TARGETS, (queries, keys, keys, queries, inner, inner, inner), strict=True))
-    # Each projection has the model's width at its other end.
-    return config.num_hidden_layers * rank * sum(config.hidden_size + ends[name] for name in read_targets(targets))
-
-
-def read_targets(text: str) -> list[str]:
-    """The projections that `mstep.lora_targets` names: names with commas, or "all"."""
-    names = {name.strip() for name in text.split(",")}
-    return [name for name in TARGETS if "all" in names or name in names]
 
 
 def activation_bytes(

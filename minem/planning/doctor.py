@@ -32,7 +32,14 @@ def examine(device_name: str) -> dict[str, Any]:
     """All that the command prints: "machine", "parts", "checks" and "passed". UserError if there is no such device."""
     device = pick_device(device_name)
     check = _self_test(device)
-    return {"passed": check["passed"], "machine": _machine(), "parts": _parts(device), "checks": [check]}
+    dtype = pick_dtype("auto", device, SMALL)
+    flash = takes_varlen(torch.empty(1, 1, 64, dtype=dtype, device=device))
+    parts = {
+        "device": f"{device.type}, weights in {str(dtype).removeprefix('torch.')}",
+        "kernels": pick(None, torch.empty(1, dtype=dtype, device=device)),
+        "attention": "flash attention over packed sequences" if flash else "PyTorch's, one call per sequence length",
+    }
+    return {"passed": check["passed"], "machine": _machine(), "parts": parts, "checks": [check]}
 
 
 def lines(found: dict[str, Any]) -> Iterator[str]:
@@ -67,16 +74,6 @@ def _machine() -> dict[str, Any]:
         "minem": minem.__version__,
         **package_versions(PACKAGES.split()),
         "runs_free_bytes": free_disk(Path("runs")),
-    }
-
-
-def _parts(device: torch.device) -> dict[str, str]:
-    dtype = pick_dtype("auto", device, SMALL)
-    flash = takes_varlen(torch.empty(1, 1, 64, dtype=dtype, device=device))
-    return {
-        "device": f"{device.type}, weights in {str(dtype).removeprefix('torch.')}",
-        "kernels": pick(None, torch.empty(1, dtype=dtype, device=device)),
-        "attention": "flash attention over packed sequences" if flash else "PyTorch's, one call per sequence length",
     }
 
 

@@ -26,7 +26,7 @@ from minem.em.checkpoints import KEPT
 from minem.em.loop import Experiment
 from minem.em.packing import plan
 from minem.em.samplers import prompts_of
-from minem.model.sizes import SAFE_SHARE, lora_parameters, parameters
+from minem.model.sizes import SAFE_SHARE, parameters
 from minem.planning.memory import Work, e_step, fitted, m_step, trains
 from minem.runs.folder import default_path
 from minem.runs.stages import row_bytes
@@ -50,7 +50,7 @@ def dry_run(config: Config, experiment: Experiment, longest: tuple[int, int], gp
         prompt=longest[0],
         new=longest[1],
         two_models=config.sampler.proposal == "base" and "hinted" in prompts_of(estep.sampler),
-        adapters=lora_parameters(model.config, config.mstep.lora_rank, config.mstep.lora_targets),
+        adapters=experiment.mstep.trained_parameters if config.mstep.lora_rank else 0,
         narrow=model.stored_dtype.itemsize < 4,
         moments_kept=config.mstep.optimizer_state == "keep",
         **micro_batch,

@@ -36,7 +36,7 @@ class Record:
     def __init__(self, folder: Path) -> None:
         self.result: dict[str, Any] = {}
         self._folder = folder
-        self._paths: list[tuple[Path, Path]] = []
+        self.paths: list[tuple[Path, Path]] = []  # of each file, while it is written and when the stage is done
 
     def path(self, name: str) -> Path:
         """Where to write the file or folder that becomes `name` in the run directory when the stage is done."""
@@ -44,27 +44,22 @@ class Record:
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = final.with_name(files.PARTIAL + final.name)
         files.remove(partial)
-        self._paths.append((partial, final))
+        self.paths.append((partial, final))
         return partial
 
     def commit(self) -> dict[str, dict[str, Any]]:
         """Flush and rename all files; returns their manifest, {name: {"bytes": ..., "sha256": ...}}."""
         written: dict[str, dict[str, Any]] = {}
-        for partial, final in self._paths:
+        for partial, final in self.paths:
             files.flush_tree(partial)
             written |= files.manifest(partial, final.relative_to(self._folder).as_posix())
-        for partial, final in self._paths:
+        for partial, final in self.paths:
             if final.is_dir():  # left by a run that died before its journal line: os.replace does not replace folders
                 files.remove(final)
             os.replace(partial, final)
-        for parent in {final.parent for _, final in self._paths}:
-            files.flush_folders(parent, self._folder)
+        for folder in {one for _, final in self.paths for one in final.parents if one.is_relative_to(self._folder)}:
+            files.flush(folder)
         return written
-
-    def abandon(self) -> None:
-        """Remove what was written."""
-        for partial, _ in self._paths:
-            files.remove(partial)
 
 
 class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
@@ -153,19 +148,20 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
                 written = record.commit()
             except BaseException:
                 with contextlib.suppress(OSError):  # of a folder that is gone or read-only: report that instead
-                    record.abandon()
+                    for partial, _ in record.paths:
+                        files.remove(partial)
                 raise
             self._enter({"stage": name, "result": record.result, "files": written}, time.monotonic() - start)
 
     def _enter(self, line: dict[str, Any], seconds: float) -> None:
         """The journal line that makes a stage finished, after all that it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
-            files.flush_tree(self.path / "metrics.jsonl")
+            files.flush(self.path / "metrics.jsonl")
         content = files.json_line({**line, "seconds": round(seconds, 3), "time": now()})
         with open(self.path / "journal.jsonl", "ab") as journal:
             journal.write(content)
-        files.flush_tree(self.path / "journal.jsonl")
-        files.flush_folders(self.path, self.path)
+        files.flush(self.path / "journal.jsonl")
+        files.flush(self.path)
         self._lines[line["stage"]] = json.loads(content)  # exactly what a resumed run reads
 
     @property
@@ -200,7 +196,13 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             files.remove(partial)
         journal = self.path / "journal.jsonl"
         if (before := self._config_before()) is not None:
-            self._refuse_another_run(before, inputs)
+            changes = difference(before, self.config.model_dump())
+            self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
+            read = read_facts(self.path).get("inputs")
+            if not isinstance(read, dict):
+                raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
+            changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
+            refuse(self.path, [change for change in changes if change not in self.changes])
             if not journal.exists():  # without it all would be done again, over what is there
                 raise UserError(f"{journal} is missing; put it back, or give --overwrite to start from scratch")
         else:
@@ -236,16 +238,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         if not (isinstance(found, dict) and all(isinstance(values, dict) for values in found.values())):
             raise UserError(f"the config of {self.path} is damaged; give --overwrite to start from scratch")
         return found
-
-    def _refuse_another_run(self, before: Mapping[str, Mapping[str, Any]], inputs: dict[str, str]) -> None:
-        changes = difference(before, self.config.model_dump())
-        self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
-        changes = [change for change in changes if change not in self.changes]
-        read = read_facts(self.path).get("inputs")
-        if not isinstance(read, dict):
-            raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
-        changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
-        refuse(self.path, changes)
 
 
 def remove_run(path: Path) -> None:

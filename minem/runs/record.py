@@ -16,7 +16,7 @@ from typing import Any
 
 import minem
 from minem.config import Config
-from minem.files import own_file
+from minem.files import entry, own_file
 from minem.model.tokenizer import FILES, Tokenizer
 from minem.text import redact, visible
 
@@ -68,8 +68,7 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 over the weights and the config of a model folder: a run is continued on the same model only."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(own_file(folder, found.name) for found in folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(entry(path)["sha256"]))
     return digest.hexdigest()
 
 

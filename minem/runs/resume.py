@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minem.config import Config
+from minem.errors import some
 from minem.runs.directory import RunDirectory
 
 
@@ -23,9 +24,8 @@ def go_back(run: RunDirectory) -> str | None:
         undone = run.undo(stage) + undone
     if not undone:
         return None
-    more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
     return (
-        f"{damaged[0]}{more} is missing or damaged: the run goes back to before {undone[0]} "
+        f"{some(damaged, 1)} is missing or damaged: the run goes back to before {undone[0]} "
         f"and repeats {len(undone)} stage(s)"
     )
 

@@ -139,7 +139,11 @@ class Run:
             try:
                 work(stage)
             except NotFinite as error:
-                raise self._dumped(stage_name, error) from error
+                dump = self.path / "log" / f"not-finite.{stage_name.partition('/')[0]}.json"
+                if self.directory is not None:
+                    dump.parent.mkdir(exist_ok=True)
+                    write_atomic(dump, (json.dumps(error.dump) + "\n").encode())
+                raise GuardError(f"{stage_name}: {error}; their tokens are in {dump}") from error
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
@@ -148,14 +152,6 @@ class Run:
                 advice = f"lower {keys}, then give the same command again"
                 raise Interrupted(f"out of memory in {stage_name}; {advice}") from error
         self.results[stage_name] = self.ranks.broadcast(self.directory and self.directory.results[stage_name])
-
-    def _dumped(self, stage_name: str, error: NotFinite) -> GuardError:
-        """Leave what was not finite in the run's log."""
-        dump = self.path / "log" / f"not-finite.{stage_name.partition('/')[0]}.json"
-        if self.directory is not None:
-            dump.parent.mkdir(exist_ok=True)
-            write_atomic(dump, (json.dumps(error.dump) + "\n").encode())
-        return GuardError(f"{stage_name}: {error}; their tokens are in {dump}")
 
     def discard(self, iteration: int, *names: str) -> None:
         """Delete what is no longer needed; outside the stage, so that a run that died between the two cleans up."""

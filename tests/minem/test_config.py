@@ -37,7 +37,7 @@ from minem.em.samplers import SAMPLERS
 from minem.errors import UserError
 from minem.model.decoder import Model
 from minem.model.hf_config import ModelConfig
-from minem.model.sizes import TARGETS
+from minem.model.lora import TARGETS
 
 ROOT = Path(minem.__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.toml"))

@@ -139,15 +139,15 @@ def test_killed_at_any_answer_it_ends_with_the_same_result(whole, tmp_path, monk
     """Four times, between two lines of the file and in a line by turns."""
     _, result = whole
     out, command = tmp_path / "pieces", [*SMALL, "--samples", 4, "--json", "--out", tmp_path / "pieces"]
-    real, left = minem.em.evaluate._row, [0]
+    real, left = minem.em.evaluate.judge, [0]
 
-    def row_or_stop(*arguments):
+    def judge_or_stop(*arguments):
         left[0] -= 1
         if left[0] < 0:
             raise Interrupted("stopped by the test")
         return real(*arguments)
 
-    monkeypatch.setattr("minem.em.evaluate._row", row_or_stop)
+    monkeypatch.setattr("minem.em.evaluate.judge", judge_or_stop)
     stops = 0
     while True:
         left[0] = 7
@@ -162,7 +162,7 @@ def test_killed_at_any_answer_it_ends_with_the_same_result(whole, tmp_path, monk
     assert printed(again) == result
     drawn = [(r["id"], r["draw"]) for r in read_rows(out / "answers.jsonl")]
     assert len(drawn) == len(set(drawn)) == 30
-    monkeypatch.setattr("minem.em.evaluate._row", None)  # nothing is drawn any more
+    monkeypatch.setattr("minem.em.evaluate.judge", None)  # nothing is drawn any more
     assert printed(minem_eval(*command)) == result
 
 

@@ -7,7 +7,7 @@ import torch
 
 import minem
 from minem import Request, SamplingParams
-from minem.generation.engine import Engine
+from minem.generation.engine import Engine, Step
 from tests.minem.folders import VOCABULARY
 
 GREEDY = SamplingParams(temperature=0.0, max_new_tokens=12)
@@ -69,6 +69,7 @@ def by_graphs(patch: pytest.MonkeyPatch, generator: minem.Generator, lag: int) -
         return made
 
     patch.setattr(minem.generation.engine, "record", record)
+    patch.setattr(minem.generation.engine, "copy_to_host", lambda drawn: Step(drawn.clone(), None))
     patch.setattr(minem.generation.generator, "Engine", engine)
     generator._lag = lag
     return recorded

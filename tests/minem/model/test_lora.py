@@ -22,8 +22,7 @@ from minem.config import MStepSection, load_config
 from minem.em.mstep import MStep
 from minem.em.packing import Step, plan
 from minem.errors import UserError
-from minem.model.lora import ADAPTER_WEIGHTS
-from minem.model.sizes import TARGETS
+from minem.model.lora import ADAPTER_WEIGHTS, TARGETS
 from minem.model.weights import checkpoint_views, load_model
 from minem.runs.directory import read_journal
 from tests.minem.em.test_mstep import assert_close, make_examples, reference_sums, weights_of

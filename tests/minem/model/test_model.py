@@ -1,8 +1,8 @@
 """What training needs of the model: attention inside packed sequences, and layers that are recomputed."""
 
 import inspect
-import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +134,6 @@ def test_both_signatures_of_varlen_attention_get_their_arguments(fresh, monkeypa
 
     seen = []
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", version(seen))
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(minem.model.decoder, "takes_varlen", lambda q: True)
     q, k, v, grad = heads(LENGTHS, starts=starts, groups=groups)
     attention = PackedAttention(LENGTHS, "cpu", starts)
@@ -148,19 +147,17 @@ def test_both_signatures_of_varlen_attention_get_their_arguments(fresh, monkeypa
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
-def test_the_installed_varlen_attention_takes_the_names_that_are_used(fresh, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+def test_the_installed_varlen_attention_takes_the_names_that_are_used(fresh):
     call = varlen_attention()
     inspect.signature(call.func).bind(*range(7), **call.keywords)
 
 
-def test_without_the_kernel_the_exact_path_is_taken(fresh, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", None)  # importing it fails, as in another torch
-    assert varlen_attention() is None
-    varlen_attention.cache_clear()
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    assert varlen_attention() is None
+def test_without_the_kernel_the_exact_path_is_taken(monkeypatch):
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(1, 1, 64), device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for built in (True, False):
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda built=built: built)
+        assert minem.model.decoder.takes_varlen(on_gpu) == built
     q, k, v, _ = heads(LENGTHS)
     assert not minem.model.decoder.takes_varlen(q)
     torch.testing.assert_close(PackedAttention(LENGTHS, "cpu")(0, q, k, v), defined(q, k, v, LENGTHS))

@@ -229,7 +229,7 @@ def test_a_disk_that_fails_is_one_sentence(
         patch.setattr(minem.files, "remove", fails(number))  # the clean-up fails on such a disk, too
         where = f"{sentence}: it continues with iter-02/eval"
         with pytest.raises(Interrupted, match=where), run.stage("iter-02/eval") as record:
-            record._paths.append((tmp_path / "a", tmp_path / "b"))
+            record.paths.append((tmp_path / "a", tmp_path / "b"))
         assert "iter-02/eval" not in run.results
         with pytest.raises(Interrupted, match=sentence):
             run.undo("iter-02/mstep")
