@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from minem.generation.sharing import alike
 from minem.model.decoder import upload
 
 
@@ -121,19 +122,27 @@ class MicroBatch:
     rows: torch.Tensor  # [R] int64, positions in 0..N-1 whose hidden state predicts
     targets: torch.Tensor  # [R] int64, the sampled tokens
     token_weights: torch.Tensor  # [R] float32
+    branching: bool = False  # the first sequence is the beginning of all prompts, and the others continue it
 
 
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> MicroBatch:
-    """Lay examples end to end. Prompts are not supervised: only positions that predict a target are rows."""
+    """Lay examples end to end. Prompts are not supervised: only positions that predict a target are rows.
+
+    What all prompts begin with, as worked examples, stands there once if that saves a quarter of the tokens or more.
+    """
+    same = alike([e.prompt_ids for e in examples])
+    shared = same if 4 * same * (len(examples) - 1) >= sum(map(len, examples)) else 0
     rows: list[int] = []
-    end = 0
+    end = shared
     for example in examples:  # its last prompt token predicts the first sampled one, and so on up to the last (EOS)
-        end += len(example)
+        end += len(example) - shared
         rows += range(end - len(example.token_ids), end)
+    ids = [i for e in examples for i in (*e.prompt_ids[shared:], *e.token_ids[:-1])]
     return MicroBatch(
-        input_ids=upload([i for e in examples for i in (*e.prompt_ids, *e.token_ids[:-1])], device),
-        lengths=[len(e) for e in examples],
+        input_ids=upload([*examples[0].prompt_ids[:shared], *ids], device),
+        lengths=[*filter(None, [shared]), *(len(e) - shared for e in examples)],
         rows=upload(rows, device),
         targets=upload([i for e in examples for i in e.token_ids], device),
         token_weights=upload([e.weight for e in examples for _ in e.token_ids], device, torch.float32),
+        branching=shared > 0,
     )

@@ -87,6 +87,7 @@ class Model(nn.Module):
         rows: Tensor | None = None,
         targets: Tensor | None = None,
         token_weights: Tensor | None = None,
+        branching: bool = False,
     ) -> Any:
         """Logits of tokens, or their loss if `rows` and `targets` are given.
 
@@ -97,14 +98,17 @@ class Model(nn.Module):
                 forward, so that the hooks of FSDP run around all parameters.
             targets: int64 [R], the supervised tokens.
             token_weights: [R], one for each target; None: all 1.
+            branching: the other sequences continue the first one, each for itself.
         Returns:
             logits [B, T, V] or [N, V], or (loss, token_logprobs [R], token_entropy [R]) with
             loss = -sum(weight * logprob), undivided (`minem.kernels.linear_cross_entropy`).
         """
         if lengths is None:
             lengths = [input_ids.shape[1]] * input_ids.shape[0]
-        positions = upload(torch.cat([torch.arange(n) for n in lengths]), input_ids.device)
-        hidden = self.hidden(input_ids.flatten(), positions, PackedAttention(lengths, input_ids.device))
+        starts = [0, *[lengths[0] * branching] * (len(lengths) - 1)]
+        positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
+        attend = PackedAttention(lengths, input_ids.device, starts, branching)
+        hidden = self.hidden(input_ids.flatten(), upload(positions, input_ids.device), attend)
         if rows is None or targets is None:
             return self.head(hidden).unflatten(0, input_ids.shape)
         return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
@@ -247,8 +251,16 @@ class PackedAttention:
     a rectangle [B, T]: no padding, and a sequence's result does not depend on the sequences packed beside it.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str, starts: Sequence[int] | None = None):
-        """starts: positions before each sequence that it attends to as well; their keys and values precede its own."""
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device | str,
+        starts: Sequence[int] | None = None,
+        branching: bool = False,
+    ):
+        """starts: positions before each sequence that it attends to as well; their keys and values precede its own,
+        or are those of the first sequence if `branching`."""
+        self.branches = list(lengths) if branching else []
         ends = [start + length for start, length in zip(starts or [0] * len(lengths), lengths, strict=True)]
         self.longest = max(lengths, default=0), max(ends, default=0)
         self.rectangles = [(len(list(run)), *shape) for shape, run in groupby(zip(lengths, ends, strict=True))]
@@ -259,6 +271,9 @@ class PackedAttention:
         """None: training has no cache."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.branches:
+            first, *others = zip(k.split(self.branches), v.split(self.branches), strict=True)
+            k, v = map(torch.cat, zip(first, *(x for other in others for x in (first, other)), strict=True))
         if takes_varlen(q):
             return varlen_attention()(q, k, v, *self.starts, *self.longest)
         queries, keys = ([count * sizes[i] for count, *sizes in self.rectangles] for i in (0, 1))

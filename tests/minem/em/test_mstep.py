@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,8 @@ import transformers
 from minem.config import MStepSection
 from minem.em.masters import Masters
 from minem.em.mstep import MStep, Totals, learning_rate, loss_divisor
-from minem.em.packing import Example, Step, plan
+from minem.em.packing import Example, Step, pack, plan
+from minem.em.scoring import score
 from minem.errors import GuardError, UserError
 from minem.kernels import linear_cross_entropy
 from minem.model.decoder import Model
@@ -137,6 +139,29 @@ def test_packed_sequences_have_the_gradients_of_one_by_one(folders):
         gradients.append([p.grad for p in one.parameters()])
     for packed, alone in zip(*gradients, strict=True):
         assert_close(packed, alone)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_what_all_prompts_begin_with_is_computed_once_with_the_same_loss_and_gradients(folders, architecture):
+    same = [2 + i % 40 for i in range(70)]
+    examples = [replace(e, prompt_ids=[*same, *e.prompt_ids], weight=0.5 + i) for i, e in enumerate(make_examples(6))]
+    examples[3] = replace(examples[2], token_ids=examples[2].token_ids[:-1])  # two draws of one prompt
+    packed = pack(examples)
+    assert packed.lengths == [64, *(len(example) - 64 for example in examples)]
+    assert len(packed.input_ids) == sum(map(len, examples)) - 5 * 64
+    found = []
+    for micro_batches in [tuple(range(6))], [(i,) for i in range(6)]:
+        one = load_model(folders[architecture])
+        totals = MStep(one, MStepSection()).accumulate(examples, Step(0, tuple(micro_batches)), divisor=1.0)
+        found.append((totals.loss, totals.entropy, [p.grad for p in one.parameters()]))
+    (loss, entropy, together), (loss_alone, entropy_alone, alone) = found
+    assert (loss, entropy) == pytest.approx((loss_alone, entropy_alone), rel=1e-5)
+    for shared, own in zip(together, alone, strict=True):
+        assert_close(shared, own)
+    scored = score(one, examples, 10_000), score(one, examples, 1)
+    for (logprobs, spread), (expected, expected_spread) in zip(*scored, strict=True):
+        assert logprobs == pytest.approx(expected, abs=1e-4)
+        assert spread == pytest.approx(expected_spread, abs=1e-4)
 
 
 class Second(Ranks):
