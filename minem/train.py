@@ -8,9 +8,10 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -101,33 +102,32 @@ def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
     """The tokens of the longest prompt and the most new ones. UserError for a prompt that leaves these no room."""
     task, section, prompts = experiment.task, config.sampler, experiment.estep.prompts
     hinted = [kind == "hinted" for kind in prompts_of(experiment.estep.sampler)]
-    generator, longest = experiment.estep.generators["plain"], 0
-    for name, new, questions, kinds in (
-        ("eval", config.eval.max_new_tokens, task.validation + task.test, []),
-        ("sampler", section.max_new_tokens, task.train, hinted),
-    ):
-        for question in questions:
-            asked = [prompts.trained(question), *(prompts.drawn(question, kind) for kind in kinds)]
-            check_ids(generator, question, max(asked, key=max))
-            length = max(map(len, asked))
-            if length + new > generator.max_length:
-                advice = f"lower {name}.max_new_tokens" if length < generator.max_length else "take fewer or no shots"
-                raise UserError(
-                    f"question {question.id!r}: its prompt of {length} tokens does not leave {new} of the "
-                    f"model's {generator.max_length} positions; {advice}"
-                )
-            longest = max(longest, length)
-    return longest, max(config.eval.max_new_tokens, section.max_new_tokens)
+    generator, new = experiment.estep.generators["plain"], config.eval.max_new_tokens
+    asked = ((question, prompts.trained(question)) for question in (*task.validation, *task.test))
+    trained = ((question, prompts.trained(question)) for question in task.train)
+    drawn = ((question, prompts.drawn(question, kind)) for question in task.train for kind in hinted)
+    longest = measure(generator, asked, new, "eval.max_new_tokens")
+    drawn_longest = measure(generator, chain(trained, drawn), section.max_new_tokens, "sampler.max_new_tokens")
+    return max(longest, drawn_longest), max(new, section.max_new_tokens)
 
 
-def check_ids(generator: Generator, question: Question, prompt: Sequence[int]) -> None:
-    """UserError for a prompt with a token that the model has no embedding of, as some added tokens."""
-    size, last = generator.model.config.vocab_size, max(prompt)
-    if last >= size:
-        token = f"{generator.tokenizer.decode([last], skip_special_tokens=False)!r}, number {last}"
-        raise UserError(
-            f"question {question.id!r}: its prompt has the token {token}, and the model's vocabulary is {size}"
-        )
+def measure(generator: Generator, prompts: Iterable[tuple[Question, Sequence[int]]], new: int, key: str) -> int:
+    """The tokens of the longest prompt. UserError for one that leaves no room for `new` tokens, whose number `key`
+    sets, or that has a token which the model has no embedding of, as some added tokens."""
+    longest, positions, size = 0, generator.max_length, generator.model.config.vocab_size
+    for question, prompt in prompts:
+        if (last := max(prompt)) >= size:
+            token = f"{generator.tokenizer.decode([last], skip_special_tokens=False)!r}, number {last}"
+            found = f"its prompt has the token {token}, and the model's vocabulary is {size}"
+            raise UserError(f"question {question.id!r}: {found}")
+        if len(prompt) + new > positions:
+            advice = f"lower {key}" if len(prompt) < positions else "take fewer or no shots"
+            raise UserError(
+                f"question {question.id!r}: its prompt of {len(prompt)} tokens does not leave {new} of the "
+                f"model's {positions} positions; {advice}"
+            )
+        longest = max(longest, len(prompt))
+    return longest
 
 
 @contextmanager
@@ -271,28 +271,25 @@ def evaluate(
     generator = make_generator(str(folder), device, progress)
     words = Config().changed({"task.name": task, "task.prompt": prompt, "task.shots": shots}).task
     prompts = make_prompts(generator.tokenizer, words, None, stop)
-    new = _new_tokens(max_new_tokens, prompts, questions, generator)  # before the folder is made
+    asked = ((question, prompts.trained(question)) for question in questions)
+    longest = measure(generator, asked, max_new_tokens or 1, "--max-new-tokens")  # before the folder is made
+    new = max_new_tokens or min(512, generator.max_length - longest)
     settings = {
         "model": fingerprint(folder)[:16],
         **{name: digest[:16] for name, digest in hash_tokenizer(prompts.tokenizer).items()},
         "prompts": prompts.sha256[:16],
         "rows": loaded.rows_sha256[:16],
-        "split": split,
-        "limit": limit,
+        **{"split": split, "limit": limit, "seed": seed, "max_new_tokens": new, "minem": minem.__version__},
         "verdict": f"{verdict} {hash_source(verdict)[:16]}" if verdict else None,
-        "max_new_tokens": new,
-        "seed": seed,
         "dtype": str(generator.model.dtype).removeprefix("torch."),
         "device": generator.model.device.type,
-        "minem": minem.__version__,
     }
     out = out or Path("evals") / folder_name(f"{model.strip('./')}.{task.strip('./')}.{split}.s{seed}")
     evaluation = Evaluation(generator, prompts, check, EvalSection(max_new_tokens=new, samples=samples), seed)
     with answer_file(out, settings, overwrite) as (known, append):
-        for sentence in first_question(prompts, questions):
+        kept = [f"{out} has {len(known)} answers already, which are not drawn again without --overwrite"]
+        for sentence in first_question(prompts, questions) + kept[: len(known)]:
             progress.note(sentence)
-        if known:
-            progress.note(f"{out} has {len(known)} answers already, which are not drawn again without --overwrite")
         with progress.stage(f"{task} {split}", evaluation.total(questions)) as line:
             answers = evaluation.answers(questions, line.update, known, append)
     found = summarise_answers(questions, answers, samples)
@@ -300,22 +297,6 @@ def evaluate(
         progress.note(f"warning {sentence}")
     named = {"model": model, "task": task, "split": split, "max_new_tokens": new, "answers": str(out / "answers.jsonl")}
     return named | found
-
-
-def _new_tokens(wanted: int | None, prompts: Prompts, questions: Sequence[Question], generator: Generator) -> int:
-    """How many tokens an answer may have. UserError if the longest prompt leaves no room for as many as are wanted."""
-    asked = [(prompts.trained(question), question) for question in questions]
-    for prompt, question in asked:
-        check_ids(generator, question, prompt)
-    longest, id_ = max((len(prompt), question.id) for prompt, question in asked)
-    room = generator.max_length - longest
-    if room >= (wanted or 1):
-        return wanted or min(512, room)
-    advice = "lower --max-new-tokens" if room > 0 else "the model cannot be asked this"
-    raise UserError(
-        f"question {id_!r}: its prompt of {longest} tokens leaves {max(0, room)} of the model's "
-        f"{generator.max_length} positions for max_new_tokens; {advice}"
-    )
 
 
 def make_generator(name: str, device: str, progress: Progress) -> Generator:

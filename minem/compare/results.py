@@ -7,6 +7,7 @@ a seed, where base model, questions and random streams are the same.
 """
 
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,24 +216,7 @@ ITERATIONS = ("sampler", "iteration", "accuracy", "flexible", "unparsed", "kept"
 TRAINING = ("sampler", "attempts", "accepted_share", "kept", "kept_length", "trained", "steps")
 COST = ("sampler", "tokens", "counted_tokens", "cancelled_tokens", "prefill_tokens", "seconds")
 PAIRS = ("pair", "per seed", "mean", "95 % interval", "p_value", "holm_p")
-NOTES = {
-    "accuracy": "Greedy, base -> last model, means over seeds and their standard deviation. Flexible reads more forms "
-    "of an answer. The gain is net: reasoning is wrong to right less right to wrong, format the same with unparsed or "
-    "truncated answers in place of wrong ones.",
-    "answers": "Length is tokens per greedy answer; sampled and pass@k are of draws at temperature 1.",
-    "iterations": "Iteration 0 is the base model. Valid is the share of kept rationales whose steps hold.",
-    "costs": "Tokens are all that the E-steps generated, those of rejected and of cancelled attempts too; prefill are "
-    "those of prompts that were read. Seconds are those of E- and M-steps.",
-    "none": "Not matched: samplers train on as many examples as they find, and take as many steps as those need.",
-    "kept": "Matched by kept examples: in each iteration all samplers of a seed train on equally many of them.",
-    "cost": "Matched by cost: in each iteration all samplers of a seed train on what the thriftiest's tokens find.",
-    "descriptive": "DESCRIPTIVE ONLY: claims about samplers need {needed} seeds or more, here are {fewest}. ",
-    "pairs": "Differences of test accuracy between two samplers with the same seed, in points, with Student's 95 % "
-    "interval of their mean. Holm's correction is over the {count} comparisons of this command. They speak of "
-    "repeating the training of this base model on these questions, not of other models or questions.",
-    "mcnemar": "Questions that only the first : only the second of two checkpoints gets right. A small p shows that "
-    "these two checkpoints differ, not that the samplers do; it must not be pooled over seeds.",
-}
+NOTES = tomllib.loads((Path(__file__).parent / "notes.toml").read_text(encoding="utf-8"))
 
 
 def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -242,7 +226,7 @@ def tables(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
     steps = [{**{name: one[name] for name in NAMES}, **step} for one in samplers for step in one["iterations"]]
     passed = [key for one in samplers for key in one if key.startswith("pass_at_")][-1:]  # the largest k
     fewest = min((pair["interval"]["n"] for pair in comparison["pairs"]), default=0)
-    claims = NOTES["descriptive"].format(needed=ENOUGH_SEEDS, fewest=fewest) if fewest < ENOUGH_SEEDS else ""
+    claims = f"{NOTES['descriptive'].format(needed=ENOUGH_SEEDS, fewest=fewest)} " if fewest < ENOUGH_SEEDS else ""
     pairs = list(map(_texts, comparison["pairs"]))
     tests = dict.fromkeys(key for pair in pairs for key in pair if key.startswith("seed "))
     axes = [name for name in ("task", "model") if len({one[name] for one in [*samplers, *pairs]}) > 1]
