@@ -797,3 +797,14 @@ DOUBTS = [
 def test_a_doubt_a_denial_or_a_second_answer_is_no_statement(text: str):
     options = ("gravity", "heat", "friction", "light")
     assert verdict.strict(text, Question("q", "?", options, ("A", "B", "C", "D"), "A")) is None
+
+
+@pytest.mark.parametrize("read", [verdict.strict, verdict.flexible])
+def test_what_a_model_writes_after_its_answer_is_read_in_place_of_it(read):
+    """As data/README.md says: a question that it invents and answers counts, one that it leaves open does not."""
+    answered = "Plants need light.\nThe best answer is A"
+    assert read(answered, LIGHT) == "A"
+    assert read(f"{answered}\n\nWhich is salty?\nA. soup\nB. water\nThe best answer is B", LIGHT) == "B"
+    assert read(f"{answered}\n\nWhich is salty?", LIGHT) == "A"
+    number = Question("q", "How many?", (), (), "18")
+    assert read("9 + 9 = 18\nThe best answer is 18\n\nHow many is 2 + 2?\nThe best answer is 4", number) == "4"

@@ -295,7 +295,7 @@ def test_a_prompt_without_room_for_an_answer_is_named_before_the_folder_is_made(
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
     for more, advice in (
         (["--max-new-tokens", 1024], "lower --max-new-tokens"),
-        (["--task", "long.jsonl"], "the model cannot be asked this"),
+        (["--task", "long.jsonl"], "take fewer or no shots"),
     ):
         result = minem_eval("--limit", 2, *more)
         assert result.exit_code == 2, result.output

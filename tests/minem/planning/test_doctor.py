@@ -45,7 +45,7 @@ def test_it_reports_what_is_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Any)
 
 def wrong_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = Model.forward  # of the trainer alone
-    monkeypatch.setattr(Model, "forward", lambda self, ids, *a, **k: forward(self, ids.roll(1), *a, **k))
+    monkeypatch.setattr(Model, "forward", lambda self, input_ids, **k: forward(self, input_ids.roll(1), **k))
 
 
 def broken(monkeypatch: pytest.MonkeyPatch) -> None:
