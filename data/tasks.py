@@ -82,6 +82,8 @@ def load_task(name_or_path: str, limit: int | None = None, seed: int = 0, column
             f"no task or path {name_or_path!r}{near}: known tasks are {', '.join(TASKS)}; a path may be a folder with "
             "train, validation and test as .jsonl or .parquet, or one such file; hub:NAME is any dataset of the hub"
         )
+    if len({bool(question.labels) for questions in splits.values() for question in questions}) > 1:
+        raise UserError(f"the splits of {name_or_path} hold questions with options and without; a task has one kind")
     for split, questions in splits.items():
         if not questions:
             raise UserError(f"the {split} split of {name_or_path} is empty: every split needs at least one question")
@@ -118,10 +120,15 @@ def _hub_splits(
 ) -> tuple[dict[str, list[Question]], str]:
     """The splits of a dataset. Those that it lacks are held out of train, the same questions for every seed."""
     files, note = _hub_files(name, SPLITS, revision, needed=("train",))
-    splits = {split: _read_all(files[split], columns) for split in SPLITS}
+    splits = {"train": read_questions(files["train"], columns)}
     pool = splits["train"]
     for split in ("validation", "test"):
-        if not files[split]:
+        bad: list[str] = []
+        splits[split] = read_questions(files[split], columns, on_bad_row=bad.append)
+        if bad and splits[split]:
+            raise UserError(bad[0])
+        if not splits[split]:
+            note += f"; no row of its {split} split can be read ({bad[0]})" if bad else ""  # many hide the answers
             kept = splits["train"]
             held_out = {question.id for question in sorted(kept, key=_id_hash)[: min(HELD_OUT, len(kept) // 2)]}
             splits[split] = [question for question in kept if question.id in held_out]
@@ -140,10 +147,11 @@ def _hub_files(
     patterns = {split: f"{folder}/{split}-*.parquet" for split in splits}
     snapshot = download(repo, "dataset", list(patterns.values()), revision)
     files = {split: sorted(snapshot.glob(pattern)) for split, pattern in patterns.items()}
+    there = "".join(f", but {split}" for split, found in files.items() if found)
     for split in (split for split in needed or files if not files[split]):
         raise UserError(
-            f"dataset {repo!r} has no file {patterns[split]} (revision {revision or 'main'}; or not in the cache): "
-            f"connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
+            f"dataset {repo!r} has no file {patterns[split]}{there} (revision {revision or 'main'}; or not in the "
+            f"cache): connect to download it, pin a revision as in '{name}@REVISION', or give a folder as the task"
         )
     return files, f"{repo} at {snapshot.name[:12]}"  # the cache names a snapshot's folder after its commit
 
@@ -155,7 +163,7 @@ def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], s
     splits, ARC or OpenBookQA, word by word, are left out, so that a model has seen no test; unreadable rows, too.
     """
     files, source = _hub_files("mmlu", ("auxiliary_train", "dev", "validation", "test"), revision)
-    splits = {split: _read_all(files[split]) for split in ("dev", "validation", "test")}
+    splits = {split: read_questions(files[split]) for split in ("dev", "validation", "test")}
     others = (_hub_splits(name, None)[0] for name in ("arc-challenge", "arc-easy", "openbookqa"))
     taken = {_normal(question.text) for task in (splits, *others) for split in task for question in task[split]}
     bad: list[str] = []
@@ -168,10 +176,6 @@ def _mmlu(revision: str | None, seed: int) -> tuple[dict[str, list[Question]], s
     splits["train"] = random.Random(seed).sample(pool, min(MMLU_TRAIN, len(pool)))
     distinct = f"{len(splits['train'])} of the {len(pool)} distinct questions of auxiliary_train that no other task has"
     return splits, f"{source}; train is a sample (seed {seed}) of {distinct} ({len(bad)} unreadable rows left out)"
-
-
-def _read_all(paths: list[Path], columns: Columns | None = None) -> list[Question]:
-    return [question for path in paths for question in read_questions(path, columns)]
 
 
 def _id_hash(question: Question) -> bytes:

@@ -216,7 +216,9 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 @click.option("--task", default="toy", show_default=True, help="As for train.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
 @click.option("--limit", type=click.IntRange(min=1), help="At most N questions.")
-@click.option("--columns", multiple=True, metavar="NAME=COLUMN", help="What a column of your rows means, options=a,b.")
+@click.option(
+    "--columns", multiple=True, metavar="NAME=COLUMN", help="question=problem, options=a,b or ignore=x; repeats."
+)
 @click.option("--prompt", help="A built-in prompt set or your own FILE.toml. By default the task's.")
 @click.option(
     "--shots",

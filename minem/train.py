@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if config.run.out is None:
         config = config.changed({"run.out": str(default_path(config, f"samples-{digest[:8]}"))})
+    config = config.changed({"run.iterations": 1})
     experiment = build(config, session, source=f"on samples of the file `{file.name}` (SHA-256 {digest})")
     sizes = experiment.estep.generators["plain"].max_length, experiment.mstep.model.config.vocab_size
     rules = config.mstep.weights, config.sampler.drop_leaks
@@ -308,12 +309,15 @@ def make_generator(name: str, device: str, progress: Progress) -> Generator:
 
 
 def first_question(prompts: Prompts, questions: Sequence[Question]) -> list[str]:
-    """What the model is asked first, without shots, and a note if questions hold control tokens."""
-    first = prompts.words.messages(prompts.escaped(questions[0]))[-1]["content"].replace("\n", "\n        ")
-    lines = [f"first   {first[:2000]}\n        (right: {questions[0].gold})"]
+    """The user's turn of the first prompt, line by line, and notes about what stands in all or in some questions."""
+    first = prompts.words.messages(prompts.escaped(questions[0]))[-1]["content"][:2000].splitlines()
+    lines = [f"{margin}{line}" for margin, line in zip(chain(["first   "], repeat(" " * 8)), first, strict=False)]
+    lines.append(f"        (right: {questions[0].gold})")
     if held := sum(prompts.escaped(question) != question for question in questions):
-        remedy = "a space in each keeps it text, which task.special_tokens = true turns off"
-        lines.append(f"note    control tokens of the tokenizer stand in {held} questions: {remedy}")
+        remedy = "a space in each keeps it text (task.special_tokens)"
+        lines.append(f"note    control tokens of the tokenizer stand in the text of {held} question(s): {remedy}")
+    if len(questions) >= 20 and questions[0].labels and len({question.gold for question in questions}) == 1:
+        lines.append(f"note    {questions[0].gold} is right in all questions: a model learns to answer that alone")
     return lines
 
 

@@ -220,7 +220,7 @@ WRONG = {
     "train --out other": "--out other is not empty and no run directory (it holds notes.txt)",
     "train --out rows.jsonl": "--out rows.jsonl is a file; it must be a folder",
     "compare --out other": "--out other is not empty and no comparison",
-    "eval --columns gold=answer --task other": 'task.columns: "gold=answer" must be question, options, answer',
+    "eval --columns gold=answer --task other": 'task.columns: "gold=answer" must be NAME=COLUMN',
     "eval --limit 2 --max-new-tokens 4 --out other": "other is not empty and no evaluation folder",
     "show nowhere": "nowhere is not a run directory: nowhere/run.json cannot be read",
     "show run": "run is not a run directory: run/run.json holds a JSON list",

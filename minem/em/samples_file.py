@@ -78,8 +78,15 @@ def _encoded(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> list[i
         text = last.get("content")
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where} needs token_ids, a text, or messages of which the assistant's answer is the last")
-    eos = tokenizer.eos_id if row.get("finish_reason") == "stop" else None
-    return tokenizer.encode(text, add_special_tokens=False) + ([] if eos is None else [eos])
+    try:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if early := [i for i in ids[:-1] if i in tokenizer.eos_ids]:
+        token = tokenizer.decode(early[:1], skip_special_tokens=False)
+        raise UserError(f"{where}: its text has {token!r}, which ends an answer, before its end")
+    ends = row.get("finish_reason") != "stop" or tokenizer.eos_id is None or ids[-1] in tokenizer.eos_ids
+    return ids if ends or tokenizer.eos_id is None else [*ids, tokenizer.eos_id]
 
 
 def _logprob(row: Mapping[str, Any], field: str, where: str) -> float:

@@ -87,10 +87,12 @@ def model_card(config: Config, name: str, source: str | None, iteration: int) ->
     source: where its samples came from, if no sampler drew them.
     """
     front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(config.model.id)}\ntags: [minem]\n---\n"
-    drawn = f"with the sampler `{config.sampler.name}` (budget {config.sampler.budget})"
+    section, kept = config.sampler, "config is" if source else "config and the samples are"
+    done = f"after {iteration} iteration(s) of expectation maximization on `{config.task.name}` with the sampler "
+    done += f"`{section.name}` (budget {section.budget})"
+    if source:
+        done = f"trained for `{config.task.name}` {source}"
     return visible(
-        f"{front}\n# {name}, iteration {iteration}\n\n"
-        f"`{config.model.id}` after {iteration} iteration(s) of expectation maximization on "
-        f"`{config.task.name}` {source or drawn}, "
-        f"made by minem {minem.__version__}. The config and the samples are in the run's directory.\n"
+        f"{front}\n# {name}, iteration {iteration}\n\n`{config.model.id}` {done}, made by minem {minem.__version__}. "
+        f"The {kept} in the run's directory.\n"
     )

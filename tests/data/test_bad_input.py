@@ -101,7 +101,7 @@ BAD: dict[str, tuple[str, list[Any] | str | bytes, str, str]] = {
         "validation",
         [{**MMLU, "answer": "1"}],
         JSONL,
-        'a number from 0 to 1 or the text of one option, not "1"',
+        '(not in quotes, which may count from 1) or the text of one option, not "1"',
     ),
     "a free-form answer of lines": (
         "test",

@@ -104,6 +104,35 @@ def test_a_file_holds_one_kind_of_questions(tmp_path: Path):
             read_questions(write_jsonl(tmp_path / "rows.jsonl", rows))
 
 
+def test_numbers_as_labels(tmp_path: Path):
+    """A number in answer is a label there, and in answer_index it counts from 0."""
+    numbered = {**BARE, "options": {"1": "light", "2": "soup", "3": "shoes"}}
+    for row, gold in ((numbered | {"answer": 1}, "1"), (numbered | {"answer_index": 1}, "2")):
+        (question,) = read_questions(write_jsonl(tmp_path / "n.jsonl", [row]))
+        assert question.gold == gold
+    with pytest.raises(UserError, match="'answer' must be one of the labels 1, 2, 3"):
+        read_questions(write_jsonl(tmp_path / "n.jsonl", [numbered | {"answer": 0}]))
+
+
+def test_the_files_of_a_split_are_one(tmp_path: Path):
+    """Shards: an id may not repeat, content ids are told apart, and all questions are of one kind."""
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", [MMLU]) for name in ("a", "b"))
+    first, second = read_questions([one, two])
+    assert second == replace(first, id=f"{first.id}-2")
+    write_jsonl(one, [ARC])
+    with pytest.raises(UserError, match=r"b\.jsonl, row 1: the field 'id' repeats 'q1' of a\.jsonl, row 1"):
+        read_questions([one, write_jsonl(two, [ARC])])
+    with pytest.raises(UserError, match=r"b\.jsonl, row 1: this row lacks options"):
+        read_questions([one, write_jsonl(two, [{**FREE, "id": "f"}])])
+
+
+def test_the_splits_of_a_task_are_of_one_kind(tmp_path: Path):
+    folder = write_folder(tmp_path, {"train": 3, "validation": 2, "test": 2})
+    write_jsonl(folder / "test.jsonl", [FREE])
+    with pytest.raises(UserError, match="hold questions with options and without; a task has one kind"):
+        load_task(str(folder))
+
+
 def test_rows_under_a_train_field(tmp_path: Path):
     bare, nested = (read_questions(write_jsonl(tmp_path / "m.jsonl", [row])) for row in (MMLU, {"train": MMLU}))
     assert nested == bare
@@ -140,7 +169,7 @@ def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
         ({"answerKey": None}, "'answerKey' is missing"),
         (
             {"answerKey": "E"},
-            "'answerKey' must be one of the labels A, B, C, a number from 0 to 2 or the text of one option, not \"E\"",
+            "'answerKey' must be one of the labels A, B, C, a number from 0 to 2 (not in quotes",
         ),
         ({"id": ""}, "'id'"),
         (
@@ -150,9 +179,9 @@ def test_ids_from_content_are_stable_and_differ(tmp_path: Path):
         ({"choices": ["a", "b"], "answer": -1}, "'answer'"),
         (
             {"choices": ["a", "b"], "answerKey": None, "answer": 1.5},
-            "a number from 0 to 1 or the text of one option, not 1.5",
+            "or the text of one option, not 1.5",
         ),
-        ({"choices": [], "answer": 0}, "must hold two or more texts, each with a label, not 0 texts and 0 labels"),
+        ({"choices": [], "answer": 0}, "must hold 2 to 26 texts, each with a label, not 0 texts and 0 labels"),
         ({"choices": ["a", "b"], "answer": True}, "'answer'"),
         ({"choices": ["a", "a"], "answerKey": None, "answer": "a"}, 'the text of one option, not "a"'),
         ({"choices": ["a", "b"], "answer": "b"}, "the answers differ: answerKey means A, answer means B"),
@@ -201,7 +230,12 @@ LIST = {**BARE, "options": ["light", "soup", "shoes"]}
         ({**BARE, "opa": "light", "opb": "soup", "opc": "shoes", "cop": 0}, ["options=opa,opb,opc", "answer=cop"]),
         ({**LIST, "answer": "A", "support": "Plants live by light."}, ["ignore=support"]),
         ({**LIST, "answer": "A", "choices": ["no", "yes"]}, ["ignore=choices"]),
-        ({**ARC, "question": "?", "problem": ARC["question"]}, ["question=problem"]),
+        ({**ARC, "question_stem": "?", "problem": ARC["question"]}, ["question=problem"]),
+        ({**LIST, "answerKey": "C", "gold": "A"}, ["answer=gold"]),
+        ({**LIST, "answer": "A", "ctx_a": "x", "ctx_b": "y"}, ["ignore=ctx_a", "ignore=ctx_b,ctx_c"]),
+        ({**LIST, "answer": "A", "context": ""}, []),
+        ({**BARE, "options": {"A": "light", "B": "soup", "C": "shoes", "D": None}, "answer": "A"}, []),
+        ({**BARE, "options": ["A)light", "B) soup", "C) shoes"], "answer": "A"}, []),  # AQuA
     ],
 )
 def test_options_are_recognised_in_whatever_columns_they_stand(tmp_path: Path, write, row: dict, columns: list[str]):
@@ -226,6 +260,12 @@ def test_a_passage_is_part_of_the_question(tmp_path: Path, column: str):
         ({**LIST, "answer": "A", "support": "Plants ..."}, [], "column 'support' may hold options or a passage"),
         ({**BARE, "answer": "4", "Body": "Ann has 2 plants."}, [], "column 'Body' may hold options or a passage"),
         ({**LIST, "answer": "A", "choices": ["a", "b"]}, [], "both 'choices' and 'options'"),
+        ({**BARE, "answer": 0, "answers": ["light", "soup"]}, [], "column 'answers' may hold options"),
+        ({**BARE, "answer": 0, "made": ["light", "soup"]}, [], "column 'made' may hold options"),
+        ({**BARE, "answer": "light", "Incorrect Answer 1": "soup"}, [], "column 'Incorrect Answer 1' may hold options"),
+        ({**BARE, "answer": "light", "holding_0": "soup"}, [], "column 'holding_0' may hold options"),
+        ({**BARE, "answer": "light", "dialogue": "Ann: ..."}, [], "column 'dialogue' may hold options or a passage"),
+        ({**LIST, "answer": "2"}, [], "a number from 0 to 2 (not in quotes, which may count from 1)"),
         ({**LIST, "answer": "A", "A": "light", "B": "soup"}, [], "options twice, in 'options' and 'A'"),
         ({**LIST, "answer": "A", "context": "x", "passage": "y"}, [], "both 'context' and 'passage'"),
         ({**LIST, "answer": "A", "context": ["x"]}, [], "'context' must be a text"),
@@ -242,7 +282,7 @@ def test_what_may_be_options_or_a_passage_is_never_left_out_silently(
 
 @pytest.mark.parametrize("text", ["question", "question=", "gold=answer", "answer=a,b", "=a"])
 def test_a_wrong_task_columns_is_named(text: str):
-    with pytest.raises(UserError, match=r"task\.columns: .* must be question, options, .*, ignore, = and a column"):
+    with pytest.raises(UserError, match=r"task\.columns: .* must be NAME=COLUMN, .* a NAME is question, .*, ignore"):
         parse_columns([text])
 
 
@@ -461,6 +501,15 @@ def test_any_dataset_of_the_hub_by_its_name(cache: Path, tmp_path: Path):
     assert {q.gold for q in task.train} == {"B"}
     assert "me/exam at 0123456789ab; validation is 10 of its 20 training questions" in task.note
     assert load_task("hub:allenai/openbookqa:main").train == load_task("openbookqa").train
+    hidden = [{**ARC, "id": f"h{i}", "answerKey": None} for i in range(4)]
+    shards = {f"data/{split}-0.parquet": rows for split, rows in (("train", arc_rows(9)), ("test", hidden))}
+    write_cache(tmp_path / "hub", "me/hidden", shards)
+    task = load_task("hub:me/hidden")
+    assert [len(task.train), len(task.validation), len(task.test)] == [3, 4, 2]
+    assert "no row of its test split can be read (test-0.parquet, row 1: the field 'answerKey' is missing)" in task.note
+    write_cache(tmp_path / "hub", "me/tests", {"data/test-0.parquet": arc_rows(4)})
+    with pytest.raises(UserError, match=r"'me/tests' has no file data/train-\*\.parquet, but test \(revision"):
+        load_task("hub:me/tests")
     with pytest.raises(UserError, match=r"dataset 'me/exam' has no file data/train-\*\.parquet"):
         load_task("hub:me/exam")
     with pytest.raises(UserError, match=r"row 1: the column 'opa' may hold options"):

@@ -509,7 +509,7 @@ def test_the_first_e_step_compares_generator_and_trainer(finished, tmp_path, mon
     assert [r["logprob_difference"] for r in metrics if "logprob_difference" in r] == [result["logprob_difference"]]
     # A trainer that sees another position than the generator does is another policy.
     forward = Model.forward
-    monkeypatch.setattr(Model, "forward", lambda self, ids, *more, **named: forward(self, ids.roll(1), *more, **named))
+    monkeypatch.setattr(Model, "forward", lambda self, input_ids, **named: forward(self, input_ids.roll(1), **named))
     stopped = sample(tmp_path / "wrong")
     assert stopped.exit_code == 4
     assert "disagree on the log-probabilities" in stopped.stderr

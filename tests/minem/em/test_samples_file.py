@@ -50,6 +50,14 @@ def test_rows_of_text_get_the_ids_of_the_models_tokenizer(tmp_path):
     found = read(tmp_path, *({"id": ROW["id"], **row} for row in rows + ended))
     assert [sample.token_ids for sample in found] == [IDS[:-1]] * 3 + [IDS] * 3
     assert {sample.text for sample in found} == {TEXT}
+    (ended,) = read(tmp_path, {"id": ROW["id"], "text": TOKENIZER.decode(IDS, False), "finish_reason": "stop"})
+    assert ended.token_ids == IDS  # and no second EOS
+    for text, message in (
+        (f"{TOKENIZER.decode(IDS, False)} more", "which ends an answer, before its end"),
+        ("\ud800", "row 1: this text is not valid Unicode"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read(tmp_path, {"id": ROW["id"], "text": text})
     for row in ({}, {"text": " "}, {"text": 7}, {"messages": [asked]}, {"messages": []}, {"messages": ["text"]}):
         with pytest.raises(UserError, match="row 1 needs token_ids, a text, or messages of which"):
             read(tmp_path, {"id": ROW["id"], **row})

@@ -82,6 +82,14 @@ def test_draws_are_those_of_each_prompt_alone(loaded, monkeypatch):
     assert_same_draws(expected, late.generate(MIXED, params))
 
 
+@pytest.mark.parametrize("length", [64, 65, 129, 193])
+def test_one_prompt_alone_that_fills_the_cache(loaded, length):
+    prompt = [2 + i % 200 for i in range(length)]
+    params = SamplingParams(n=3, max_new_tokens=6, seed=1)
+    expected = minem.Generator(*loaded, slots=8).generate([prompt, prompt[:40]], params)[:1]
+    assert_same_draws(expected, minem.Generator(*loaded, slots=8).generate([prompt], params))
+
+
 def test_a_prompt_that_comes_later_continues_from_one_in_flight(loaded):
     generator = minem.Generator(*loaded, slots=4)
     generator.submit(Request(FIRST, SamplingParams(max_new_tokens=9, min_new_tokens=9)))
