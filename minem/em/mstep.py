@@ -193,7 +193,7 @@ class MStep:
             packed = pack(members or [replace(min(examples, key=len), weight=0.0)], self.model.device)
             if isinstance(model, FSDPModule):  # replicas need each other's gradients once only
                 model.set_requires_all_reduce(number + 1 == len(own))
-            loss, _, entropy = model(**vars(packed))
+            loss, _, entropy = model(**packed.arguments)
             (loss / divisor).backward()
             if members:  # kept as tensors: reading a number here would make the host wait for the device
                 losses.append(loss.detach().double())

@@ -11,6 +11,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -123,6 +124,11 @@ class MicroBatch:
     targets: torch.Tensor  # [R] int64, the sampled tokens
     token_weights: torch.Tensor  # [R] float32
     branching: bool = False  # the first sequence is the beginning of all prompts, and the others continue it
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """By name; without `branching` where there is none, so that any policy over packed sequences can be trained."""
+        return {name: value for name, value in vars(self).items() if value is not False}
 
 
 def pack(examples: Sequence[Example], device: torch.device | str = "cpu") -> MicroBatch:

@@ -64,7 +64,7 @@ def score(model: Model, examples: Sequence[Example], pack_tokens: int) -> list[t
     scored: dict[int, tuple[list[float], list[float]]] = {}
     for members in best_fit_decreasing([len(example) for example in examples], pack_tokens):
         packed = pack([examples[i] for i in members], model.device)
-        _, logprobs, entropies = model(**vars(packed))
+        _, logprobs, entropies = model(**packed.arguments)
         sizes = [len(examples[i].token_ids) for i in members]
         for i, own, spread in zip(members, logprobs.split(sizes), entropies.split(sizes), strict=True):
             scored[i] = own.tolist(), spread.tolist()
