@@ -8,6 +8,7 @@ pydantic checks types and bounds, so that no module checks a setting of its own.
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -161,6 +162,7 @@ FLAGS = {
     "run.out": "--out",
     "run.device": "--device",
 }
+PATHS = ("model.id", "task.name", "task.prompt")  # keys that may be paths
 CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code
 TEXT = "a text that is valid Unicode and not empty, without NUL"
 PATTERNS = {
@@ -201,8 +203,11 @@ def _compose(path: str | Path | None, overrides: Iterable[str], flags: Mapping[s
 
 
 def _file(path: Path) -> Iterator[tuple[str, Any]]:
-    """("section.key", value) of a TOML file."""
-    for section, values in read_toml(path).items():
+    """("section.key", value) of a TOML file; relative paths in one of a run are relative to where the run began."""
+    page = read_toml(path)
+    began = re.search(r'^# Relative paths are relative to "([^"\\\n]+)"\.$', path.read_text("utf-8-sig"), re.MULTILINE)
+    home = Path(began[1]) if began else Path()
+    for section, values in page.items():
         if section not in SECTIONS:
             wanted = one_of(section, [f"[{name}]" for name in SECTIONS])
             raise UserError(f"{path}: there is no section [{section}]; it must be {wanted}")
@@ -210,7 +215,11 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{path}: {section} must be a section, [{section}], not a value")
         for key, value in values.items():
             _check_key(f"{section}.{key}", str(path))
-            yield f"{section}.{key}", value
+            # A bare word is the name of a built-in task or prompt set, and "toy" that of the built-in model.
+            word = not isinstance(value, str) or value == "toy" or not (key == "id" or re.search(r"[./]", value))
+            moves = f"{section}.{key}" in PATHS and home not in (Path(), Path.cwd()) and not word
+            moved = moves and os.path.exists(home / value)
+            yield f"{section}.{key}", str(home / value) if moved else value
 
 
 def _command_line(overrides: Iterable[str], flags: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:

@@ -214,7 +214,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n"
             paths = (self.config.model.id, self.config.task.name, self.config.task.prompt or "")
             if any(os.path.exists(path) and not os.path.isabs(path) for path in paths):
-                head += f"# Relative paths are relative to {json.dumps(os.getcwd())}.\n"
+                head += f"# Relative paths are relative to {json.dumps(os.getcwd(), ensure_ascii=False)}.\n"
             files.write_atomic(self.path / "config.toml", (f"{head}\n" + to_toml(self.config, origins)).encode())
         self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
         self._drop_metrics()

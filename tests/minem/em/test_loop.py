@@ -21,7 +21,7 @@ from minem import Generator, SamplingParams
 from minem.cli import main
 from minem.config import load_config
 from minem.data.prompts import load_prompts
-from minem.data.tasks import load_task
+from minem.data.tasks import TOY, load_task
 from minem.device import set_deterministic
 from minem.em.estep import EStep
 from minem.em.mstep import MStep
@@ -213,6 +213,24 @@ def test_rows_made_by_hand_are_trained_and_a_missing_eos_is_noted(tmp_path, monk
     card = (folder / "iter-01" / "model" / "README.md").read_text()
     assert f"on samples of the file `mine.jsonl` (SHA-256 {digest})" in card
     assert "rsm" not in card + done.stderr
+
+
+def test_the_config_of_a_run_works_in_another_folder(tmp_path, monkeypatch):
+    """A relative path is relative to the folder that the run began in, and the file says so."""
+    one, two = (tmp_path / name for name in ("one", "two"))
+    one.mkdir()
+    two.mkdir()
+    monkeypatch.chdir(one)
+    shutil.copytree(TOY / "model", "mine")
+    rows = (TOY / "train.jsonl").read_text().splitlines(keepends=True)[:12]
+    Path("rows.jsonl").write_text("".join(rows))
+    short = ["--iterations", 0, "--set", "eval.max_new_tokens=32", "--set", "sampler.max_new_tokens=32"]
+    ok(minem_cli("train", "--model", "mine", "--task", "./rows.jsonl", "--prompt", "toy", *short, "--out", "run"))
+    assert f"# Relative paths are relative to {json.dumps(str(one))}." in (one / "run" / "config.toml").read_text()
+    monkeypatch.chdir(two)
+    ok(minem_cli("train", one / "run" / "config.toml", "--out", "again"))
+    answers = [(run / "iter-00" / "eval.test.jsonl").read_bytes() for run in (one / "run", two / "again")]
+    assert answers[0] == answers[1]
 
 
 def test_base_as_start_and_as_proposal(from_base):
