@@ -141,12 +141,9 @@ def _question(row: Any, columns: Mapping[str, Sequence[str]]) -> Question:
     read = {stem, found, context, *ANSWERS, *(lettered if len(lettered) > 1 else ())}
     free = not found and len(lettered) < 2
     for name, value in row.items():
-        texts = (
-            [part for part in (value.values() if isinstance(value, dict) else value) if isinstance(part, str)]
-            if isinstance(value, dict | list)
-            else []
-        )
-        if name not in read and value not in (None, "", []) and (_UNREAD.fullmatch(name) or (free and len(texts) > 1)):
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        texts = sum(isinstance(part, str) for part in parts)
+        if name not in read and value not in (None, "", []) and (_UNREAD.fullmatch(name) or (free and texts > 1)):
             advice = f'"options={name},..." or "context={name}", or leave it out by "ignore={name}"'
             raise UserError(f"the column {name!r} may hold options or a passage; name it in task.columns, {advice}")
     if not free:
@@ -160,8 +157,8 @@ def _question(row: Any, columns: Mapping[str, Sequence[str]]) -> Question:
     for name, value in about.items():
         if not isinstance(value, str):
             raise _bad(name, "be a text", value)
-    parts = [text, options, about["subject"], *filter(None, [about["context"]])]
-    content = json.dumps(parts, ensure_ascii=False).encode(errors="surrogatepass")
+    whole = [text, options, about["subject"], *filter(None, [about["context"]])]
+    content = json.dumps(whole, ensure_ascii=False).encode(errors="surrogatepass")
     identity = _label(row["id"]) if "id" in row else hashlib.sha256(content).hexdigest()[:16]
     if not identity:
         raise _bad("id", "be a text or a number", row["id"])

@@ -84,6 +84,7 @@ def _decode_attention_eager(
         apart = (x.unflatten(2, (siblings.shape[1], -1)).transpose(1, 2) for x in _segment(queries, *segment))
         return tuple(x.flatten(0, 1)[sibling_index] for x in apart)
 
+    alike = max(0, min(alike, prefix[0].shape[2] - 1))  # one is left to attend to apart
     apart = (*(x[:, :, alike:] for x in prefix[:2]), prefix[2] - alike)
     first = shared(*members, *(x[of_prefix] for x in apart))
     attended = _merge(first, _segment(grouped, suffix_k[of_suffix], suffix_v[of_suffix], suffix_lengths[: len(q)]))

@@ -85,8 +85,8 @@ def _encoded(row: Mapping[str, Any], tokenizer: Tokenizer, where: str) -> list[i
     if early := [i for i in ids[:-1] if i in tokenizer.eos_ids]:
         token = tokenizer.decode(early[:1], skip_special_tokens=False)
         raise UserError(f"{where}: its text has {token!r}, which ends an answer, before its end")
-    ends = row.get("finish_reason") != "stop" or tokenizer.eos_id is None or ids[-1] in tokenizer.eos_ids
-    return ids if ends or tokenizer.eos_id is None else [*ids, tokenizer.eos_id]
+    stopped = row.get("finish_reason") == "stop" and tokenizer.eos_ids.isdisjoint(ids[-1:])
+    return ids if not stopped or tokenizer.eos_id is None else [*ids, tokenizer.eos_id]
 
 
 def _logprob(row: Mapping[str, Any], field: str, where: str) -> float:

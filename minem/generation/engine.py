@@ -116,7 +116,7 @@ class Engine:
         if self.graphs is None:
             if composition != self._composition:
                 self._groups, self._composition = Groups.compact(self.cache, slots, rows), composition
-                self._alike = rows[0], min(alike(prompts), self.cache.prefix - 1)  # one is left to attend to apart
+                self._alike = rows[0], alike(prompts)
             longest = max(map(len, prompts)), longest_suffix
             return Step(self._decode(self._groups, longest, self._alike), None)
         batch = _bucket(len(slots), self.cache.padding_slot)
