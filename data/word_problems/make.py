@@ -25,8 +25,8 @@ SHE = {"he": "she", "him": "her", "his": "her", "He": "She"}
 
 def draw_problem(page: dict[str, Any], rng: random.Random, split: str, seen: set[tuple[object, ...]]) -> dict[str, str]:
     """The row of a problem, without an id. Its wording and numbers are not in `seen`; they are added."""
+    structure = rng.choice(page["structures"])  # once: each has its share, however few of its numbers will do
     while True:
-        structure = rng.choice(page["structures"])
         wording = rng.choice(structure["wordings"] + (structure["test_only"] if split == "test" else []))
         names = rng.sample(GIRLS + BOYS, 2)
         pronouns = SHE if names[0] in GIRLS else {word: word for word in SHE}

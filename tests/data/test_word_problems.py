@@ -114,13 +114,13 @@ def test_two_steps_are_the_rule_and_three_the_exception(task):
         for question in task.train
         for result in re.findall(r"= (\S+)", solution(question).rsplit("\n", 1)[0])
     ]
-    assert 0 < min(results) <= max(results) < 100
+    assert 0 < min(results) <= max(results) < 250
     assert 0.1 < steps.count(3) / len(steps) < 0.4
 
 
 def test_no_answer_is_frequent_enough_to_guess(task):
     golds = [question.gold for question in task.test]
-    assert max(golds.count(gold) for gold in set(golds)) < 0.06 * len(golds)
+    assert max(golds.count(gold) for gold in set(golds)) < 0.08 * len(golds)
 
 
 # --- the check -------------------------------------------------------------------------------------------------------
