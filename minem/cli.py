@@ -212,6 +212,7 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 
 
 @main.command("eval")
+@click.argument("run", required=False)
 @_model_option
 @click.option("--task", default="toy", show_default=True, help="As for train.")
 @click.option("--split", default="test", show_default=True, type=click.Choice(["train", "validation", "test"]))
@@ -238,15 +239,17 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
 @click.option("--out", type=click.Path(path_type=Path), help="By default evals/MODEL.TASK.SPLIT.sSEED.")
 @click.option("--overwrite", is_flag=True, help="Draw again what --out holds already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on one line.")
-def evaluate(as_json: bool, **flags: Any) -> None:
+def evaluate(run: str | None, as_json: bool, **flags: Any) -> None:
     """Measure accuracy: greedy with its 95 % interval, and of draws at temperature 1 the mean, pass@k and the vote.
+
+    RUN, a run's directory, stands for its newest model, in place of --model.
 
     Answers are kept as they finish in --out: the same command continues from them, also with more --samples.
     """
+    from minem import train as whole
     from minem.report import tables
-    from minem.train import evaluate as run
 
-    result = run(**flags)
+    result = whole.evaluate(**flags | ({"model": run} if run else {}))
     _print(result, as_json, lambda: tables.eval_table(result))
 
 
@@ -329,11 +332,14 @@ def show(run: Path, as_json: bool, **which: Any) -> None:
 def report(runs: tuple[Path, ...], out: Path) -> None:
     """Write one HTML page about one run or many, finished or not: charts, flips, samples, how to repeat them.
 
+    RUN may also be a folder of runs, such as a comparison.
+
     Runs that differ in nothing but their seed are shown as their mean and spread.
     """
     from minem.report.page import write_report
+    from minem.report.reader import runs_in
 
-    write_report(runs, out)
+    write_report(list(runs_in(runs)), out)
     click.echo(clean(str(out)))
 
 

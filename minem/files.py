@@ -3,18 +3,20 @@
 python -c "from pathlib import Path; from minem.files import manifest; print(manifest(Path('README.md'), 'README.md'))"
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.filesize import decimal
 
@@ -24,7 +26,7 @@ MEBIBYTE = 1 << 20
 CONFIG_LIMIT = 4 * MEBIBYTE  # the largest tokenizer_config.json in wide use (Gemma's) has 1.1 MiB
 TOML_LIMIT = MEBIBYTE // 16
 LINE_LIMIT = 64 * MEBIBYTE  # of JSON lines: a sample of a million tokens has about 20
-PARTIAL = ".partial."  # prefix of the names of unfinished files
+PARTIAL = ".partial"  # folder of unfinished files, beside the finished ones
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the quota, the largest file allowed
 SPARE = MEBIBYTE  # bytes that must stay free beside the announced ones, for a journal and the like
 
@@ -68,12 +70,31 @@ def shortage(folder: Path, needed: int) -> str | None:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file that exists complete or not at all, even if the machine stops."""
-    partial = path.with_name(PARTIAL + path.name)
-    partial.write_bytes(content)
-    flush(partial)
-    os.replace(partial, path)
+    """Write a file that exists complete or not at all, even if the machine stops. A link is replaced, not followed."""
+    partial = no_link(path.parent / PARTIAL) / f"{secrets.token_hex(4)}.{path.name}"  # a name that nobody else has
+    partial.parent.mkdir(exist_ok=True)
+    try:
+        with open(partial, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+        remove_empty(partial.parent, path.parent)
     flush(path.parent)
+
+
+def append_to(path: Path) -> IO[bytes]:
+    """A file to add to, unbuffered. OSError for a link."""
+    return open(path, "ab", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def no_link(path: Path) -> Path:
+    """The path. UserError if it is a symbolic link: minem writes through none."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, and minem writes through none; put the file or folder there")
+    return path
 
 
 def remove(path: Path) -> None:
@@ -82,6 +103,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_empty(folder: Path, home: Path) -> None:
+    """Remove a folder and those around it, below `home`, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for one in (folder, *folder.parents):
+            if one == home or one.is_symlink():
+                break
+            one.rmdir()
 
 
 def flush_tree(path: Path) -> None:

@@ -41,7 +41,7 @@ from minem.plugins import hash_source
 from minem.report.reader import read_run
 from minem.runs.folder import answer_file, default_path, folder_name
 from minem.runs.record import fingerprint, hash_tokenizer, model_card
-from minem.runs.resume import last_model
+from minem.runs.resume import last_model, newest_model
 from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
 
@@ -265,8 +265,9 @@ def evaluate(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure a model on a split of a task; answers are kept in `out` as they finish, and are not drawn again."""
+    """Measure a model, or the newest of a run, on a split of a task; answers are kept in `out`, not drawn again."""
     progress = progress or Progress()
+    model = str(newest_model(Path(model))) if os.path.exists(os.path.join(model, "run.json")) else model
     loaded, check, folder = load_task(task, limit, seed, columns), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, product
@@ -31,11 +31,11 @@ from minem.em.loop import Experiment
 from minem.em.sample import Sample
 from minem.em.samplers import SAMPLERS, make_sampler
 from minem.errors import GuardError, UserError
-from minem.files import write_atomic
+from minem.files import no_link, write_atomic
 from minem.model.weights import resolve
 from minem.plugins import hash_source
 from minem.runs.directory import read_journal, remove_run
-from minem.runs.folder import default_path, folder_name, hold_folder, model_name
+from minem.runs.folder import claim, default_path, folder_name, hold_folder, model_name
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
 from minem.runs.stages import Session, Stage
@@ -125,12 +125,14 @@ def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
     for cell, own in runs.items():  # bad input is found before the folder is made
         if cell.seed == plan.seeds[0]:
             build(own, weights=False)
-    with hold_folder(out, "plan.json", "comparison", _settings(config, plan), _clear if session.overwrite else None):
+    clear = partial(_clear, runs) if session.overwrite else None
+    with hold_folder(out, "plan.json", "comparison", _settings(config, plan), clear) as check:
         comparison = _Comparison(runs, plan, replace(session, overwrite=False))
         for _, group in groupby(runs, GROUP):  # complete seeds are there early
             for together in [[cell] for cell in group] if plan.match == "none" else [list(group)]:
                 comparison.finish(together)
         result = {**read_comparison(list(runs), plan.match), "stopped": comparison.stopped}
+        check()
         _write(out, result)
     return {"out": str(out), **result}
 
@@ -248,12 +250,13 @@ def _short(label: str) -> str:
     return "".join(label.split(":")[-2:])
 
 
-def _clear(out: Path) -> None:
-    """Remove an earlier comparison: its results, and of its run directories what a run writes."""
+def _clear(runs: Iterable[Cell], out: Path) -> None:
+    """Remove an earlier comparison: its results, and what the runs of this plan wrote."""
     for name in ("comparison.json", "comparison.md", "comparison.png", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for facts in sorted(out.glob("*/run.json")):
-        remove_run(facts.parent)
+    for folder in (cell.folder for cell in runs if no_link(cell.folder).exists()):
+        with claim(folder):
+            remove_run(folder)
 
 
 def _write(out: Path, comparison: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ class Checkpoints:
 
 
 def export(stage: Stage, mstep: MStep, tokenizer: Tokenizer, model_id: str, card: str, continues: bool) -> None:
-    """Write the trained model as a Hugging Face folder, LoRA's adapter, and the state if a later M-step `continues`."""
+    """Write the trained model as a Hugging Face folder, LoRA's adapter, and the state if M-steps continue from it."""
     stage.line.update(now="saving the model")
     release_cached_memory(mstep.model.device)
     if mstep.state_bytes and (continues or mstep.lora is not None):

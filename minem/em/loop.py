@@ -69,7 +69,7 @@ class Experiment:
 
     def m_step(self, iteration: int, samples: Sequence[Sample] | None = None) -> None:
         """Train on the kept samples of this iteration (or on `samples`) and export the model."""
-        continues = self.section.init == "previous" and iteration < self.section.iterations
+        continues = self.section.init == "previous"  # after the last iteration too: more may be wanted later
 
         def train(stage: Stage) -> None:
             kept = self.run.read(iteration, "accepted.jsonl", Sample) if samples is None else samples

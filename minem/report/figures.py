@@ -150,4 +150,5 @@ def _series(run: Run, stage: str, key: str) -> dict[int, float]:
 def warnings(name: str, run: Run) -> list[str]:
     """The warnings of a run's stages (minem.em.warnings)."""
     steps = [(i, run.result(i, stage)) for i in run.iterations for stage in ("estep", "diagnostics", "mstep")]
-    return [f"{name}, iteration {i}: {sentence}" for i, result in steps for sentence in result.get("warnings", ())]
+    found = [f"{name}, iteration {i}: {sentence}" for i, result in steps for sentence in result.get("warnings", ())]
+    return found + [f"{name}: {sentence}" for sentence in run.stopped]

@@ -22,9 +22,9 @@ from minem.config import SECTIONS
 from minem.data.prompts import load_prompts
 from minem.data.tasks import Task, load_task
 from minem.errors import UserError
-from minem.files import own_file, read_rows
+from minem.files import own_file, read_json, read_rows
 from minem.hub import cache_only
-from minem.runs.directory import read_facts, read_journal
+from minem.runs.directory import STOPPED, read_facts, read_journal
 
 ANSWER = {"id": str, "text": str, "status": str, "answer": str | None, "gold": str | None}
 SAMPLE = ANSWER | {"iteration": int, "attempt": int, "prompt": str, "token_ids": list, "leak": bool}
@@ -60,6 +60,12 @@ class Run:
         """{iteration: value} of a number in the results of a stage."""
         values = {i: self.result(i, stage).get(key) for i in self.iterations}
         return {i: value for i, value in values.items() if isinstance(value, int | float)}
+
+    @property
+    def stopped(self) -> list[str]:
+        """The sentence about the guard that ended the run, if one did."""
+        path = own_file(self.path, STOPPED)
+        return ["a guard ended the run in {stage}: {reason}".format(**read_json(path))] if path.exists() else []
 
     @property
     def last_test(self) -> int | None:
@@ -120,10 +126,15 @@ class Run:
         return words.messages(question, hint)[-1]["content"]
 
 
+def runs_in(paths: Sequence[Path]) -> Iterator[Path]:
+    """These run directories; of any other folder, the run directories in it."""
+    for path in paths:
+        inside = [] if os.path.exists(path / "run.json") else sorted(path.glob("*/run.json"))
+        yield from [facts.parent for facts in inside] or [path]
+
+
 def read_run(path: Path) -> Run:
     """The run in this directory. UserError if there is none."""
-    if os.path.exists(path / "plan.json") and not os.path.exists(path / "run.json"):
-        raise UserError(f"{path} is a comparison and no run: name runs in it, like {path}/*.s0")
     facts = read_facts(path)
     config = facts.get("config")
     if not (isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in SECTIONS)):

@@ -3,63 +3,80 @@
     minem train                                  # makes runs/toy.rsm8.toy-llama.s0, or continues it
     cat runs/toy.rsm8.toy-llama.s0/journal.jsonl
 
-The state of a run is the replay of its journal. A stage writes every file under a name that starts with ".partial.";
-at its end the files are flushed and renamed, and then the journal gets its line, with size and SHA-256 of each file.
-So a finished stage has all its files, and a stage in flight when a run dies is done again.
+The state of a run is the replay of its journal. A stage writes every file in the folder .partial; at its end the files
+are flushed and moved to their places, and then the journal gets its line, with size and SHA-256 of each file. So a
+finished stage has all its files, and a stage in flight when a run dies is done again. Only files that the journal lists
+are ever deleted.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Self
 
 from minem import files
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
-from minem.runs.folder import claim, default_path, disk_errors, refuse, usable
+from minem.runs.folder import check_held, claim, default_path, disk_errors, refuse, usable
 from minem.runs.record import now, run_facts
 
 STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
 # May differ when a run resumes: they change memory and time, and results by rounding only.
 MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
-# Everything that a run writes at the top of its folder; --overwrite removes these and nothing else.
-OWN_NAMES = re.compile(r"journal\.jsonl|metrics\.jsonl|run\.json|config\.toml|accuracy\.png|report\.html|log|iter-\d+")
+OWN_FILES = ("config.toml", "metrics.jsonl", "journal.jsonl", "run.json")  # beside those that the journal lists
+OWN_NAMES = re.compile(r"(config|metrics|journal|run)\.(toml|jsonl?)|log|iter-\d+")
+STOPPED = "log/stopped.json"  # the stage in which a guard ended the run, and why
 
 
 class Record:
     """A stage in the making: the files it writes and the result that the journal keeps (plain JSON values)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, check: Callable[[], None] = lambda: None) -> None:
+        """check: raises an error if the folder is not ours any more."""
         self.result: dict[str, Any] = {}
-        self._folder = folder
-        self.paths: list[tuple[Path, Path]] = []  # of each file, while it is written and when the stage is done
+        self._folder, self._check = folder, check
+        self._paths: list[tuple[Path, Path]] = []  # of each file, while it is written and when the stage is done
 
     def path(self, name: str) -> Path:
         """Where to write the file or folder that becomes `name` in the run directory when the stage is done."""
-        final = self._folder / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(files.PARTIAL + final.name)
+        self._check()
+        partial, final = self._folder / files.PARTIAL / name, self._folder / name
+        partial.parent.mkdir(parents=True, exist_ok=True)
         files.remove(partial)
-        self.paths.append((partial, final))
+        self._paths.append((partial, final))
         return partial
 
     def commit(self) -> dict[str, dict[str, Any]]:
         """Flush and rename all files; returns their manifest, {name: {"bytes": ..., "sha256": ...}}."""
+        self._check()
         written: dict[str, dict[str, Any]] = {}
-        for partial, final in self.paths:
+        for partial, final in self._paths:
             files.flush_tree(partial)
             written |= files.manifest(partial, final.relative_to(self._folder).as_posix())
-        for partial, final in self.paths:
-            if final.is_dir():  # left by a run that died before its journal line: os.replace does not replace folders
-                files.remove(final)
-            os.replace(partial, final)
-        for folder in {one for _, final in self.paths for one in final.parents if one.is_relative_to(self._folder)}:
+        self._check()
+        for partial, final in self._paths:
+            # A folder may be there, left by a run that died before its journal line, with files of the user's in it.
+            inside = [path for path in partial.rglob("*") if path.is_file()] if files.no_link(final).is_dir() else []
+            for source in inside or [partial]:
+                target = final / source.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
+        for folder in {one for _, final in self._paths for one in final.parents if one.is_relative_to(self._folder)}:
             files.flush(folder)
+        self.clear()
         return written
+
+    def clear(self) -> None:
+        """Remove what is unfinished."""
+        self._check()
+        for partial, _ in self._paths:
+            files.remove(partial)
+            files.remove_empty(partial.parent, self._folder)
 
 
 class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
@@ -72,6 +89,8 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         self.on_metrics: Callable[[str, Mapping[str, Any]], None] | None = None  # called with each line of metrics
         self._lock = lock
         self._lines: dict[str, dict[str, Any]] = {}  # of the journal, by stage
+        self._begun = False  # a stage, by this process
+        self._logged: dict[str, bytes] = {}  # lines of metrics of stages that are not finished
 
     @classmethod
     def open(
@@ -127,6 +146,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         undone = stages[stages.index(stage) :]
         kept = {name: line for name, line in self._lines.items() if name not in undone}
         with disk_errors(self.path):
+            self._check()
             files.write_atomic(self.path / "journal.jsonl", b"".join(map(files.json_line, kept.values())))
             self._lines = kept
             self._drop_metrics()
@@ -142,14 +162,17 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             if short := files.shortage(self.path, writes):
                 more = f"{short}; free some space, then give the same command again"
                 raise Interrupted(f"the disk of {self.path} has no room for {name}: {more}")
-            record, start = Record(self.path), time.monotonic()
+            if not self._begun:  # not earlier: a run that is refused loses nothing
+                self._drop_metrics()
+                self._begun = True
+            self._logged.pop(name, None)  # if it has failed before
+            record, start = Record(self.path, self._check), time.monotonic()
             try:
                 yield record
                 written = record.commit()
             except BaseException:
-                with contextlib.suppress(OSError):  # of a folder that is gone or read-only: report that instead
-                    for partial, _ in record.paths:
-                        files.remove(partial)
+                with contextlib.suppress(OSError, Interrupted):  # of a folder that is gone or read-only: report that
+                    record.clear()
                 raise
             self._enter({"stage": name, "result": record.result, "files": written}, time.monotonic() - start)
 
@@ -157,8 +180,10 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """The journal line that makes a stage finished, after all that it stands for is on the disk."""
         if (self.path / "metrics.jsonl").exists():
             files.flush(self.path / "metrics.jsonl")
-        content = files.json_line({**line, "seconds": round(seconds, 3), "time": now()})
-        with open(self.path / "journal.jsonl", "ab") as journal:
+        lines = self._logged.pop(line["stage"], b"")
+        about = {"metrics": hashlib.sha256(lines).hexdigest()} if lines else {}
+        content = files.json_line({**line, **about, "seconds": round(seconds, 3), "time": now()})
+        with files.append_to(self.path / "journal.jsonl") as journal:
             journal.write(content)
         files.flush(self.path / "journal.jsonl")
         files.flush(self.path)
@@ -170,31 +195,38 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         return {name: line["seconds"] for name, line in self._lines.items()}
 
     def log_metrics(self, stage: str, values: Mapping[str, Any]) -> None:
-        """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped when the run is resumed."""
-        with open(self.path / "metrics.jsonl", "ab") as metrics:
-            metrics.write(files.json_line({"stage": stage, **values}))
+        """Add a line to metrics.jsonl. Lines of a stage that did not finish are dropped before the next stage."""
+        self._check()
+        content = files.json_line({"stage": stage, **values})
+        self._logged[stage] = self._logged.get(stage, b"") + content
+        with files.append_to(self.path / "metrics.jsonl") as metrics:
+            metrics.write(content)
         if self.on_metrics is not None:
             self.on_metrics(stage, values)
 
     def discard(self, name: str) -> None:
-        """Delete a file or folder that is no longer needed, if it is there; it is never seen half deleted."""
-        final = self.path / name
-        if final.exists():
-            partial = final.with_name(files.PARTIAL + final.name)
-            files.remove(partial)
-            os.replace(final, partial)
-            files.remove(partial)
+        """Delete a file or folder of a finished stage that is no longer needed, as far as the stage wrote it."""
+        self._check()
+        remove_listed(self.path, self._lines.values(), name)
+
+    def note_stop(self, stage: str, reason: str) -> None:
+        """Keep why a guard ended the run, for its report, until it is resumed."""
+        content = json.dumps({"stage": stage, "reason": reason}) + "\n"
+        self._check()
+        files.no_link(self.path / "log").mkdir(exist_ok=True)
+        files.write_atomic(self.path / STOPPED, content.encode())
+
+    def _check(self) -> None:
+        check_held(self.path, self._lock)
 
     def _start_or_resume(
         self, command: list[str], overwrite: bool, inputs: dict[str, str], origins: dict[str, str]
     ) -> None:
+        for found in (path for path in self.path.iterdir() if OWN_NAMES.fullmatch(path.name)):
+            files.no_link(found)
         if overwrite:
             remove_run(self.path)
-        for name in ("run.json", "config.toml", "journal.jsonl", "metrics.jsonl"):  # read, cut and added to in place
-            files.own_file(self.path, name)
-        for partial in list(self.path.rglob(files.PARTIAL + "*")):
-            files.remove(partial)
-        journal = self.path / "journal.jsonl"
+        journal, more = self.path / "journal.jsonl", list[str]()
         if (before := self._config_before()) is not None:
             changes = difference(before, self.config.model_dump())
             self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
@@ -202,7 +234,10 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             if not isinstance(read, dict):
                 raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
             changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
-            refuse(self.path, [change for change in changes if change not in self.changes])
+            count = before.get("run", {}).get("iterations")
+            if isinstance(count, int) and count < self.config.run.iterations:
+                more = [change for change in changes if change.startswith("run.iterations:")]
+            refuse(self.path, [change for change in changes if change not in self.changes + more])
             if not journal.exists():  # without it all would be done again, over what is there
                 raise UserError(f"{journal} is missing; put it back, or give --overwrite to start from scratch")
         else:
@@ -210,14 +245,20 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
             facts = run_facts(self.config, command, inputs, origins)
             files.write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
             files.write_atomic(journal, b"")
-        if not (self.path / "config.toml").exists():
+        self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
+        check_metrics(self.path, self._lines)
+        if more:  # iterations: the picture and the report come after them
+            if "plot" in self._lines:
+                self.undo("plot")
+            facts = read_facts(self.path) | {"config": self.config.model_dump()}
+            files.write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
+        files.remove(self.path / STOPPED)
+        if more or not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n"
             paths = (self.config.model.id, self.config.task.name, self.config.task.prompt or "")
             if any(os.path.exists(path) and not os.path.isabs(path) for path in paths):
                 head += f"# Relative paths are relative to {json.dumps(os.getcwd(), ensure_ascii=False)}.\n"
             files.write_atomic(self.path / "config.toml", (f"{head}\n" + to_toml(self.config, origins)).encode())
-        self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
-        self._drop_metrics()
 
     def _drop_metrics(self) -> None:
         """Keep the lines of metrics.jsonl that finished stages wrote."""
@@ -241,12 +282,27 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
 
 
 def remove_run(path: Path) -> None:
-    """Remove what a run wrote in its folder, and nothing else that may lie there."""
-    # The journal goes first: without it nothing here counts as done, however far the removal gets. run.json goes last:
-    # without it the rest would be a stranger's folder, which nothing is ever written to.
-    for name in sorted(os.listdir(path), key=lambda name: (name == "run.json") - (name == "journal.jsonl")):
-        if OWN_NAMES.fullmatch(name):
-            files.remove(path / name)
+    """Remove what the run in this folder wrote, and nothing else that may lie there."""
+    # The journal goes after what it lists, and run.json, by which the folder is known, last.
+    journal = path / "journal.jsonl"
+    rows = (row for _, row in files.read_lines(journal)) if journal.is_file() else ()
+    remove_listed(path, (row for row in rows if isinstance(row, dict)))
+    files.remove(path / STOPPED)
+    for name in OWN_FILES:
+        files.remove(path / name)
+
+
+def remove_listed(home: Path, lines: Iterable[Mapping[str, Any]], one: str | None = None) -> None:
+    """Remove the files that these lines of a journal list, or `one` of them or a folder, and what is empty then."""
+    listed = [name for line in lines if isinstance(line.get("files"), dict) for name in line["files"]]
+    for name in listed:
+        final = home / name
+        # A stranger's journal may list anything.
+        within = final.parent.resolve().is_relative_to(home.resolve()) and ".." not in final.parts
+        chosen = one is None or name == one or name.startswith(f"{one}/")
+        if chosen and within and final.is_file() and not final.is_symlink():
+            final.unlink()
+            files.remove_empty(final.parent, home)
 
 
 def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -262,8 +318,21 @@ def read_facts(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder} is not a run directory: {error}") from error
 
 
+def check_metrics(folder: Path, journal: Mapping[str, Mapping[str, Any]]) -> None:
+    """UserError if lines of metrics.jsonl are not those that the stages in the journal wrote."""
+    path, found = files.own_file(folder, "metrics.jsonl"), dict[str, Any]()
+    for row in files.complete_rows(path):
+        found.setdefault(str(row.get("stage")), hashlib.sha256()).update(files.json_line(row))
+    for stage, line in journal.items():
+        if "metrics" in line and (stage not in found or found[stage].hexdigest() != line["metrics"]):
+            advice = "put the file back, or give --overwrite to start from scratch"
+            raise UserError(f"{path}: the lines of {stage} are missing or not what the run wrote; {advice}")
+
+
 def _read_lines(folder: Path) -> dict[str, dict[str, Any]]:
-    return _replay(files.complete_rows(files.own_file(folder, "journal.jsonl")), folder)
+    lines = _replay(files.complete_rows(files.own_file(folder, "journal.jsonl")), folder)
+    check_metrics(folder, lines)
+    return lines
 
 
 def _replay(lines: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:

@@ -9,15 +9,30 @@ import fcntl
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from minem.config import Config, difference
 from minem.errors import Interrupted, UserError
-from minem.files import PARTIAL, complete_rows, is_full, json_line, read_json, write_atomic
+from minem.files import (
+    PARTIAL,
+    append_to,
+    complete_rows,
+    is_full,
+    json_line,
+    no_link,
+    own_file,
+    read_json,
+    remove,
+    write_atomic,
+)
 
 LOCK = ".lock"
+# Keys of the config that name an input, which is the same if its content is: fingerprints of that are compared.
+BY_CONTENT = ("model.id:", "model.revision:", "task.name:", "task.prompt:")
 
 
 def folder_name(name: str) -> str:
@@ -42,7 +57,9 @@ def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO
     with usable(path, kind):
         check_place(path, mark, kind)
         path.mkdir(parents=True, exist_ok=True)
-        return _take_lock(path)
+        lock = _take_lock(path)
+        remove(no_link(path / PARTIAL))  # of a process that was killed
+        return lock
 
 
 @contextlib.contextmanager
@@ -61,9 +78,23 @@ def check_place(path: Path, mark: str = "run.json", kind: str = "run directory")
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; it must be a folder")
     names = sorted(os.listdir(path)) if path.exists() else []
-    strangers = [name for name in names if name != LOCK and not name.startswith(PARTIAL)]
-    if strangers and mark not in strangers:
+    if mark in names:
+        if read_json(own_file(path, mark)).get("format") != about(kind)["format"]:
+            raise UserError(f"--out {path} is no {kind}: its {mark} is not one of minem's; choose another")
+    elif strangers := [name for name in names if not _left_by_a_start(path, name, names)]:
         raise UserError(f"--out {path} is not empty and no {kind} (it holds {strangers[0]}); choose another")
+
+
+def about(kind: str) -> dict[str, str]:
+    """What the mark of a new folder says of it: that it is minem's, of which kind, and an id of its own."""
+    return {"format": f"minem {kind}, 1", "id": secrets.token_hex(16)}
+
+
+def _left_by_a_start(path: Path, name: str, names: Sequence[str]) -> bool:
+    """Whether this is all that a process leaves which is killed before it has written the mark."""
+    if name == LOCK:
+        return re.fullmatch(rb"\d*\n?", own_file(path, LOCK).read_bytes()[:20]) is not None
+    return name == PARTIAL and LOCK in names and not (path / name).is_symlink()
 
 
 def _take_lock(path: Path) -> IO[str]:
@@ -76,15 +107,27 @@ def _take_lock(path: Path) -> IO[str]:
         owner = lock.read(20).strip()
         lock.close()
         raise UserError(f"{path} is in use by process {owner or '?'}; wait for it, or choose another --out") from None
-    lock.truncate(0)
+    lock.seek(0)
+    lock.truncate()
     lock.write(f"{os.getpid()}\n")
     lock.flush()
     return lock
 
 
+def check_held(path: Path, lock: IO[str] | None) -> None:
+    """Raises Interrupted if the folder of this lock is not at this path any more: another process may be there now."""
+    try:
+        held = lock is None or os.path.samestat(os.fstat(lock.fileno()), os.lstat(path / LOCK))
+    except OSError:
+        held = False
+    if not held:
+        advice = "this process stops and leaves what is there now alone"
+        raise Interrupted(f"{path} was moved, removed or replaced while it was in use; {advice}")
+
+
 def refuse(path: Path, changes: Sequence[str]) -> None:
-    """Raises UserError if a folder was started with something else."""
-    if changes:
+    """Raises UserError if a folder was started with something else; inputs count by their content, not their name."""
+    if changes := [change for change in changes if not change.startswith(BY_CONTENT)]:
         advice = "give --overwrite to start from scratch, or another --out to keep both"
         raise UserError(f"{path} was started differently ({'; '.join(changes)}): {advice}")
 
@@ -92,24 +135,26 @@ def refuse(path: Path, changes: Sequence[str]) -> None:
 @contextlib.contextmanager
 def hold_folder(
     path: Path, mark: str, kind: str, settings: Mapping[str, Mapping[str, Any]], clear: Callable[[Path], None] | None
-) -> Iterator[None]:
+) -> Iterator[Callable[[], None]]:
     """Keep a folder of results for this process alone, made now or continued with the same settings only.
 
     mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}.
-    clear: removes what an earlier start wrote, for --overwrite. UserError as for `claim`, and for other settings.
+    clear: removes what an earlier start wrote, for --overwrite. Yields `check_held` of it, to call before each write.
+    UserError as for `claim`, and for other settings.
     """
-    with claim(path, mark, kind), disk_errors(path):
+    with claim(path, mark, kind) as lock, disk_errors(path):
         if clear is None and (path / mark).exists():
             try:
-                changes = difference(read_json(path / mark), settings)
+                written = read_json(path / mark)
+                changes = difference({key: written[key] for key in written if key not in about(kind)}, settings)
             except (UserError, AttributeError) as error:
                 raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
             refuse(path, changes)
         else:
             if clear is not None:
                 clear(path)
-            write_atomic(path / mark, (json.dumps(settings, indent=2) + "\n").encode())
-        yield
+            write_atomic(path / mark, (json.dumps({**about(kind), **settings}, indent=2) + "\n").encode())
+        yield partial(check_held, path, lock)
 
 
 def full_disk(path: Path, more: str = "") -> Interrupted:
@@ -150,12 +195,17 @@ def answer_file(
     Yields (the answers that are there already, a function that appends one). A last line that was cut off when the
     evaluation was killed is dropped.
     """
-    path = folder / "answers.jsonl"
+    path = no_link(folder / "answers.jsonl")
     clear = (lambda _: path.unlink(missing_ok=True)) if overwrite else None
-    with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear):
+    with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear) as check:
         rows = complete_rows(path, repair=True)
         kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
         if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
             raise UserError(f"{path} is damaged; give --overwrite to repeat the evaluation")
-        with open(path, "ab", buffering=0) as file:
-            yield rows, lambda row: file.write(json_line(row))
+        with append_to(path) as file:
+
+            def append(row: Mapping[str, Any]) -> None:
+                check()
+                file.write(json_line(row))
+
+            yield rows, append

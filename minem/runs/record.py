@@ -18,6 +18,7 @@ import minem
 from minem.config import Config
 from minem.files import entry, own_file
 from minem.model.tokenizer import FILES, Tokenizer
+from minem.runs.folder import about
 from minem.text import redact, visible
 
 
@@ -35,6 +36,7 @@ def run_facts(config: Config, command: list[str], inputs: dict[str, str], origin
     packages = ("torch", "triton", "safetensors", "tokenizers", "jinja2", "numpy")
     keys = [f"{section}.{key}" for section, values in config.model_dump().items() for key in values]
     return {
+        **about("run directory"),
         "versions": {"minem": minem.__version__, "python": platform.python_version(), **package_versions(packages)},
         "platform": platform.platform(),
         "commit": _commit(),

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from minem.config import Config
-from minem.errors import some
-from minem.runs.directory import RunDirectory
+from minem.errors import UserError, some
+from minem.runs.directory import RunDirectory, read_journal
 
 
 def go_back(run: RunDirectory) -> str | None:
@@ -36,6 +36,13 @@ def last_model(stages: Iterable[str]) -> int:
     return max((int(stage.partition("/")[0].removeprefix("iter-")) for stage in trained), default=0)
 
 
+def newest_model(folder: Path) -> Path:
+    """The newest model that a run has made. UserError if it has none yet."""
+    if not (last := last_model(read_journal(folder))):
+        raise UserError(f"the run {folder} has no model yet; give the base model, or wait for its first M-step")
+    return folder / f"iter-{last:02d}" / "model"
+
+
 def is_intact(folder: Path, config: Config, stage: str | None = None) -> bool:
     """Are the files of a run (or of one finished stage) as it wrote them? Another process may hold the run."""
     run = RunDirectory.seen(folder, config)
@@ -48,7 +55,11 @@ def _lost(run: RunDirectory, stage: str) -> list[str]:
     """Damaged files of a finished stage that the run cannot do without."""
     folder, _, kind = stage.partition("/")
     if kind == "mstep":
-        return run.damaged(stage) if folder == f"iter-{last_model(run.results):02d}" else []
+        damaged = run.damaged(stage)
+        if folder == f"iter-{last_model(run.results):02d}":
+            return damaged
+        # Of an older one the state is gone, and the model too unless all are kept.
+        return [n for n in damaged if n.startswith(f"{folder}/model/") and run.config.run.keep == "all"]
     if kind.startswith("mstep."):
         return []  # a checkpoint: an older one is used, or none
     joined = kind.startswith("estep.") and f"{folder}/estep" in run.results  # the block was discarded since

@@ -131,7 +131,7 @@ class Run:
 
     def commit(self, stage_name: str, line: Line, work: Callable[["Stage"], None], writes: int = 0) -> None:
         """The stage itself, under a line of progress that may show several."""
-        with ExitStack() as stack:
+        with ExitStack() as stack, self._guarded(stage_name):
             record = Record(self.path)
             if self.directory is not None:
                 record = stack.enter_context(self.directory.stage(stage_name, writes))
@@ -152,6 +152,16 @@ class Run:
                 advice = f"lower {keys}, then give the same command again"
                 raise Interrupted(f"out of memory in {stage_name}; {advice}") from error
         self.results[stage_name] = self.ranks.broadcast(self.directory and self.directory.results[stage_name])
+
+    @contextmanager
+    def _guarded(self, stage_name: str) -> Iterator[None]:
+        """Keep the reason if a guard ends the run here."""
+        try:
+            yield
+        except GuardError as error:
+            if self.directory is not None:
+                self.directory.note_stop(stage_name, str(error))
+            raise
 
     def discard(self, iteration: int, *names: str) -> None:
         """Delete what is no longer needed; outside the stage, so that a run that died between the two cleans up."""

@@ -12,6 +12,7 @@ from minem.config import load_config, to_toml
 from minem.data.prompts import load_prompts
 from minem.data.tasks import load_task
 from minem.files import write_rows
+from minem.runs.folder import about
 from minem.statistics import wilson
 
 
@@ -45,6 +46,7 @@ def make_run(
     """
     config = load_config(flags={key.replace("__", "."): value for key, value in flags.items()})
     facts = {
+        **about("run directory"),
         "versions": {"minem": "0", "python": "3"},
         "platform": "Linux",
         "commit": "abc",

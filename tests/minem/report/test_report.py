@@ -175,7 +175,7 @@ def test_unfinished_runs_and_those_being_written(tmp_path, without_charts):
     empty = make_run(tmp_path / "empty", validation=())
     half = make_run(tmp_path / "half", validation=(10, 12), base=[answer("a", "wrong")], samples=[sample("x")])
     (half / "iter-02").mkdir()
-    (half / "iter-02" / ".partial.samples.jsonl").write_text('{"id": "cut o')
+    ((half / ".partial").mkdir() or half / ".partial" / "samples.jsonl").write_text('{"id": "cut o')
     with open(half / "journal.jsonl", "a") as journal:
         journal.write('{"stage": "iter-02/estep", "resu')
     page = page_of(empty, half)

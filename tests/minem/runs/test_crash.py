@@ -99,14 +99,14 @@ APPEND = "journal.jsonl a"  # the mode of its opening
 WITHIN, WRITING, JOURNAL = "a moment after the stage began", "at a write of its file", "before its journal line"
 POINTS = [
     ("iter-00/eval.validation", WITHIN, ""),
-    ("iter-00/eval.test", WRITING, "iter-00/.partial.eval.test.jsonl"),
+    ("iter-00/eval.test", WRITING, ".partial/iter-00/eval.test.jsonl"),
     ("iter-01/estep.1", WITHIN, ""),
     ("iter-01/estep.2", WITHIN, ""),
-    ("iter-01/estep", WRITING, "iter-01/.partial.samples.jsonl"),
+    ("iter-01/estep", WRITING, ".partial/iter-01/samples.jsonl"),
     ("iter-01/diagnostics", WITHIN, ""),
     ("iter-01/mstep.3", WITHIN, ""),
-    ("iter-01/mstep.6", WRITING, "iter-01/.partial.checkpoint.6"),
-    ("iter-01/mstep", WRITING, "iter-01/.partial.model"),
+    ("iter-01/mstep.6", WRITING, ".partial/iter-01/checkpoint.6"),
+    ("iter-01/mstep", WRITING, ".partial/iter-01/model"),
     ("iter-01/eval.validation", WITHIN, ""),
     ("iter-02/estep.1", JOURNAL, ""),
     ("iter-02/estep.2", WITHIN, ""),
@@ -116,8 +116,8 @@ POINTS = [
     ("iter-02/mstep.5", JOURNAL, ""),
     ("iter-02/mstep", JOURNAL, ""),
     ("iter-02/eval.test", WITHIN, ""),
-    ("plot", WRITING, ".partial.accuracy.png"),
-    ("report", WRITING, ".partial.report.html"),
+    ("plot", WRITING, ".partial/accuracy.png"),
+    ("report", WRITING, ".partial/report.html"),
 ]
 
 
@@ -162,10 +162,10 @@ def test_killed_in_the_middle_of_its_weights_a_run_is_resumed(tmp_path: Path, fi
     run = shutil.copytree(finished_run, tmp_path / "run")
     cut_journal(run, "iter-01/estep")
     shutil.rmtree(run / "iter-02")
-    process = start(run, folder=tmp_path, DIES_AT=f"iter-01/{PARTIAL}model:3:0")
+    process = start(run, folder=tmp_path, DIES_AT=f"{PARTIAL}/iter-01/model:3:0")
     assert process.wait(timeout=100) == -signal.SIGKILL
     assert finished(run)[-1] == "iter-01/estep"
-    assert (run / f"iter-01/{PARTIAL}model").is_dir()
+    assert (run / f"{PARTIAL}/iter-01/model").is_dir()
     train_here(run)
     assert outcome(run) == outcome(finished_run)
 
@@ -191,7 +191,7 @@ def test_killed_at_twenty_points_of_all_stages_a_run_ends_with_the_same_bytes(tm
         out = tmp_path / str(first)
         assert outcome(out) == outcome(in_blocks)
         assert finished(out) == list(stages)
-        assert not [path for path in out.rglob("*") if "checkpoint." in path.name or ".partial" in path.name]
+        assert not [path for path in out.rglob("*") if "checkpoint." in path.name or path.name == PARTIAL]
 
 
 # ---------------------------------------------------------------------------------------------------------- signals
@@ -378,6 +378,6 @@ def test_what_is_not_finite_is_left_in_the_log(tmp_path: Path) -> None:
     sample = Sample(**row, logprob_plain=-1.0, text="", answer="1", gold="1", status="accepted", leak=False)
     with opened(config, experiment, session), pytest.raises(GuardError, match=r"not-finite\.iter-01\.json"):
         experiment.m_step(1, [sample])
-    (dump,) = (tmp_path / "run" / "log").iterdir()
+    (dump,) = (tmp_path / "run" / "log").glob("not-finite.*")
     assert json.loads(dump.read_text())["examples"][0]["id"] == name
     assert "iter-01/mstep" not in read_journal(tmp_path / "run")

@@ -42,12 +42,6 @@ def undisturbed(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return run
 
 
-@pytest.fixture
-def run(finished_run: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, at another place."""
-    return shutil.copytree(finished_run, tmp_path / "run")
-
-
 # ----------------------------------------------------------------------------------------------------- damaged files
 
 
@@ -120,7 +114,7 @@ def test_damaged_files_are_noticed_and_made_again(
 
 def test_a_journal_that_lacks_a_line_is_refused(run: Path) -> None:
     """What later stages need is missed when the journal is read, and the rest when its stage would be done."""
-    stages, before = finished(run), outcome(run) | {"metrics": None}
+    stages, before = finished(run), outcome(run)
     needed = {"iter-01/estep": "iter-01/mstep", "iter-01/mstep": "iter-01/eval.validation"}
     needed |= {"iter-02/estep": "iter-02/mstep", "iter-02/mstep": "iter-02/eval.validation"}
     gone = ("iter-00/eval.validation", "iter-00/eval.test", "iter-01/eval.validation")  # the weights of then
@@ -136,7 +130,7 @@ def test_a_journal_that_lacks_a_line_is_refused(run: Path) -> None:
             line = f"journal.jsonl, line {1 + stages.index(needed[missing]) - 1}"
             assert f"{line}: {needed[missing]} is finished, but {missing}, which it needs, is not" in sentence
         (run / "journal.jsonl").write_bytes(journal)
-    assert outcome(run) | {"metrics": None} == before
+    assert outcome(run) == before
 
 
 def test_the_config_of_a_run_repeats_it(finished_run: Path, tmp_path: Path) -> None:
@@ -209,7 +203,7 @@ def test_a_disk_that_fills_up(
         run = small_disk(f"size={size}") / "run"
         sentences.append(train(run, code=3).rpartition("minem: ")[2])
         assert re.match(r"the disk of \S+ is full; free some space, then give the same command again", sentences[-1])
-        assert not [path for path in run.rglob(".partial.*") if path.parent != run]
+        assert not [path for path in run.rglob(".partial") if path.parent != run]
     train(small_disk("size=16m") / "run")
     assert {"iter-01/mstep", "iter-02/mstep"} <= {sentence.rpartition(" ")[2] for sentence in sentences}
     assert outcome(run) == outcome(finished_run)
