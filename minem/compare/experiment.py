@@ -126,6 +126,8 @@ def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
         if cell.seed == plan.seeds[0]:
             build(own, weights=False)
     clear = partial(_clear, runs) if session.overwrite else None
+    for cell in runs:
+        no_link(cell.folder)
     with hold_folder(out, "plan.json", "comparison", _settings(config, plan), clear) as check:
         comparison = _Comparison(runs, plan, replace(session, overwrite=False))
         for _, group in groupby(runs, GROUP):  # complete seeds are there early
@@ -254,7 +256,7 @@ def _clear(runs: Iterable[Cell], out: Path) -> None:
     """Remove an earlier comparison: its results, and what the runs of this plan wrote."""
     for name in ("comparison.json", "comparison.md", "comparison.png", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for folder in (cell.folder for cell in runs if no_link(cell.folder).exists()):
+    for folder in (cell.folder for cell in runs if cell.folder.exists()):
         with claim(folder):
             remove_run(folder)
 
@@ -268,5 +270,5 @@ def _write(out: Path, comparison: dict[str, Any]) -> None:
     write_atomic(out / "comparison.json", (json.dumps(comparison, indent=1, allow_nan=False) + "\n").encode())
     write_atomic(out / "comparison.md", markdown(comparison).encode())
     if runs:
-        plot_spent(runs, out / "comparison.png")
+        write_atomic(out / "comparison.png", plot_spent(runs))
         write_report([out / run["run"] for run in runs], out / "report.html", {**comparison, "plots": svg_spent(runs)})

@@ -92,9 +92,10 @@ def plot_accuracy(run: Path, path: Path) -> None:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_spent(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_spent(runs: Sequence[Mapping[str, Any]]) -> bytes:
     """comparison.png: accuracy by the tokens spent on it, a panel per task, from the runs of `read_comparison`."""
-    FigureCanvasAgg(_spent(runs)).print_png(path, metadata={"Software": None})
+    FigureCanvasAgg(_spent(runs)).print_png(picture := io.BytesIO(), metadata={"Software": None})
+    return picture.getvalue()
 
 
 @matplotlib.rc_context(STYLE)

@@ -28,8 +28,6 @@ from minem.runs.record import now, run_facts
 STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
 # May differ when a run resumes: they change memory and time, and results by rounding only.
 MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
-OWN_FILES = ("config.toml", "metrics.jsonl", "journal.jsonl", "run.json")  # beside those that the journal lists
-OWN_NAMES = re.compile(r"(config|metrics|journal|run)\.(toml|jsonl?)|log|iter-\d+")
 STOPPED = "log/stopped.json"  # the stage in which a guard ended the run, and why
 
 
@@ -222,8 +220,6 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
     def _start_or_resume(
         self, command: list[str], overwrite: bool, inputs: dict[str, str], origins: dict[str, str]
     ) -> None:
-        for found in (path for path in self.path.iterdir() if OWN_NAMES.fullmatch(path.name)):
-            files.no_link(found)
         if overwrite:
             remove_run(self.path)
         journal, more = self.path / "journal.jsonl", list[str]()
@@ -282,13 +278,11 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
 
 
 def remove_run(path: Path) -> None:
-    """Remove what the run in this folder wrote, and nothing else that may lie there."""
-    # The journal goes after what it lists, and run.json, by which the folder is known, last.
+    """Remove what the run in this folder wrote but run.json, by which the folder is known, until the next run's."""
     journal = path / "journal.jsonl"
     rows = (row for _, row in files.read_lines(journal)) if journal.is_file() else ()
     remove_listed(path, (row for row in rows if isinstance(row, dict)))
-    files.remove(path / STOPPED)
-    for name in OWN_FILES:
+    for name in (STOPPED, "config.toml", "metrics.jsonl", "journal.jsonl"):  # the journal after what it lists
         files.remove(path / name)
 
 

@@ -31,6 +31,11 @@ from minem.files import (
 )
 
 LOCK = ".lock"
+# What minem writes at the top of its folders.
+OWN_NAMES = re.compile(
+    r"(run|settings|plan|comparison)\.(json|md|png)|(journal|metrics|answers)\.jsonl|config\.toml|accuracy\.png|"
+    r"report\.html|log|iter-\d+|\.partial"
+)
 # Keys of the config that name an input, which is the same if its content is: fingerprints of that are compared.
 BY_CONTENT = ("model.id:", "model.revision:", "task.name:", "task.prompt:")
 
@@ -58,7 +63,10 @@ def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO
         check_place(path, mark, kind)
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
-        remove(no_link(path / PARTIAL))  # of a process that was killed
+        for name in os.listdir(path):
+            if OWN_NAMES.fullmatch(name):
+                no_link(path / name)
+        remove(path / PARTIAL)  # of a process that was killed
         return lock
 
 
@@ -195,7 +203,7 @@ def answer_file(
     Yields (the answers that are there already, a function that appends one). A last line that was cut off when the
     evaluation was killed is dropped.
     """
-    path = no_link(folder / "answers.jsonl")
+    path = folder / "answers.jsonl"
     clear = (lambda _: path.unlink(missing_ok=True)) if overwrite else None
     with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear) as check:
         rows = complete_rows(path, repair=True)

@@ -54,7 +54,7 @@ def reports():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minem.report.page.write_report", write_report)
         patch.setattr("minem.report.charts.plot_accuracy", lambda run, path: path.write_bytes(b"a plot"))
-        patch.setattr("minem.report.charts.plot_spent", lambda runs, path: path.write_bytes(b"a plot"))
+        patch.setattr("minem.report.charts.plot_spent", lambda runs: b"a plot")
         patch.setattr("minem.report.charts.svg_spent", lambda runs: [])
         patch.setattr("minem.compare.experiment.gc.collect", lambda: 0)
         yield calls

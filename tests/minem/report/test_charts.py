@@ -20,7 +20,7 @@ def test_pictures_of_a_run_and_of_a_comparison(tmp_path):
         for seed in (0, 1)
     ]
     for path in pictures[1:]:
-        plot_spent(spent, path)
+        path.write_bytes(plot_spent(spent))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     assert pictures[1].read_bytes() == pictures[2].read_bytes()  # the same picture, the same bytes
     svgs = svg_spent(spent)

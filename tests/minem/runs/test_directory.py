@@ -351,7 +351,7 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path: Path) -> None:
 
 def test_an_overwrite_that_is_killed_can_be_given_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small_run(tmp_path)
-    names, removed = {path for path in tmp_path.rglob("*") if path.is_file()} - {tmp_path / LOCK}, list[Path]()
+    own, removed = {path for path in tmp_path.rglob("*") if path.is_file()}, list[Path]()
     right = Path.unlink
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -361,12 +361,9 @@ def test_an_overwrite_that_is_killed_can_be_given_again(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(Path, "unlink", unlink)
     minem.runs.directory.remove_run(tmp_path)
-    assert names <= set(removed)
-    assert [path.name for path in removed[-2:]] == [
-        "journal.jsonl",
-        "run.json",
-    ]  # what lists the others goes after them
-    assert os.listdir(tmp_path) == [LOCK]
+    assert own - set(removed) == {tmp_path / LOCK, tmp_path / "run.json"}
+    assert removed[-1].name == "journal.jsonl"  # what lists the others goes after them
+    assert sorted(os.listdir(tmp_path)) == [LOCK, "run.json"]
 
 
 def test_the_lock_is_no_way_to_another_file(tmp_path: Path) -> None:
