@@ -248,14 +248,20 @@ def test_a_file_may_name_code_of_this_folder_and_the_command_line_any(tmp_path: 
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inner.py").write_text("")
-    for name in ("mine:check", "package.inner:check", "minem.data.verdict:number"):
+    own = (f"minem.data.verdict:{name}" for name in ("strict", "flexible", "number"))
+    for name in ("mine:check", "package.inner:check", *own):
         assert load_config(write(tmp_path, f'[task]\nverdict = "{name}"')).task.verdict == name
-    for name in ("shutil:rmtree", "package.other:check", "hypothesis:given", "os.path:exists"):
+    (tmp_path / "minem.py").write_text("")
+    others = ("minem.files:write_rows", "minem.data.verdict:load_verdict", "minem:load")
+    for name in ("shutil:rmtree", "package.other:check", "hypothesis:given", "os.path:exists", *others):
         file = write(tmp_path, f'[task]\nverdict = "{name}"')
         with pytest.raises(UserError, match=rf"no code of this folder.* give --verdict {name} on the command line"):
             load_config(file)
         assert load_config(file, flags={"task.verdict": name}).task.verdict == name
         assert load_config(file, [f"task.verdict={name}"]).task.verdict == name
+    for name in ("minem.em.samplers:RejectionSampling", "minem.data.verdict:strict"):
+        with pytest.raises(UserError, match=f"give --sampler {name} on the command line"):
+            load_config(write(tmp_path, f'[sampler]\nname = "{name}"'))
 
 
 # --------------------------------------------------------------------------------------------- written and read again
@@ -265,7 +271,11 @@ def texts() -> st.SearchStrategy[str]:
     return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
-CODE = {"sampler.name": "minem.mine:Sampler", "task.verdict": "minem.a:b", "mstep.lora_targets": "up_proj, q_proj"}
+CODE = {
+    "sampler.name": "tests.conftest:Sampler",
+    "task.verdict": "minem.data.verdict:number",
+    "mstep.lora_targets": "up_proj, q_proj",
+}
 
 
 def values(key: str) -> st.SearchStrategy[Any]:
