@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from minem.errors import UserError, one_of, shown
 from minem.files import read_toml
 from minem.plugins import check_origin
-from minem.text import visible
+from minem.text import redact, visible
 
 Few = Annotated[int, Field(ge=1, le=1_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -277,6 +277,11 @@ def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
         value, origin = values[key]
         where = f"{origin}: " if origin else ""
         raise UserError(f"{where}{key} is {shown(value)}; it must be {_wanted(first, key)}") from None
+    for key, (value, origin) in values.items():
+        words = value if isinstance(value, list) else [value]
+        if any(isinstance(w, str) and redact(w) != w and not os.path.exists(os.path.expanduser(w)) for w in words):
+            place = "set the environment variable HF_TOKEN to a token, since runs store and publish their config"
+            raise UserError(f"{origin and f'{origin}: '}{key} looks like it holds a secret; {place}")
     for key in CODE:
         value, origin = values.get(key, (None, ""))
         if isinstance(value, str) and ":" in value and origin not in ("", "--set", FLAGS[key]):

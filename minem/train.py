@@ -40,7 +40,7 @@ from minem.model.weights import load, load_model, read_config, resolve
 from minem.plugins import hash_source
 from minem.report.reader import read_run
 from minem.runs.folder import answer_file, default_path, folder_name
-from minem.runs.record import fingerprint, hash_tokenizer, model_card
+from minem.runs.record import fingerprint, hash_tokenizer, model_card, public_name
 from minem.runs.resume import last_model
 from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
@@ -91,7 +91,7 @@ def build(
         mstep=MStep(model, config.mstep, session.ranks, config.run.seed, folder),
         evaluation=Evaluation(generator, prompts, verdict, config.eval, config.run.seed),
         diagnosis=Diagnosis(looked_at, estep, config.eval.hinted_draws),
-        model_id=config.model.id,
+        model_id=public_name(config.model.id),
         card=partial(model_card, config, Path(config.run.out or default_path(config)).name, source),
     )
     longest_prompt(config, experiment)
@@ -209,7 +209,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     if config.run.out is None:
         config = config.changed({"run.out": str(default_path(config, f"samples-{digest[:8]}"))})
     config = config.changed({"run.iterations": 1})
-    experiment = build(config, session, source=f"on samples of the file `{file.name}` (SHA-256 {digest})")
+    experiment = build(config, session, source=f"on samples of the file `{public_name(file.name)}` (SHA-256 {digest})")
     sizes = experiment.estep.generators["plain"].max_length, experiment.mstep.model.config.vocab_size
     rules = config.mstep.weights, config.sampler.drop_leaks
     samples = read_samples(file, experiment.task, experiment.estep.prompts, *sizes, *rules)

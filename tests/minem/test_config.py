@@ -264,6 +264,29 @@ def test_a_file_may_name_code_of_this_folder_and_the_command_line_any(tmp_path: 
             load_config(write(tmp_path, f'[sampler]\nname = "{name}"'))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.revision", "hf_abcdefghijklmnopqrst"),
+        ("model.id", "https://me:password@hub.co/a"),
+        ("sampler.stop", '["a", "hf_abcdefghijklmnopqrst"]'),
+        ("run.out", "runs/of-the-environment-1234"),
+    ],
+)
+def test_a_secret_is_refused_before_it_is_stored(key: str, value: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """run.json, config.toml and the report hold the config, and are published with the model."""
+    monkeypatch.setenv("MY_API_KEY", "of-the-environment-1234")
+    with pytest.raises(UserError, match=f"^--set: {key} looks like it holds a secret; .* HF_TOKEN ") as caught:
+        load_config(overrides=[f"{key}={value}"])
+    assert not any(word in str(caught.value) for word in ("abcdefg", "password", "of-the-environment"))
+    section, _, name = key.partition(".")
+    path = write(tmp_path, f"[{section}]\n{name} = {value if value[0] == '[' else json.dumps(value)}")
+    with pytest.raises(UserError, match=rf"config.toml: {key} looks like"):
+        load_config(path)
+    (tmp_path / "hf_checkpoints").mkdir()
+    assert load_config(overrides=[f"model.id={tmp_path}/hf_checkpoints"]).model.id == f"{tmp_path}/hf_checkpoints"
+
+
 # --------------------------------------------------------------------------------------------- written and read again
 
 
