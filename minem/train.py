@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import minem
 from minem.config import Config, EvalSection
 from minem.console import Progress
 from minem.data.prompts import Prompts, Shots, make_prompts
-from minem.data.tasks import Question, load_task
+from minem.data.tasks import SPLITS, Question, load_task
 from minem.data.verdict import load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
 from minem.em import diagnostics, warnings
@@ -46,6 +47,7 @@ from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
 
 LAST_STAGE = "report"  # of a whole run
+PATIENCE = 2.0  # seconds until a start says what takes so long
 
 
 def build(
@@ -56,6 +58,7 @@ def build(
     source: where the samples come from, if no sampler draws them.
     """
     session = session or Session()
+    session.stop.at_work = False
     task = load_task(config.task.name, config.task.limit, config.run.seed, config.task.columns)
     device = pick_device(config.run.device)
     set_deterministic(device, config.run.deterministic)
@@ -94,7 +97,13 @@ def build(
         model_id=public_name(config.model.id),
         card=partial(model_card, config, Path(config.run.out or default_path(config)).name, source),
     )
-    longest_prompt(config, experiment)
+    questions = sum(len(getattr(task, split)) for split in SPLITS)
+    slow = Timer(PATIENCE, session.progress.note, [f"start   rendering the prompts of {questions:,} questions"])
+    slow.start()
+    try:
+        longest_prompt(config, experiment)
+    finally:
+        slow.cancel()
     return experiment
 
 
@@ -164,10 +173,11 @@ def train(config: Config, session: Session | None = None) -> dict[str, Any]:
 
 
 def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
-    """Make room for all that the run will draw, and print how much that is."""
+    """Make room for all that the run will draw, and print how much that is: the last before its first stage."""
     longest = longest_prompt(config, experiment)
     for generator in dict.fromkeys(experiment.estep.generators.values()):
         progress.note(f"cache   {generator.reserve(*longest)}")
+    experiment.run.stop.at_work = True
 
 
 def conclude(run: Run) -> None:
@@ -221,6 +231,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
         rows = f"{endless} of {len(samples)} rows"
         session.progress.note(f"note    {rows} do not end in EOS: the model learns not to stop there")
     with opened(config, experiment, session, samples=digest) as run:
+        session.stop.at_work = True
         experiment.m_step(1, samples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result(1, "mstep")}
 

@@ -118,6 +118,9 @@ def test_a_signal_leaves_a_note_and_a_second_ctrl_c_does_not_wait(number, name):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     stop = Stop()
     with stop.listening():
+        with pytest.raises(KeyboardInterrupt):  # nothing is at work yet
+            signal.raise_signal(number)
+        stop.at_work = True
         stop.check("nothing")
         signal.raise_signal(number)
         assert stop.signal == name
