@@ -98,13 +98,20 @@ def build(
         card=partial(model_card, config, Path(config.run.out or default_path(config)).name, source),
     )
     questions = sum(len(getattr(task, split)) for split in SPLITS)
-    slow = Timer(PATIENCE, session.progress.note, [f"start   rendering the prompts of {questions:,} questions"])
-    slow.start()
-    try:
+    with slow_start(session.progress, f"rendering the prompts of {questions:,} questions"):
         longest_prompt(config, experiment)
-    finally:
-        slow.cancel()
     return experiment
+
+
+@contextmanager
+def slow_start(progress: Progress, what: str) -> Iterator[None]:
+    """Print once what is done in the block, if that takes longer than PATIENCE."""
+    timer = Timer(PATIENCE, progress.note, [f"start   {what}"])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
@@ -281,8 +288,8 @@ def evaluate(
     loaded, check, folder = load_task(task, limit, seed, columns), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)
-    words = Config().changed({"task.name": task, "task.prompt": prompt, "task.shots": shots}).task
-    prompts = make_prompts(generator.tokenizer, words, None, stop)
+    keys = {"task.name": task, "task.prompt": prompt, "task.shots": shots, "run.out": out and str(out)}
+    prompts = make_prompts(generator.tokenizer, Config().changed(keys).task, None, stop)
     asked = ((question, prompts.trained(question)) for question in questions)
     longest = measure(generator, asked, max_new_tokens or 1, "--max-new-tokens")  # before the folder is made
     new = max_new_tokens or min(512, generator.max_length - longest)
