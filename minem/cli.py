@@ -336,9 +336,10 @@ def report(runs: tuple[Path, ...], out: Path) -> None:
 
     Runs that differ in nothing but their seed are shown as their mean and spread.
     """
-    from minem.report.page import write_report
+    from minem.report.page import check_place, write_report
     from minem.report.reader import runs_in
 
+    check_place(out)
     write_report(list(runs_in(runs)), out)
     click.echo(clean(str(out)))
 

@@ -5,6 +5,7 @@ minem trian; echo $?        # there is no command 'trian'; did you mean 'train'?
 
 import difflib
 import io
+import os
 import re
 import signal
 import sys
@@ -13,12 +14,20 @@ from typing import Any, NoReturn
 
 import click
 
-from minem.errors import MinemError
+from minem.errors import Interrupted, MinemError
+from minem.files import is_full
 from minem.text import sentence
 
 
 class Commands(click.Group):
     """Turns minem's own errors into one sentence and an exit code, and names the nearest command for a misspelt one."""
+
+    def main(self, *args: Any, **more: Any) -> Any:
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            if getattr(sys, name) is None:  # closed: the next file that a run opens would become its stderr
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # this takes the lowest free number
+                setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+        return super().main(*args, **more)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         try:
@@ -35,6 +44,8 @@ class Commands(click.Group):
             return super().parse_args(ctx, args)
         except click.UsageError as error:
             _refuse(ctx, error)
+        except OSError as error:  # from printing the help
+            _unprinted(ctx, error)
 
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
@@ -43,12 +54,16 @@ class Commands(click.Group):
             for number in (signal.SIGTERM, signal.SIGUSR1):  # they stop a command as Ctrl-C does
                 signal.signal(number, signal.default_int_handler)
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+            return result
         except click.UsageError as error:
             _refuse(ctx, error)
         except MinemError as error:
             click.echo(f"minem: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            _unprinted(ctx, error)
         except ModuleNotFoundError as error:
             if (error.name or "minem").startswith("minem"):
                 raise
@@ -59,6 +74,17 @@ class Commands(click.Group):
             advice = "; give the same command again to resume" if resumable else ""
             click.echo(f"minem: stopped{advice}", err=True)
             ctx.exit(3)
+
+
+def _unprinted(ctx: click.Context, error: OSError) -> NoReturn:
+    """End after a failed print: quietly if its reader left, as `head` does, else with a sentence; others are bugs."""
+    if error.filename is not None or not (isinstance(error, BrokenPipeError) or is_full(error)):
+        raise error
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer
+    if isinstance(error, BrokenPipeError):
+        ctx.exit(0)
+    click.echo(f"minem: the output cannot be written: {error.strerror}", err=True)
+    ctx.exit(Interrupted.exit_code)
 
 
 def _refuse(ctx: click.Context, error: click.UsageError) -> NoReturn:

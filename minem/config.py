@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from minem.errors import UserError, one_of, shown
 from minem.files import read_toml
 from minem.plugins import check_origin
-from minem.text import visible
+from minem.text import redact, visible
 
 Few = Annotated[int, Field(ge=1, le=1_000)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -32,6 +32,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+Place = Annotated[str, Field(pattern=r"^[^\x00]+$", max_length=1_000)]  # making nested folders is recursive
 Texts = Annotated[list[Text], Field(max_length=16)]
 # module:name of the user's own code
 Reference = Annotated[str, Field(pattern=r"^[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*$")]
@@ -108,7 +109,7 @@ class RunSection(Section):
     iterations: Annotated[int, Field(ge=0, le=10_000)] = 4  # of EM; 0: only evaluate the base model
     questions_per_iteration: Rows | None = None  # the next N of a shuffle that repeats; by default all
     seed: Seed = 0  # decides every random choice
-    out: Text | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
+    out: Place | None = None  # the run's folder; by default runs/TASK.SAMPLER+BUDGET.MODEL.sSEED
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU where torch sees one
     init: Literal["previous", "base"] = "previous"  # what each M-step starts from; base as in STaR
     keep: Literal["last", "all"] = "last"  # model folders that stay on disk
@@ -166,6 +167,7 @@ PATHS = ("model.id", "task.name", "task.prompt")  # keys that may be paths
 CODE = ("sampler.name", "task.verdict")  # keys that may name a user's own code
 TEXT = "a text that is valid Unicode and not empty, without NUL"
 PATTERNS = {
+    "run.out": f"{TEXT}, of at most 1,000 characters",
     "sampler.stop": 'a list of texts, like ["\\n\\n"]',
     "task.columns": 'a list of texts, like ["question=problem", "options=opa,opb"]',
     "task.verdict": "written as module:function",
@@ -277,6 +279,11 @@ def _validated(values: Mapping[str, tuple[Any, str]]) -> Config:
         value, origin = values[key]
         where = f"{origin}: " if origin else ""
         raise UserError(f"{where}{key} is {shown(value)}; it must be {_wanted(first, key)}") from None
+    for key, (value, origin) in values.items():
+        words = value if isinstance(value, list) else [value]
+        if any(isinstance(w, str) and redact(w) != w and not os.path.exists(os.path.expanduser(w)) for w in words):
+            place = "set the environment variable HF_TOKEN to a token, since runs store and publish their config"
+            raise UserError(f"{origin and f'{origin}: '}{key} looks like it holds a secret; {place}")
     for key in CODE:
         value, origin = values.get(key, (None, ""))
         if isinstance(value, str) and ":" in value and origin not in ("", "--set", FLAGS[key]):

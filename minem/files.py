@@ -71,9 +71,7 @@ def shortage(folder: Path, needed: int) -> str | None:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file that exists complete or not at all, even if the machine stops. UserError if it is a link."""
-    partial = (
-        no_link(no_link(path).parent / PARTIAL) / f"{secrets.token_hex(4)}.{path.name}"
-    )  # a name that nobody else has
+    partial = no_link(no_link(path).parent / PARTIAL) / f"{secrets.token_hex(4)}.{path.name}"  # nobody's name
     partial.parent.mkdir(exist_ok=True)
     try:
         with open(partial, "xb") as file:

@@ -12,6 +12,8 @@ from typing import Any
 
 from minem.errors import UserError, shown
 
+VERDICTS = tuple(f"minem.data.verdict:{name}" for name in ("strict", "flexible", "number"))  # a file may name these
+
 
 def import_object(name: str, key: str, known: str = "") -> Any:
     """What "module:attribute" under a config key names, or a UserError. known: the built-in names, with commas."""
@@ -34,14 +36,17 @@ def hash_source(name: str) -> str:
 
 
 def check_origin(key: str, name: str, origin: str, flag: str) -> None:
-    """Refuse code that a config file names, unless it is minem's own or lies in the current folder.
+    """Refuse code that a config file names, unless it is one of minem's verdicts or lies in the current folder.
 
-    A file may come from anyone, and with `shutil:rmtree` for an answer check it would delete what a model names.
+    A file may come from anyone. With `shutil:rmtree` for an answer check it would delete what a model names, and with
+    `minem.files:write_rows` overwrite it.
     """
+    if key == "task.verdict" and name in VERDICTS:
+        return
     module = name.partition(":")[0]
     top = module.partition(".")[0]
     place = Path.cwd().joinpath(*module.split("."))
     here = place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
-    if top != "minem" and (top in sys.stdlib_module_names or not here):
+    if top == "minem" or top in sys.stdlib_module_names or not here:
         advice = f"a config may not run code from elsewhere: if you trust it, give {flag} {name} on the command line"
         raise UserError(f"{origin}: {key} is {shown(name)}, which is no code of this folder; {advice}")

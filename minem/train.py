@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ import minem
 from minem.config import Config, EvalSection
 from minem.console import Progress
 from minem.data.prompts import Prompts, Shots, make_prompts
-from minem.data.tasks import Question, load_task
+from minem.data.tasks import SPLITS, Question, load_task
 from minem.data.verdict import load_verdict
 from minem.device import limit_threads, pick_device, pick_dtype, set_deterministic
 from minem.em import diagnostics, warnings
@@ -40,12 +41,13 @@ from minem.model.weights import load, load_model, read_config, resolve
 from minem.plugins import hash_source
 from minem.report.reader import read_run
 from minem.runs.folder import answer_file, default_path, folder_name
-from minem.runs.record import fingerprint, hash_tokenizer, model_card
+from minem.runs.record import fingerprint, hash_tokenizer, model_card, public_name
 from minem.runs.resume import last_model, newest_model
 from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
 
 LAST_STAGE = "report"  # of a whole run
+PATIENCE = 2.0  # seconds until a start says what takes so long
 
 
 def build(
@@ -56,6 +58,7 @@ def build(
     source: where the samples come from, if no sampler draws them.
     """
     session = session or Session()
+    session.stop.at_work = False
     task = load_task(config.task.name, config.task.limit, config.run.seed, config.task.columns)
     device = pick_device(config.run.device)
     set_deterministic(device, config.run.deterministic)
@@ -91,11 +94,24 @@ def build(
         mstep=MStep(model, config.mstep, session.ranks, config.run.seed, folder),
         evaluation=Evaluation(generator, prompts, verdict, config.eval, config.run.seed),
         diagnosis=Diagnosis(looked_at, estep, config.eval.hinted_draws),
-        model_id=config.model.id,
+        model_id=public_name(config.model.id),
         card=partial(model_card, config, Path(config.run.out or default_path(config)).name, source),
     )
-    longest_prompt(config, experiment)
+    questions = sum(len(getattr(task, split)) for split in SPLITS)
+    with slow_start(session.progress, f"rendering the prompts of {questions:,} questions"):
+        longest_prompt(config, experiment)
     return experiment
+
+
+@contextmanager
+def slow_start(progress: Progress, what: str) -> Iterator[None]:
+    """Print once what is done in the block, if that takes longer than PATIENCE."""
+    timer = Timer(PATIENCE, progress.note, [f"start   {what}"])
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def longest_prompt(config: Config, experiment: Experiment) -> tuple[int, int]:
@@ -164,10 +180,11 @@ def train(config: Config, session: Session | None = None) -> dict[str, Any]:
 
 
 def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:
-    """Make room for all that the run will draw, and print how much that is."""
+    """Make room for all that the run will draw, and print how much that is: the last before its first stage."""
     longest = longest_prompt(config, experiment)
     for generator in dict.fromkeys(experiment.estep.generators.values()):
         progress.note(f"cache   {generator.reserve(*longest)}")
+    experiment.run.stop.at_work = True
 
 
 def conclude(run: Run) -> None:
@@ -209,7 +226,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
     if config.run.out is None:
         config = config.changed({"run.out": str(default_path(config, f"samples-{digest[:8]}"))})
     config = config.changed({"run.iterations": 1})
-    experiment = build(config, session, source=f"on samples of the file `{file.name}` (SHA-256 {digest})")
+    experiment = build(config, session, source=f"on samples of the file `{public_name(file.name)}` (SHA-256 {digest})")
     sizes = experiment.estep.generators["plain"].max_length, experiment.mstep.model.config.vocab_size
     rules = config.mstep.weights, config.sampler.drop_leaks
     samples = read_samples(file, experiment.task, experiment.estep.prompts, *sizes, *rules)
@@ -221,6 +238,7 @@ def train_on_samples(config: Config, file: Path, session: Session | None = None)
         rows = f"{endless} of {len(samples)} rows"
         session.progress.note(f"note    {rows} do not end in EOS: the model learns not to stop there")
     with opened(config, experiment, session, samples=digest) as run:
+        session.stop.at_work = True
         experiment.m_step(1, samples)
         return {"run": str(run.path), "model": str(run.path / "iter-01" / "model"), **run.result(1, "mstep")}
 
@@ -271,8 +289,8 @@ def evaluate(
     loaded, check, folder = load_task(task, limit, seed, columns), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)
-    words = Config().changed({"task.name": task, "task.prompt": prompt, "task.shots": shots}).task
-    prompts = make_prompts(generator.tokenizer, words, None, stop)
+    keys = {"task.name": task, "task.prompt": prompt, "task.shots": shots, "run.out": out and str(out)}
+    prompts = make_prompts(generator.tokenizer, Config().changed(keys).task, None, stop)
     asked = ((question, prompts.trained(question)) for question in questions)
     longest = measure(generator, asked, max_new_tokens or 1, "--max-new-tokens")  # before the folder is made
     new = max_new_tokens or min(512, generator.max_length - longest)

@@ -37,6 +37,7 @@ FILES = {
     "range.toml": "[sampler]\ntop_p = 1.5\n",
     "choice.toml": "[run]\ninit = 'previuos'\n",
     "code.toml": "[task]\nverdict = 'shutil:rmtree'\n",
+    "own.toml": "[task]\nverdict = 'minem.files:write_rows'\n",
     "package.toml": "[sampler]\nname = 'hypothesis:given'\n",
     "hidden.toml": "[task]\nverdict = 'shutil:rmtree'\n[sampler]\nname = 'shutil:rmtree'\n",
     "shutil.py": "def rmtree(text, question): pass\n",
@@ -66,6 +67,7 @@ FILES = {
     "plan/plan.json": "{}",
 }
 
+DEEP = "a/" * 2_000  # making so many folders went beyond Python's recursion limit
 # command -> what its one sentence must hold
 WRONG = {
     # commands and flags
@@ -120,6 +122,7 @@ WRONG = {
     "generate": "give either --prompt TEXT or --prompts FILE.jsonl",
     "generate --prompt a --prompts prompts.jsonl": "give either --prompt TEXT or --prompts FILE.jsonl",
     "generate --prompt a --n 0": "--n = 0 must be at least 1",
+    "generate --prompt a --n 1000000000000": "must be at least 1 and at most 1000000",
     "generate --prompt a --temperature -1": "--temperature = -1.0 must be",
     "generate --prompt a --temperature nan": "--temperature = nan must be",
     "generate --prompt a --top-p 2": "--top-p = 2.0 must be",
@@ -182,6 +185,7 @@ WRONG = {
     "train range.toml": "range.toml: sampler.top_p is 1.5; it must be less than or equal to 1",
     "train choice.toml": "(did you mean previous?)",
     "train code.toml": "if you trust it, give --verdict shutil:rmtree on the command line",
+    "train own.toml": "if you trust it, give --verdict minem.files:write_rows on the command line",
     "train package.toml": "if you trust it, give --sampler hypothesis:given on the command line",
     "train hidden.toml": 'is "shutil:rmtree", which is no code of this folder',
     "train broken.toml": "broken.toml is not valid TOML",
@@ -219,6 +223,10 @@ WRONG = {
     # places
     "train --out other": "--out other is not empty and no run directory (it holds notes.txt)",
     "train --out rows.jsonl": "--out rows.jsonl is a file; it must be a folder",
+    f"train --out {DEEP}": "it must be a text that is valid Unicode and not empty, without NUL, of at most 1,000",
+    f"sample --out {DEEP}": "of at most 1,000 characters",
+    f"compare --seeds 0 --out {DEEP}": "of at most 1,000 characters",
+    f"eval --limit 2 --out {DEEP}": "of at most 1,000 characters",
     "compare --out other": "--out other is not empty and no comparison",
     "eval --columns gold=answer --task other": 'task.columns: "gold=answer" must be NAME=COLUMN',
     "eval --limit 2 --max-new-tokens 4 --out other": "other is not empty and no evaluation folder",

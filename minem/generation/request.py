@@ -30,7 +30,7 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         rules = [
-            ("n", self.n >= 1, "at least 1"),
+            ("n", 1 <= self.n <= 1_000_000, "at least 1 and at most 1000000"),
             ("temperature", self.temperature == 0 or 1e-3 <= self.temperature <= 1e3, "0 (greedy) or 0.001 to 1000"),
             ("top_k", 0 <= self.top_k < 2**31, "0 (off) or a positive whole number below 2^31"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),

@@ -10,6 +10,7 @@ on any number of processes.
 import ctypes
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,9 +21,10 @@ from datetime import timedelta
 from torch import cuda, distributed
 from torch.distributed.rendezvous import rendezvous
 
-from minem.errors import Interrupted, UserError
+from minem.errors import Interrupted, UserError, shown
 from minem.parallel.ranks import ALONE, Ranks
 
+ADVICE = "start the processes by --gpus N or torchrun"
 AGAIN = "give the same command again to resume"
 TIMEOUT = timedelta(days=7)  # of a collective: shares of an E-step may differ by hours, and the agent notices a death
 FAILED = "minem/failed"  # in torch's key-value store: rank and exit code of the first process that failed
@@ -101,7 +103,14 @@ def joined(device: str) -> Iterator[Ranks]:
         yield ALONE
         return
     if missing := [name for name in VARIABLES if name not in os.environ]:
-        raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; start the processes by --gpus N or torchrun")
+        raise UserError(f"WORLD_SIZE is set, but not {', '.join(missing)}; {ADVICE}")
+    numbers = {name: os.environ[name] for name in ("WORLD_SIZE", *VARIABLES) if name != "MASTER_ADDR"}
+    for name, value in numbers.items():
+        if not re.fullmatch("[0-9]{1,5}", value):
+            raise UserError(f"{name} = {shown(value)} is not a whole number from 0 to 99999; {ADVICE}")
+    if int(numbers["RANK"]) >= int(numbers["WORLD_SIZE"]) or int(numbers["MASTER_PORT"]) >= 2**16:
+        given = ", ".join(f"{name} = {value}" for name, value in numbers.items())
+        raise UserError(f"{given}: RANK must be below WORLD_SIZE, and MASTER_PORT below 65536; {ADVICE}")
 
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a process ends with its agent

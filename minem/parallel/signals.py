@@ -2,8 +2,9 @@
 
     minem train & sleep 60; kill %1; wait %1; echo $?         # 3, and the same command continues
 
-A signal only leaves a note. The M-step reads it after each update and writes a checkpoint, the other stages after each
-token drawn. A second Ctrl-C does not wait for that.
+Until a run is at work a signal stops it at once: nothing can be lost. Then it only leaves a note. The M-step reads it
+after each update and writes a checkpoint, the other stages after each token drawn. A second Ctrl-C does not wait for
+that.
 """
 
 import os
@@ -16,10 +17,14 @@ from minem.errors import Interrupted
 
 
 class Stop:
-    """True once this process was asked to stop, by `signal`: "SIGTERM", "SIGUSR1" or "Ctrl-C"."""
+    """True once this process was asked to stop, by `signal`: "SIGTERM", "SIGUSR1" or "Ctrl-C".
+
+    at_work: signals only leave a note, since there is something to lose.
+    """
 
     def __init__(self) -> None:
         self.signal: str | None = None
+        self.at_work = False
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -42,6 +47,6 @@ class Stop:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # After a Ctrl-C any signal is a second one: torch's agent passes its own second Ctrl-C on as SIGTERM.
-        if self.signal == "Ctrl-C" or (self and number == signal.SIGINT):
+        if not self.at_work or self.signal == "Ctrl-C" or (self and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ MOST_FLIPS = 200
 CHARACTERS = 2_000_000  # of the samples' texts together
 TEXT_LIMIT = 10_000  # characters of one text
 PAGE = Path(__file__).parent
+MARK = b'<meta name="generator" content="minem '  # stands in the first bytes of each report
 
 
 def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] | None = None) -> None:
@@ -44,6 +46,18 @@ def write_report(runs: Sequence[Path], out: Path, comparison: Mapping[str, Any] 
         write_atomic(out, page.encode())
     except OSError as error:
         raise UserError(f"the report {out} cannot be written: {error.strerror or error}") from error
+
+
+def check_place(out: Path) -> None:
+    """UserError if `out` lies in a run directory, or is there already and no report that minem wrote."""
+    where, page = Path(os.path.realpath(out)), b""
+    if inside := next((folder for folder in where.parents if os.path.exists(folder / "run.json")), None):
+        raise UserError(f"-o {out} lies in the run directory {inside}; choose a place outside of it")
+    if os.path.isfile(out) and not os.path.islink(out):
+        with suppress(OSError), out.open("rb") as file:
+            page = file.read(1_000)
+    if os.path.lexists(out) and not os.path.isdir(out) and MARK not in page:
+        raise UserError(f"-o {out} is there already and no report of minem, so it is not replaced; choose another name")
 
 
 def _render(runs: Sequence[Run], comparison: Mapping[str, Any]) -> str:

@@ -7,7 +7,9 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -83,18 +85,25 @@ def hash_tokenizer(tokenizer: Tokenizer) -> dict[str, str]:
     return {"tokenizer": digest.hexdigest(), "chat template": hashlib.sha256(template).hexdigest()}
 
 
+def public_name(name: str) -> str:
+    """A name as it may be published: of a local path the last part alone, and no markup, space or line break."""
+    path = os.path.expanduser(name)
+    return re.sub(r"[^\w./:@+-]+", "-", os.path.basename(os.path.abspath(path)) if os.path.exists(path) else name)
+
+
 def model_card(config: Config, name: str, source: str | None, iteration: int) -> str:
     """README.md of the model that the run called `name` exports after an iteration.
 
     source: where its samples came from, if no sampler drew them.
     """
-    front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(config.model.id)}\ntags: [minem]\n---\n"
+    base, task, title = map(public_name, (config.model.id, config.task.name, name))
+    front = f"---\nlibrary_name: transformers\nbase_model: {json.dumps(base)}\ntags: [minem]\n---\n"
     section, kept = config.sampler, "config is" if source else "config and the samples are"
-    done = f"after {iteration} iteration(s) of expectation maximization on `{config.task.name}` with the sampler "
+    done = f"after {iteration} iteration(s) of expectation maximization on `{task}` with the sampler "
     done += f"`{section.name}` (budget {section.budget})"
     if source:
-        done = f"trained for `{config.task.name}` {source}"
+        done = f"trained for `{task}` {source}"
     return visible(
-        f"{front}\n# {name}, iteration {iteration}\n\n`{config.model.id}` {done}, made by minem {minem.__version__}. "
+        f"{front}\n# `{title}`, iteration {iteration}\n\n`{base}` {done}, made by minem {minem.__version__}. "
         f"The {kept} in the run's directory.\n"
     )

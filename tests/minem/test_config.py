@@ -248,14 +248,43 @@ def test_a_file_may_name_code_of_this_folder_and_the_command_line_any(tmp_path: 
     (tmp_path / "mine.py").write_text("")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "inner.py").write_text("")
-    for name in ("mine:check", "package.inner:check", "minem.data.verdict:number"):
+    own = (f"minem.data.verdict:{name}" for name in ("strict", "flexible", "number"))
+    for name in ("mine:check", "package.inner:check", *own):
         assert load_config(write(tmp_path, f'[task]\nverdict = "{name}"')).task.verdict == name
-    for name in ("shutil:rmtree", "package.other:check", "hypothesis:given", "os.path:exists"):
+    (tmp_path / "minem.py").write_text("")
+    others = ("minem.files:write_rows", "minem.data.verdict:load_verdict", "minem:load")
+    for name in ("shutil:rmtree", "package.other:check", "hypothesis:given", "os.path:exists", *others):
         file = write(tmp_path, f'[task]\nverdict = "{name}"')
         with pytest.raises(UserError, match=rf"no code of this folder.* give --verdict {name} on the command line"):
             load_config(file)
         assert load_config(file, flags={"task.verdict": name}).task.verdict == name
         assert load_config(file, [f"task.verdict={name}"]).task.verdict == name
+    for name in ("minem.em.samplers:RejectionSampling", "minem.data.verdict:strict"):
+        with pytest.raises(UserError, match=f"give --sampler {name} on the command line"):
+            load_config(write(tmp_path, f'[sampler]\nname = "{name}"'))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.revision", "hf_abcdefghijklmnopqrst"),
+        ("model.id", "https://me:password@hub.co/a"),
+        ("sampler.stop", '["a", "hf_abcdefghijklmnopqrst"]'),
+        ("run.out", "runs/of-the-environment-1234"),
+    ],
+)
+def test_a_secret_is_refused_before_it_is_stored(key: str, value: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """run.json, config.toml and the report hold the config, and are published with the model."""
+    monkeypatch.setenv("MY_API_KEY", "of-the-environment-1234")
+    with pytest.raises(UserError, match=f"^--set: {key} looks like it holds a secret; .* HF_TOKEN ") as caught:
+        load_config(overrides=[f"{key}={value}"])
+    assert not any(word in str(caught.value) for word in ("abcdefg", "password", "of-the-environment"))
+    section, _, name = key.partition(".")
+    path = write(tmp_path, f"[{section}]\n{name} = {value if value[0] == '[' else json.dumps(value)}")
+    with pytest.raises(UserError, match=rf"config.toml: {key} looks like"):
+        load_config(path)
+    (tmp_path / "hf_checkpoints").mkdir()
+    assert load_config(overrides=[f"model.id={tmp_path}/hf_checkpoints"]).model.id == f"{tmp_path}/hf_checkpoints"
 
 
 # --------------------------------------------------------------------------------------------- written and read again
@@ -265,7 +294,11 @@ def texts() -> st.SearchStrategy[str]:
     return st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
 
 
-CODE = {"sampler.name": "minem.mine:Sampler", "task.verdict": "minem.a:b", "mstep.lora_targets": "up_proj, q_proj"}
+CODE = {
+    "sampler.name": "tests.conftest:Sampler",
+    "task.verdict": "minem.data.verdict:number",
+    "mstep.lora_targets": "up_proj, q_proj",
+}
 
 
 def values(key: str) -> st.SearchStrategy[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from minem.model.weights import checkpoint_views, load_model
 from minem.runs.directory import read_journal
 from tests.minem.em.test_mstep import assert_close, make_examples, reference_sums, weights_of
 from tests.minem.folders import VOCABULARY, make_folder
+from tests.minem.tiny_runs import flags
 
 KINDS = ("llama-tied", "qwen2", "qwen3")
 SUBSET = "q_proj,v_proj,up_proj,down_proj"
@@ -315,6 +317,26 @@ def test_a_run_trains_adapters_and_gets_better(tmp_path):
     ids = torch.tensor([tokenizer.encode("2 + 2 = 4. 4 - 3 = 1.")])
     with torch.no_grad():
         assert_close(model(ids), adapted(ids).logits)
+
+
+def test_what_is_published_holds_no_path_and_no_markup(tmp_path):
+    """Of a local model, task or run only the last part of its path, and of a name what is no markup."""
+    home = tmp_path / "home-of-me"
+    shutil.copytree(Path(minem.__file__).parent / "data" / "toy", home / "my task")
+    model = (home / "my task" / "model").rename(home / "base <b>")
+    run = tmp_path / "run\n# <script>`x`"
+    more = flags("run.iterations=1", "mstep.lora_rank=2", "sampler.filter=none", "sampler.budget=1")
+    places = ["--model", str(model), "--task", str(home / "my task"), "--out", str(run)]
+    done = CliRunner().invoke(main, ["train", *places, *more])
+    assert done.exit_code == 0, done.output
+    card = (run / "iter-01" / "model" / "README.md").read_text()
+    assert 'base_model: "base-b-"\n' in card
+    assert "\n# `run-script-x-`, iteration 1\n\n`base-b-` after 1 iteration(s)" in card
+    assert "on `my-task` with" in card
+    config = json.loads((run / "iter-01" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base-b-"
+    published = [file for name in ("model", "adapter") for file in (run / "iter-01" / name).iterdir()]
+    assert not [file for file in published if b"home-of-me" in file.read_bytes()]
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -91,12 +91,36 @@ def test_a_missing_variable_of_torchrun_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("WORLD_SIZE", "x", 'WORLD_SIZE = "x" is not a whole number from 0 to 99999; start'),
+        ("RANK", "one", 'RANK = "one" is not a whole number'),
+        ("LOCAL_RANK", "-1", 'LOCAL_RANK = "-1" is not a whole number'),
+        ("MASTER_PORT", "70000", "and MASTER_PORT below 65536; start"),
+        ("RANK", "5", "RANK = 5, .*: RANK must be below WORLD_SIZE, "),
+    ],
+)
+def test_a_wrong_variable_of_torchrun_is_named(monkeypatch, name, value, sentence):
+    """At once: with a rank that is none, or another port, a process waited for minutes or got torch's traceback."""
+    for other in VARIABLES:
+        monkeypatch.setenv(other, "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr("minem.parallel.launch.rendezvous", lambda url: pytest.fail("it waits for others"))
+    with pytest.raises(UserError, match=sentence), joined("cpu"):
+        pass
+
+
+@pytest.mark.parametrize(
     ("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1"), (signal.SIGINT, "Ctrl-C")]
 )
 def test_a_signal_leaves_a_note_and_a_second_ctrl_c_does_not_wait(number, name):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
     stop = Stop()
     with stop.listening():
+        with pytest.raises(KeyboardInterrupt):  # nothing is at work yet
+            signal.raise_signal(number)
+        stop.at_work = True
         stop.check("nothing")
         signal.raise_signal(number)
         assert stop.signal == name

@@ -154,6 +154,7 @@ def work(stop: Stop) -> None:
 def main(mode: str, folder: str) -> None:
     stop, code = Stop(), 0
     try:
+        stop.at_work = True
         with stop.listening(), joined("cpu") as ranks:
             globals()[mode](ranks, stop, Path(folder))
     except (MinemError, KeyboardInterrupt) as error:

@@ -376,3 +376,28 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
         assert f"the report {out} cannot be written" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert "RUN..." in invoke("report").stderr
+
+
+def test_a_report_replaces_nothing_but_a_report(tmp_path, monkeypatch, without_charts):
+    """-o run/journal.jsonl replaced the journal of a run, and -o /dev/null the device."""
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "run", samples=[sample("x")])
+    os.mkfifo("pipe")
+    Path("notes.html").write_text("<!doctype html>mine")
+    Path("link").symlink_to("notes.html")
+    Path("gone").symlink_to("nowhere")
+    Path("door").symlink_to(run)
+    inside = ("run/journal.jsonl", "run/report.html", "run/iter-01/new.html", "door/report.html")
+    kept = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out in ("pipe", "notes.html", "link", "gone", "/dev/null", *inside):
+        result = invoke("report", run, "-o", out)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1), out
+        assert (f"-o {out} lies in the run" if out in inside else "no report of minem") in " ".join(
+            result.stderr.split()
+        )
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == kept
+    assert invoke("report", run).exit_code == 0
+    page = Path("report.html").read_bytes()
+    Path("report.html").write_bytes(page[:900])  # of an earlier report
+    assert invoke("report", run).exit_code == 0
+    assert Path("report.html").read_bytes() == page

@@ -222,6 +222,24 @@ def test_a_signal_ends_with_code_3_and_the_same_command_resumes(tmp_path: Path, 
     assert outcome(out) == outcome(in_blocks)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_start_is_stopped_at_once_and_says_what_takes_long(
+    number: int, tmp_path: Path, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal while the prompts of a large task were rendered, or memory was reserved, did nothing for minutes."""
+    out = tmp_path / "run"
+    monkeypatch.setattr("minem.train.PATIENCE", 0.0)
+    for place in ("minem.train.longest_prompt", "minem.runs.directory.run_facts", "minem.train.describe"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_: signal.raise_signal(number) or pytest.fail("it went on"))
+            last = train_here(out, code=3)
+        assert last.endswith(f"minem: stopped; {AGAIN}")
+        assert "base model" not in last
+        assert out.exists() == (place != "minem.train.longest_prompt")
+    assert train_here(out).count("start rendering the prompts of 24 questions") == 1
+    assert outcome(out) == outcome(finished_run)
+
+
 HANGS = """
 import pathlib, time
 
