@@ -7,15 +7,14 @@ import difflib
 import io
 import os
 import re
-import signal
 import sys
-import threading
 from typing import Any, NoReturn
 
 import click
 
 from minem.errors import Interrupted, MinemError
 from minem.files import is_full
+from minem.parallel.signals import stopped
 from minem.text import sentence
 
 
@@ -50,9 +49,6 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that is not UTF-8 gets escapes and no traceback
             sys.stdout.reconfigure(errors="backslashreplace")
-        if threading.current_thread() is threading.main_thread():  # which alone may set handlers
-            for number in (signal.SIGTERM, signal.SIGUSR1):  # they stop a command as Ctrl-C does
-                signal.signal(number, signal.default_int_handler)
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -70,10 +66,8 @@ class Commands(click.Group):
             click.echo(f"minem: the package {error.name} is not installed here: pip install {error.name}", err=True)
             ctx.exit(2)
         except KeyboardInterrupt:
-            resumable = ctx.invoked_subcommand in ("train", "sample", "eval", "compare")
-            advice = "; give the same command again to resume" if resumable else ""
-            click.echo(f"minem: stopped{advice}", err=True)
-            ctx.exit(3)
+            click.echo(stopped(ctx.invoked_subcommand), err=True)
+            ctx.exit(Interrupted.exit_code)
 
 
 def _unprinted(ctx: click.Context, error: OSError) -> NoReturn:

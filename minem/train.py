@@ -284,8 +284,7 @@ def evaluate(
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a model, or the newest of a run, on a split of a task; answers are kept in `out`, not drawn again."""
-    progress = progress or Progress()
-    model = str(newest_model(Path(model))) if os.path.exists(os.path.join(model, "run.json")) else model
+    progress, model = progress or Progress(), newest_model(model)
     loaded, check, folder = load_task(task, limit, seed, columns), load_verdict(verdict), resolve(model)
     questions = getattr(loaded, split)
     generator = make_generator(str(folder), device, progress)

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import groupby, product
@@ -31,7 +31,7 @@ from minem.em.loop import Experiment
 from minem.em.sample import Sample
 from minem.em.samplers import SAMPLERS, make_sampler
 from minem.errors import GuardError, UserError
-from minem.files import no_link, write_atomic
+from minem.files import no_link, read_json, write_atomic
 from minem.model.weights import resolve
 from minem.plugins import hash_source
 from minem.runs.directory import read_journal, remove_run
@@ -125,10 +125,8 @@ def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
     for cell, own in runs.items():  # bad input is found before the folder is made
         if cell.seed == plan.seeds[0]:
             build(own, weights=False)
-    clear = partial(_clear, runs) if session.overwrite else None
-    for cell in runs:
-        no_link(cell.folder)
-    with hold_folder(out, "plan.json", "comparison", _settings(config, plan), clear) as check:
+    names, clear = [no_link(cell.folder).name for cell in runs], _clear if session.overwrite else None
+    with hold_folder(out, "plan.json", "comparison", _settings(config, plan), clear, runs=names) as check:
         comparison = _Comparison(runs, plan, replace(session, overwrite=False))
         for _, group in groupby(runs, GROUP):  # complete seeds are there early
             for together in [[cell] for cell in group] if plan.match == "none" else [list(group)]:
@@ -252,13 +250,15 @@ def _short(label: str) -> str:
     return "".join(label.split(":")[-2:])
 
 
-def _clear(runs: Iterable[Cell], out: Path) -> None:
-    """Remove an earlier comparison: its results, and what the runs of this plan wrote."""
+def _clear(out: Path) -> None:
+    """Remove an earlier comparison: its results, and what the runs of its plan wrote."""
     for name in ("comparison.json", "comparison.md", "comparison.png", "report.html"):
         (out / name).unlink(missing_ok=True)
-    for folder in (cell.folder for cell in runs if cell.folder.exists()):
-        with claim(folder):
-            remove_run(folder)
+    names = read_json(out / "plan.json").get("runs", []) if (out / "plan.json").exists() else []
+    for folder in (out / folder_name(str(name)) for name in names):
+        if no_link(folder).exists():
+            with claim(folder):
+                remove_run(folder)
 
 
 def _write(out: Path, comparison: dict[str, Any]) -> None:

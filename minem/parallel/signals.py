@@ -9,11 +9,32 @@ that.
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from minem.errors import Interrupted
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+RESUMABLE = ("train", "sample", "eval", "compare")
+
+
+def stop_at_once(number: int, frame: FrameType | None) -> None:
+    """End this process, whatever it is doing: what is on the disk is what a SIGKILL would leave.
+
+    An exception could be raised inside the import of a library or a callback from C++, and be lost or abort there.
+    """
+    if "LOCAL_RANK" not in os.environ:  # of several processes the one that started them reports it
+        cursor = "\x1b[?25h" if os.isatty(2) else ""  # which a live line hides
+        os.write(2, f"{cursor}{stopped(sys.argv[1] if sys.argv[1:] else None)}\n".encode())
+    os._exit(Interrupted.exit_code)
+
+
+def stopped(command: str | None) -> str:
+    """The sentence that ends a command which was stopped."""
+    return "minem: stopped" + ("; give the same command again to resume" if command in RESUMABLE else "")
 
 
 class Stop:
@@ -25,6 +46,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: str | None = None
         self.at_work = False
+        self._before: dict[int, Any] = {}  # handlers
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -37,16 +59,19 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """While open, signals are noted here."""
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-        before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = {number: signal.getsignal(number) for number in STOPS}
+        for stop in STOPS:
+            signal.signal(stop, self._note)
         try:
             yield
         finally:
-            for number, handler in before.items():  # a rank only exits now: torch's agent must not interrupt that
+            for number, handler in self._before.items():  # a rank only exits now: torch's agent must not interrupt that
                 signal.signal(number, signal.SIG_IGN if "LOCAL_RANK" in os.environ else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # After a Ctrl-C any signal is a second one: torch's agent passes its own second Ctrl-C on as SIGTERM.
         if not self.at_work or self.signal == "Ctrl-C" or (self and number == signal.SIGINT):
+            if callable(before := self._before[number]):
+                before(number, frame)
             raise KeyboardInterrupt
         self.signal = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name

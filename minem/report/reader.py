@@ -135,6 +135,8 @@ def runs_in(paths: Sequence[Path]) -> Iterator[Path]:
 
 def read_run(path: Path) -> Run:
     """The run in this directory. UserError if there is none."""
+    if os.path.exists(path / "plan.json") and not os.path.exists(path / "run.json"):
+        raise UserError(f"{path} is a comparison and no run: name runs in it, like {path}/*.s0")
     facts = read_facts(path)
     config = facts.get("config")
     if not (isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in SECTIONS)):

@@ -142,11 +142,17 @@ def refuse(path: Path, changes: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def hold_folder(
-    path: Path, mark: str, kind: str, settings: Mapping[str, Mapping[str, Any]], clear: Callable[[Path], None] | None
+    path: Path,
+    mark: str,
+    kind: str,
+    settings: Mapping[str, Mapping[str, Any]],
+    clear: Callable[[Path], None] | None,
+    **more: Any,
 ) -> Iterator[Callable[[], None]]:
     """Keep a folder of results for this process alone, made now or continued with the same settings only.
 
-    mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}.
+    mark: the JSON file by which a folder of this `kind` is known; it holds `settings`, {section: {key: value}}, and
+    `more`, which is not compared.
     clear: removes what an earlier start wrote, for --overwrite. Yields `check_held` of it, to call before each write.
     UserError as for `claim`, and for other settings.
     """
@@ -154,14 +160,15 @@ def hold_folder(
         if clear is None and (path / mark).exists():
             try:
                 written = read_json(path / mark)
-                changes = difference({key: written[key] for key in written if key not in about(kind)}, settings)
+                kept = {key: written[key] for key in written if key not in about(kind) | more}
+                changes = difference(kept, settings)
             except (UserError, AttributeError) as error:
                 raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
             refuse(path, changes)
         else:
             if clear is not None:
                 clear(path)
-            write_atomic(path / mark, (json.dumps({**about(kind), **settings}, indent=2) + "\n").encode())
+            write_atomic(path / mark, (json.dumps({**about(kind), **more, **settings}, indent=2) + "\n").encode())
         yield partial(check_held, path, lock)
 
 

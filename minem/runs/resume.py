@@ -5,6 +5,7 @@
 Stages from there on are undone; draws repeat the same random streams, so the run ends in the same bytes.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,11 +37,13 @@ def last_model(stages: Iterable[str]) -> int:
     return max((int(stage.partition("/")[0].removeprefix("iter-")) for stage in trained), default=0)
 
 
-def newest_model(folder: Path) -> Path:
-    """The newest model that a run has made. UserError if it has none yet."""
-    if not (last := last_model(read_journal(folder))):
-        raise UserError(f"the run {folder} has no model yet; give the base model, or wait for its first M-step")
-    return folder / f"iter-{last:02d}" / "model"
+def newest_model(name: str) -> str:
+    """Of a run, the folder of its newest model; any other name of a model as it is. UserError if it has none yet."""
+    if not os.path.exists(os.path.join(name, "run.json")):
+        return name
+    if not (last := last_model(read_journal(name))):
+        raise UserError(f"the run {name} has no model yet; give its base model, or wait for its first M-step")
+    return os.path.join(name, f"iter-{last:02d}", "model")
 
 
 def is_intact(folder: Path, config: Config, stage: str | None = None) -> bool:

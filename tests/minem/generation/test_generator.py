@@ -66,13 +66,14 @@ def test_in_bfloat16_draws_depend_on_slots_by_rounding_alone(folder):
         [draw for draws in minem.Generator(model, tokenizer, slots=slots).generate(asked, params) for draw in draws]
         for slots in (3, 64)
     )
-    same = 0
+    tipped = tokens = 0
     for a, b in zip(one, other, strict=True):
         pairs = zip(a.token_ids, b.token_ids, strict=False)
         common = next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.token_ids), len(b.token_ids)))
-        same += a.token_ids == b.token_ids
+        tipped, tokens = tipped + (a.token_ids != b.token_ids), tokens + common
         assert a.logprobs[:common] == pytest.approx(b.logprobs[:common], abs=0.05)
-    assert same >= 0.7 * len(one)  # of draws of 24 tokens: one in a hundred tokens is tipped over
+    assert tokens > 400
+    assert tipped < 0.03 * tokens  # 1 % where the processor multiplies bfloat16, 1.7 % where it is emulated
 
 
 def test_cancelling_does_not_change_the_others(loaded):
