@@ -185,6 +185,7 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
     """Compare samplers over several seeds, each a run of its own, and print what they reach and cost.
 
     --task may name several tasks, with commas. The same command continues a comparison that was stopped.
+    A folder in place of CONFIG.toml holds runs made before: the tables about them are printed, and nothing runs.
 
     --arm may be given several times. Each is a row beside the samplers, with keys of its own: the control experiment
     is --arm control:sampler.name=rsm,sampler.filter=none. What an arm does not set is the config's.
@@ -193,6 +194,9 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
     a random order that is the same for all. With --match cost they train on what they accept at the first questions
     in that order, for as many generated tokens as the thriftiest sampler spends.
     """
+    if flags["config_file"] is not None and flags["config_file"].is_dir():
+        _compare_folder(flags["config_file"], as_json)
+        return
     if flags["models"] is not None and flags["model"]:
         raise UserError("give either --model or --models")
     config, origins = _config({**flags, "model": flags["model"] if flags["models"] is None else flags["models"]})
@@ -209,6 +213,19 @@ def compare(samplers: str, seeds: str, match: Any, as_json: bool, **flags: Any) 
     if result["stopped"]:
         names, (reason, *_) = ", ".join(result["stopped"]), result["stopped"].values()
         raise GuardError(f"a guard stopped {names} (the first: {reason}); the results are those of the other runs")
+
+
+def _compare_folder(folder: Path, as_json: bool) -> None:
+    from minem.compare.results import read_folder
+    from minem.report import tables
+
+    context = click.get_current_context()
+    for name in context.params.keys() - {"config_file", "as_json"}:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            flag = name.replace("_", "-").replace("overrides", "set")
+            raise UserError(f"--{flag} says how to run, but the runs in {folder} were made before; leave it out")
+    result = read_folder(folder)
+    _print(result, as_json, lambda: tables.compare_tables(result))
 
 
 @main.command("eval")

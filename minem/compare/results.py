@@ -12,15 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, combinations
+from itertools import accumulate, combinations, groupby
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
+from minem.errors import UserError, some
 from minem.files import read_rows
 from minem.generation.request import stream_seed
-from minem.report.reader import Run, flips
+from minem.report import reader
+from minem.report.reader import Run, checked, flips
 from minem.runs.directory import read_journal
+from minem.runs.folder import folder_name, model_name
 from minem.statistics import holm, mcnemar, mean, paired_t, standard_deviation
 from minem.text import clean
 
@@ -33,6 +36,7 @@ NOT_AVERAGED = ("run", *NAMES, "seed", "curve")
 # Of the evaluations, and of the E-step in each iteration.
 MEASURED = ("accuracy", "flexible", "unparsed", "truncated", "sampled")
 DRAWN = ("kept", "kept_length", "valid", "tokens")
+KNOWN_BY = attrgetter(*NAMES, "seed")  # of a Cell
 GROUP = attrgetter("task", "model", "seed")  # of a Cell: what runs share that are matched and compared
 ENOUGH_SEEDS = 5  # with fewer a table describes its runs and supports no claim about samplers
 
@@ -156,6 +160,31 @@ def compare_pairs(cells: Sequence[Cell], runs: Mapping[Cell, Mapping[str, Any]])
     for pair, p, adjusted in zip(pairs, raw, holm([1.0 if p is None else p for p in raw]), strict=True):
         pair["holm_p"] = None if p is None else adjusted
     return pairs
+
+
+def read_folder(folder: Path) -> dict[str, Any]:
+    """`read_comparison` of the run directories in a folder, wherever they were made. UserError if there is none."""
+    if not (found := sorted(facts.parent for facts in folder.glob("*/run.json"))):
+        raise UserError(f"{folder} holds no run directories")
+    with checked(folder):
+        cells = list(map(_cell_of, found))
+    for names, own in groupby(sorted(cells, key=KNOWN_BY), KNOWN_BY):
+        if len(same := [cell.folder.name for cell in own]) > 1:
+            about = "the same task, model, sampler and seed"
+            raise UserError(
+                f"{folder}: {some(same)} have {about} ({' '.join(map(str, names))}); leave one of them there"
+            )
+    return read_comparison(cells, "none")
+
+
+def _cell_of(folder: Path) -> Cell:
+    """The cell that a run directory is. An arm is known by its folder's name, as `minem.compare` gives it."""
+    config = reader.read_run(folder).config
+    task, seed, section = config["task"]["name"], config["run"]["seed"], config["sampler"]
+    model, sampler = model_name(config["model"]["id"]), f"{section['name']}:{section['budget']}"
+    arm = re.fullmatch(rf".*?\.([^.]+)\.{re.escape(folder_name(model))}\.s{seed}", folder.name)
+    label = sampler if arm is None or arm[1] == sampler.replace(":", "") else arm[1]
+    return Cell(task, model, label, seed, folder, config["run"]["iterations"])
 
 
 def read_comparison(cells: Sequence[Cell], match: Match) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def compare_tables(result: dict[str, Any]) -> None:
     for one in result["tables"]:
         table(one["columns"], one["rows"], title=one["title"])
         say(f"{one['note']}\n")
-    if result["runs"]:
+    if result["runs"] and "out" in result:
         say(f"report: {result['out']}/report.html   picture: {result['out']}/comparison.png")
 
 

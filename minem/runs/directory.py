@@ -291,10 +291,10 @@ def remove_listed(home: Path, lines: Iterable[Mapping[str, Any]], one: str | Non
     listed = [name for line in lines if isinstance(line.get("files"), dict) for name in line["files"]]
     for name in listed:
         final = home / name
-        # A stranger's journal may list anything.
-        within = final.parent.resolve().is_relative_to(home.resolve()) and ".." not in final.parts
         chosen = one is None or name == one or name.startswith(f"{one}/")
-        if chosen and within and final.is_file() and not final.is_symlink():
+        # A stranger's journal may list anything.
+        plain = chosen and final.is_file() and not final.is_symlink()
+        if plain and final.parent.resolve().is_relative_to(home.resolve()):
             final.unlink()
             files.remove_empty(final.parent, home)
 

@@ -15,20 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from minem import files
 from minem.config import Config, difference
 from minem.errors import Interrupted, UserError
-from minem.files import (
-    PARTIAL,
-    append_to,
-    complete_rows,
-    is_full,
-    json_line,
-    no_link,
-    own_file,
-    read_json,
-    remove,
-    write_atomic,
-)
 
 LOCK = ".lock"
 # What minem writes at the top of its folders.
@@ -65,8 +54,8 @@ def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO
         lock = _take_lock(path)
         for name in os.listdir(path):
             if OWN_NAMES.fullmatch(name):
-                no_link(path / name)
-        remove(path / PARTIAL)  # of a process that was killed
+                files.no_link(path / name)
+        files.remove(path / files.PARTIAL)  # of a process that was killed
         return lock
 
 
@@ -76,7 +65,7 @@ def usable(path: Path, kind: str = "run directory") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if is_full(error):
+        if files.is_full(error):
             raise full_disk(path) from error
         raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
 
@@ -87,7 +76,7 @@ def check_place(path: Path, mark: str = "run.json", kind: str = "run directory")
         raise UserError(f"--out {path} is a file; it must be a folder")
     names = sorted(os.listdir(path)) if path.exists() else []
     if mark in names:
-        if read_json(own_file(path, mark)).get("format") != about(kind)["format"]:
+        if files.read_json(files.own_file(path, mark)).get("format") != about(kind)["format"]:
             raise UserError(f"--out {path} is no {kind}: its {mark} is not one of minem's; choose another")
     elif strangers := [name for name in names if not _left_by_a_start(path, name, names)]:
         raise UserError(f"--out {path} is not empty and no {kind} (it holds {strangers[0]}); choose another")
@@ -101,8 +90,8 @@ def about(kind: str) -> dict[str, str]:
 def _left_by_a_start(path: Path, name: str, names: Sequence[str]) -> bool:
     """Whether this is all that a process leaves which is killed before it has written the mark."""
     if name == LOCK:
-        return re.fullmatch(rb"\d*\n?", own_file(path, LOCK).read_bytes()[:20]) is not None
-    return name == PARTIAL and LOCK in names and not (path / name).is_symlink()
+        return re.fullmatch(rb"\d*\n?", files.own_file(path, LOCK).read_bytes()[:20]) is not None
+    return name == files.PARTIAL and LOCK in names and not (path / name).is_symlink()
 
 
 def _take_lock(path: Path) -> IO[str]:
@@ -159,16 +148,15 @@ def hold_folder(
     with claim(path, mark, kind) as lock, disk_errors(path):
         if clear is None and (path / mark).exists():
             try:
-                written = read_json(path / mark)
-                kept = {key: written[key] for key in written if key not in about(kind) | more}
-                changes = difference(kept, settings)
+                written = files.read_json(path / mark).items()
+                changes = difference({k: v for k, v in written if k not in about(kind) | more}, settings)
             except (UserError, AttributeError) as error:
                 raise UserError(f"{path / mark} is damaged; give --overwrite to start from scratch") from error
             refuse(path, changes)
         else:
             if clear is not None:
                 clear(path)
-            write_atomic(path / mark, (json.dumps({**about(kind), **more, **settings}, indent=2) + "\n").encode())
+            files.write_atomic(path / mark, (json.dumps({**about(kind), **more, **settings}, indent=2) + "\n").encode())
         yield partial(check_held, path, lock)
 
 
@@ -183,7 +171,7 @@ def disk_errors(path: Path, more: str = "") -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_full(error):
+        if files.is_full(error):
             raise full_disk(path, more) from error
         if not isinstance(error, OSError):
             raise
@@ -213,14 +201,9 @@ def answer_file(
     path = folder / "answers.jsonl"
     clear = (lambda _: path.unlink(missing_ok=True)) if overwrite else None
     with hold_folder(folder, "settings.json", "evaluation folder", {"eval": settings}, clear) as check:
-        rows = complete_rows(path, repair=True)
+        rows = files.complete_rows(path, repair=True)
         kinds = {"id": str, "answer": str | None, "gold": str, "status": str, "text": str, "tokens": int, "draw": int}
         if not all(isinstance(row.get(key, ...), kind) for row in rows for key, kind in kinds.items()):
             raise UserError(f"{path} is damaged; give --overwrite to repeat the evaluation")
-        with append_to(path) as file:
-
-            def append(row: Mapping[str, Any]) -> None:
-                check()
-                file.write(json_line(row))
-
-            yield rows, append
+        with files.append_to(path) as file:
+            yield rows, lambda row: (check(), file.write(files.json_line(row)))

@@ -617,3 +617,23 @@ def test_matched_rows_need_equally_many_iterations(tmp_path):
     assert result.exit_code == 2
     assert "--match kept: all rows must have as many iterations" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_a_folder_are_compared_as_they_are(compared, tmp_path):
+    """Wherever they were made: the numbers are those of the comparison that made them."""
+    for name in RUNS:
+        shutil.copytree(compared[0] / name, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(main, ["compare", str(tmp_path), "--json"])
+    found, expected = json.loads(result.stdout), json.loads((compared[0] / "comparison.json").read_text())
+    order = {run["run"]: run for run in expected["runs"]}
+    assert {run["run"]: run for run in found["runs"]} == order
+    assert {pair["first"] + pair["second"] for pair in found["pairs"]} == {"pps:1rsm:2"}
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    shutil.copytree(tmp_path / RUNS[0], tmp_path / "again")
+    for more, sentence in ((), "again"), (("--seeds", "0"), "--seeds says how to run"):
+        refused = CliRunner().invoke(main, ["compare", str(tmp_path), *more])
+        assert refused.exit_code == 2
+        assert sentence in refused.stderr
+    empty = CliRunner().invoke(main, ["compare", str(tmp_path / "again" / "iter-00")])
+    assert "holds no run directories" in empty.stderr
