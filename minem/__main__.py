@@ -15,6 +15,7 @@ def run() -> None:
     """The command line in a process of its own."""
     for number in STOPS:
         signal.signal(number, stop_at_once)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # `minem.parallel.launch` starts processes with them blocked
     from minem.cli import main  # here: it takes a while
 
     try:

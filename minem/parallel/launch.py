@@ -17,17 +17,20 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Event, Thread
 
 from torch import cuda, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from minem.errors import Interrupted, UserError, shown
 from minem.parallel.ranks import ALONE, Ranks
+from minem.parallel.signals import STOPS, deadly
 
 ADVICE = "start the processes by --gpus N or torchrun"
 AGAIN = "give the same command again to resume"
 TIMEOUT = timedelta(days=7)  # of a collective: shares of an E-step may differ by hours, and the agent notices a death
 FAILED = "minem/failed"  # in torch's key-value store: rank and exit code of the first process that failed
+LAUNCHER = "MINEM_LAUNCHER"  # the process that started this one
 VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 ENVIRONMENT = {
@@ -60,12 +63,16 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     # On the CPU the processes share the cores; more threads than cores wait for each other at every product.
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
-    os.environ.update(threads | ENVIRONMENT | os.environ)
+    os.environ.update(threads | ENVIRONMENT | os.environ | {LAUNCHER: str(os.getpid())})
     logging.disable()  # the agent's lines: the processes report their errors themselves
     # torch's own server listens on every interface; the agent shares the one that this process has at its port.
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     store = TCPStore("127.0.0.1", port, is_master=True, multi_tenant=True, master_listen_fd=listener.detach())
+    # The processes inherit that signals are blocked, so that none is lost before they have handlers; this one gets its
+    # own through another thread.
+    Thread(target=Event().wait, daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -114,6 +121,8 @@ def joined(device: str) -> Iterator[Ranks]:
 
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a process ends with its agent
+        if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):
+            raise SystemExit(Interrupted.exit_code)  # which has ended already
     on_gpu = device != "cpu" and cuda.is_available()
     store, rank, size = next(rendezvous("env://"))
     store.set_timeout(TIMEOUT)
@@ -123,7 +132,8 @@ def joined(device: str) -> Iterator[Ranks]:
                 raise UserError(f"a process needs GPU {gpu}, but torch sees {seen}; start fewer processes")
             cuda.set_device(gpu)
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # host values never touch a GPU
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        with deadly():  # it waits for the others, who may be stopped already
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
         yield Ranks(rank, size)
         distributed.destroy_process_group()
     except (Exception, KeyboardInterrupt) as error:

@@ -32,6 +32,17 @@ def stop_at_once(number: int, frame: FrameType | None) -> None:
     os._exit(Interrupted.exit_code)
 
 
+@contextmanager
+def deadly() -> Iterator[None]:
+    """While open, a signal kills this process: Python's handlers do not run while C++ waits for something."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOPS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def stopped(command: str | None) -> str:
     """The sentence that ends a command which was stopped."""
     return "minem: stopped" + ("; give the same command again to resume" if command in RESUMABLE else "")
@@ -62,6 +73,7 @@ class Stop:
         self._before = {number: signal.getsignal(number) for number in STOPS}
         for stop in STOPS:
             signal.signal(stop, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # `launch` blocks them
         try:
             yield
         finally:

@@ -19,6 +19,7 @@ from minem.errors import Interrupted, UserError
 from minem.parallel.launch import VARIABLES, joined
 from minem.parallel.ranks import ALONE, Ranks
 from minem.parallel.signals import Stop
+from tests.minem.tiny_runs import flags
 
 AGAIN = "give the same command again to resume"
 
@@ -209,3 +210,21 @@ def test_processes_end_with_a_killed_launcher(tmp_path):
     while any(map(running, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_processes_start_leaves_none(tmp_path, number):
+    """Proves it for moments before, while and after torch's agent starts them, which no quick test can hit."""
+    arguments = [*flags("run.iterations=1", "task.limit=4"), "--gpus", "2", "--out", tmp_path / "run"]
+    for moment in (0.2, 1.5, 3.0, 4.5, 6.0, 8.0):
+        command = [sys.executable, "-m", "minem", "train", *map(str, arguments)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        time.sleep(moment)
+        process.send_signal(number)
+        err = finish(process, code=3)
+        assert sum(line.startswith("minem: stopped") for line in err) == 1, (moment, err)
+        assert not [line for line in err if "Traceback" in line], (moment, err)
+        left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
+        assert left == "", (moment, left)
