@@ -4,6 +4,7 @@ minem trian; echo $?        # there is no command 'trian'; did you mean 'train'?
 """
 
 import difflib
+import errno
 import io
 import os
 import re
@@ -16,6 +17,9 @@ from minem.errors import Interrupted, MinemError
 from minem.files import is_full
 from minem.parallel.signals import stopped
 from minem.text import sentence
+
+# A path that the user gave, and that is no place of that kind.
+NO_PLACE = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.ENOENT, errno.ELOOP)
 
 
 class Commands(click.Group):
@@ -72,6 +76,9 @@ class Commands(click.Group):
 
 def _unprinted(ctx: click.Context, error: OSError) -> NoReturn:
     """End after a failed print: quietly if its reader left, as `head` does, else with a sentence; others are bugs."""
+    if error.filename is not None and error.errno in NO_PLACE:
+        click.echo(f"minem: {sentence(str(error.filename))} cannot be used: {error.strerror}", err=True)
+        ctx.exit(2)
     if error.filename is not None or not (isinstance(error, BrokenPipeError) or is_full(error)):
         raise error
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is left in the buffer

@@ -178,8 +178,9 @@ def complete_rows(path: Path, repair: bool = False) -> list[dict[str, Any]]:
 
 def damaged(path: Path, number: int) -> UserError:
     """The error for a bad line in a file that is appended to: the lines above it are enough to continue from."""
-    advice = "delete it and all lines below it to continue from there, or give --overwrite to start from scratch"
-    return UserError(f"{path}, line {number}: damaged; {advice}")
+    shorter = path.name != "metrics.jsonl"  # whose lines the journal knows
+    way = "delete it and all lines below it to continue from there" if shorter else "put the file back"
+    return UserError(f"{path}, line {number}: damaged; {way}, or give --overwrite to start from scratch")
 
 
 def _parse_row(line: bytes) -> dict[str, Any] | None:

@@ -39,10 +39,10 @@ from minem.generation.generator import DEFAULT_SLOTS, Generator
 from minem.model.sizes import parameters
 from minem.model.weights import load, load_model, read_config, resolve
 from minem.plugins import hash_source
-from minem.report.reader import read_run
+from minem.report.reader import newest_model, read_run
 from minem.runs.folder import answer_file, default_path, folder_name
 from minem.runs.record import fingerprint, hash_tokenizer, model_card, public_name
-from minem.runs.resume import last_model, newest_model
+from minem.runs.resume import last_model
 from minem.runs.stages import Run, Session
 from minem.statistics import mcnemar
 

@@ -34,7 +34,7 @@ from minem.errors import GuardError, UserError
 from minem.files import no_link, read_json, write_atomic
 from minem.model.weights import resolve
 from minem.plugins import hash_source
-from minem.runs.directory import read_journal, remove_run
+from minem.runs.directory import read_facts, read_journal, remove_run
 from minem.runs.folder import claim, default_path, folder_name, hold_folder, model_name
 from minem.runs.record import fingerprint
 from minem.runs.resume import is_intact
@@ -122,11 +122,14 @@ def compare(config: Config, plan: Plan, session: Session) -> dict[str, Any]:
         raise UserError(
             f"--match {plan.match}: all rows must have as many iterations; leave run.iterations out of --arm"
         )
+    inputs = []
     for cell, own in runs.items():  # bad input is found before the folder is made
         if cell.seed == plan.seeds[0]:
-            build(own, weights=False)
+            built = build(own, weights=False)
+            inputs += [built.task.rows_sha256[:16], built.estep.prompts.words.sha256[:16]]
+    settings = _settings(config, plan, list(dict.fromkeys(inputs)))
     names, clear = [no_link(cell.folder).name for cell in runs], _clear if session.overwrite else None
-    with hold_folder(out, "plan.json", "comparison", _settings(config, plan), clear, runs=names) as check:
+    with hold_folder(out, "plan.json", "comparison", settings, clear, runs=names) as check:
         comparison = _Comparison(runs, plan, replace(session, overwrite=False))
         for _, group in groupby(runs, GROUP):  # complete seeds are there early
             for together in [[cell] for cell in group] if plan.match == "none" else [list(group)]:
@@ -163,14 +166,16 @@ class _Comparison:
 
     def _advance(self, cell: Cell, group: Sequence[Cell]) -> None:
         """Build a run, resume it, and conclude it. Raises _Waiting if it needs another run of the group first."""
-        if LAST_STAGE in read_journal(cell.folder) and is_intact(cell.folder, self.runs[cell]):
+        own = self.runs[cell]
+        done = LAST_STAGE in read_journal(cell.folder) and is_intact(cell.folder, own)
+        if done and read_facts(cell.folder)["config"] == own.changed({"run.out": None}).model_dump():
             self.session.progress.note(f"run     {cell.folder}  finished earlier, skipped")
             return
         gc.collect()  # of the run before: two models at once might not fit
         how, names = self.plan.match, ", ".join(other.sampler for other in group)
         match = {} if how == "none" else {"match": f"{how} of {names}"}
-        own = dict.fromkeys(dict(self.plan.arms)[cell.sampler], "--samplers" if ":" in cell.sampler else "--arm")
-        session = replace(self.session, origins={**self.session.origins, "run.seed": "--seeds", **own})
+        keys = dict.fromkeys(dict(self.plan.arms)[cell.sampler], "--samplers" if ":" in cell.sampler else "--arm")
+        session = replace(self.session, origins={**self.session.origins, "run.seed": "--seeds", **keys})
         experiment = build(self.runs[cell], self.session)
 
         def select(iteration: int) -> list[Sample] | None:
@@ -223,7 +228,7 @@ def _runs(config: Config, plan: Plan, out: Path) -> dict[Cell, Config]:
     return runs
 
 
-def _settings(config: Config, plan: Plan) -> dict[str, dict[str, Any]]:
+def _settings(config: Config, plan: Plan, inputs: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What plan.json declares; the same command must declare the same to resume."""
     own = {"task": {"name"}, "sampler": {"name", "budget"}, "run": {"seed", "out"}}
     names = [config.task.verdict or "", *(str(keys["sampler.name"]) for _, keys in plan.arms)]
@@ -232,6 +237,7 @@ def _settings(config: Config, plan: Plan) -> dict[str, dict[str, Any]]:
         "samplers": ",".join(label for label, _ in plan.arms if ":" in label),
         "seeds": ",".join(map(str, plan.seeds)),
         "match": plan.match,
+        "rows and prompts": ",".join(inputs),
         "base model": ",".join(fingerprint(resolve(id_, config.model.revision))[:16] for id_ in plan.models),
         **{f"source of {name}": hash_source(name)[:16] for name in names if ":" in name},
         **{f"arm {name}": json.dumps(keys) for name, keys in plan.arms if ":" not in name},
@@ -252,10 +258,13 @@ def _short(label: str) -> str:
 
 def _clear(out: Path) -> None:
     """Remove an earlier comparison: its results, and what the runs of its plan wrote."""
+    names = read_json(out / "plan.json").get("runs", []) if (out / "plan.json").exists() else []
+    if not (isinstance(names, list) and all(isinstance(name, str) and folder_name(name) == name for name in names)):
+        raise UserError(f"{out / 'plan.json'}: runs is no list of names of folders; choose another --out")
+    folders = [out / name for name in names if name]
     for name in ("comparison.json", "comparison.md", "comparison.png", "report.html"):
         (out / name).unlink(missing_ok=True)
-    names = read_json(out / "plan.json").get("runs", []) if (out / "plan.json").exists() else []
-    for folder in (out / folder_name(str(name)) for name in names):
+    for folder in folders:
         if no_link(folder).exists():
             with claim(folder):
                 remove_run(folder)

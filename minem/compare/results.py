@@ -12,12 +12,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, combinations, groupby
+from itertools import accumulate, combinations
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
-from minem.errors import UserError, some
+from minem.config import difference
+from minem.errors import UserError
 from minem.files import read_rows
 from minem.generation.request import stream_seed
 from minem.report import reader
@@ -36,7 +37,6 @@ NOT_AVERAGED = ("run", *NAMES, "seed", "curve")
 # Of the evaluations, and of the E-step in each iteration.
 MEASURED = ("accuracy", "flexible", "unparsed", "truncated", "sampled")
 DRAWN = ("kept", "kept_length", "valid", "tokens")
-KNOWN_BY = attrgetter(*NAMES, "seed")  # of a Cell
 GROUP = attrgetter("task", "model", "seed")  # of a Cell: what runs share that are matched and compared
 ENOUGH_SEEDS = 5  # with fewer a table describes its runs and supports no claim about samplers
 
@@ -167,14 +167,18 @@ def read_folder(folder: Path) -> dict[str, Any]:
     if not (found := sorted(facts.parent for facts in folder.glob("*/run.json"))):
         raise UserError(f"{folder} holds no run directories")
     with checked(folder):
-        cells = list(map(_cell_of, found))
-    for names, own in groupby(sorted(cells, key=KNOWN_BY), KNOWN_BY):
-        if len(same := [cell.folder.name for cell in own]) > 1:
-            about = "the same task, model, sampler and seed"
-            raise UserError(
-                f"{folder}: {some(same)} have {about} ({' '.join(map(str, names))}); leave one of them there"
-            )
-    return read_comparison(cells, "none")
+        cells = {_cell_of(path): reader.read_run(path) for path in found}
+        for (one, a), (other, b) in combinations(cells.items(), 2):
+            why = []
+            if (one.task, one.model) == (other.task, other.model):
+                about = [run.facts["inputs"] for run in (a, b)]
+                why = [f"{name} differ" for name in ("task rows", "base model") if about[0][name] != about[1][name]]
+            if (one.task, one.model, one.sampler) == (other.task, other.model, other.sampler):
+                keys = [{**run.config, "run": {**run.config["run"], "seed": 0, "out": None}} for run in (a, b)]
+                why += difference(*keys) or ["they have one seed"] * (one.seed == other.seed)
+            if why:
+                raise UserError(f"{one.folder} and {other.folder} are no runs to compare: {'; '.join(why)}")
+        return read_comparison(list(cells), "none")
 
 
 def _cell_of(folder: Path) -> Cell:

@@ -18,13 +18,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from minem.config import SECTIONS
+from minem.config import SECTIONS, Config
 from minem.data.prompts import load_prompts
 from minem.data.tasks import Task, load_task
-from minem.errors import UserError
+from minem.errors import UserError, some
 from minem.files import own_file, read_json, read_rows
 from minem.hub import cache_only
-from minem.runs.directory import STOPPED, read_facts, read_journal
+from minem.runs.directory import STOPPED, RunDirectory, read_facts, read_journal
+from minem.runs.folder import is_ours
+from minem.runs.resume import last_model
 
 ANSWER = {"id": str, "text": str, "status": str, "answer": str | None, "gold": str | None}
 SAMPLE = ANSWER | {"iteration": int, "attempt": int, "prompt": str, "token_ids": list, "leak": bool}
@@ -141,7 +143,29 @@ def read_run(path: Path) -> Run:
     config = facts.get("config")
     if not (isinstance(config, dict) and all(isinstance(config.get(section), dict) for section in SECTIONS)):
         raise UserError(f"{path} is not a run directory: its run.json holds no config with {', '.join(SECTIONS)}")
+    with checked(path):
+        if changed := changed_rows(path):
+            raise UserError(f"{path}: {some(changed, 1)} is missing or changed; `minem train` repairs the run")
     return Run(path, facts, config, read_journal(path))
+
+
+def newest_model(name: str) -> str:
+    """Of a run, the folder of its newest model; any other name of a model as it is. UserError if it has none yet."""
+    if not os.path.exists(os.path.join(name, "run.json")) or not is_ours(read_facts(name)):
+        return name
+    if not (last := last_model(read_journal(name))):
+        raise UserError(f"the run {name} has no model yet; give its base model, or wait for its first M-step")
+    folder = f"iter-{last:02d}"
+    changed = RunDirectory.seen(Path(name), Config()).damaged(f"{folder}/mstep")
+    if lost := [file for file in changed if file.startswith(f"{folder}/model/")]:
+        raise UserError(f"{name}: {some(lost, 1)} is missing or not what the run wrote; `minem train` repairs the run")
+    return os.path.join(name, folder, "model")
+
+
+def changed_rows(folder: Path) -> list[str]:
+    """Files of samples and answers in a run directory that are missing or not what the run wrote."""
+    run = RunDirectory.seen(folder, Config())
+    return [n for stage in run.results if re.search(r"/(eval\.\w+|estep)$", stage) for n in run.damaged(stage)]
 
 
 @contextmanager

@@ -22,10 +22,10 @@ from typing import IO, Any, Self
 from minem import files
 from minem.config import Config, difference, to_toml
 from minem.errors import Interrupted, UserError
-from minem.runs.folder import check_held, claim, default_path, disk_errors, refuse, usable
+from minem.runs.folder import check_held, check_kind, claim, default_path, disk_errors, refuse, usable
 from minem.runs.record import now, run_facts
 
-STAGE = re.compile(r"plot|report|iter-\d+/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
+STAGE = re.compile(r"plot|report|iter-\d{2,5}/((estep|mstep)(\.\d+)?|(?!estep|mstep)\w+(\.\w+)?)")
 # May differ when a run resumes: they change memory and time, and results by rounding only.
 MEMORY_ALONE = ("mstep.pack_tokens", "mstep.checkpointing", "mstep.parallel", "run.slots", "run.checkpoint_minutes")
 STOPPED = "log/stopped.json"  # the stage in which a guard ended the run, and why
@@ -44,6 +44,7 @@ class Record:
         """Where to write the file or folder that becomes `name` in the run directory when the stage is done."""
         self._check()
         partial, final = self._folder / files.PARTIAL / name, self._folder / name
+        check_kind(final)  # now: the stage may take hours
         partial.parent.mkdir(parents=True, exist_ok=True)
         files.remove(partial)
         self._paths.append((partial, final))
@@ -59,7 +60,9 @@ class Record:
         self._check()
         for partial, final in self._paths:
             # A folder may be there, left by a run that died before its journal line, with files of the user's in it.
-            inside = [path for path in partial.rglob("*") if path.is_file()] if files.no_link(final).is_dir() else []
+            for place in {final, final.parent} - {self._folder}:
+                files.no_link(place)
+            inside = [path for path in partial.rglob("*") if path.is_file()] if final.is_dir() else []
             for source in inside or [partial]:
                 target = final / source.relative_to(partial)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,13 +145,16 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         """Take back a finished stage and all after it; returns their names. Their files stay until replaced."""
         stages = list(self._lines)
         undone = stages[stages.index(stage) :]
-        kept = {name: line for name, line in self._lines.items() if name not in undone}
+        self._keep({name: line for name, line in self._lines.items() if name not in undone})
+        return undone
+
+    def _keep(self, lines: dict[str, dict[str, Any]]) -> None:
+        """Make these the lines of the journal."""
         with disk_errors(self.path):
             self._check()
-            files.write_atomic(self.path / "journal.jsonl", b"".join(map(files.json_line, kept.values())))
-            self._lines = kept
+            files.write_atomic(self.path / "journal.jsonl", b"".join(map(files.json_line, lines.values())))
+            self._lines = lines
             self._drop_metrics()
-        return undone
 
     @contextlib.contextmanager
     def stage(self, name: str, writes: int = 0) -> Iterator[Record]:
@@ -244,11 +250,10 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         self._lines = _replay(files.complete_rows(journal, repair=True), self.path)
         check_metrics(self.path, self._lines)
         if more:  # iterations: the picture and the report come after them
-            if "plot" in self._lines:
-                self.undo("plot")
+            self._keep({name: line for name, line in self._lines.items() if name not in ("plot", "report")})
             facts = read_facts(self.path) | {"config": self.config.model_dump()}
             files.write_atomic(self.path / "run.json", (json.dumps(facts, indent=2) + "\n").encode())
-        files.remove(self.path / STOPPED)
+        files.own_file(self.path, STOPPED).unlink(missing_ok=True)
         if more or not (self.path / "config.toml").exists():
             head = "# Written by minem. To repeat this run elsewhere: minem train config.toml --out NEW\n"
             paths = (self.config.model.id, self.config.task.name, self.config.task.prompt or "")
@@ -283,7 +288,7 @@ def remove_run(path: Path) -> None:
     rows = (row for _, row in files.read_lines(journal)) if journal.is_file() else ()
     remove_listed(path, (row for row in rows if isinstance(row, dict)))
     for name in (STOPPED, "config.toml", "metrics.jsonl", "journal.jsonl"):  # the journal after what it lists
-        files.remove(path / name)
+        files.own_file(path, name).unlink(missing_ok=True)
 
 
 def remove_listed(home: Path, lines: Iterable[Mapping[str, Any]], one: str | None = None) -> None:

@@ -20,6 +20,7 @@ from minem.config import Config, difference
 from minem.errors import Interrupted, UserError
 
 LOCK = ".lock"
+FILES = (".json", ".jsonl", ".toml", ".md", ".png", ".html")
 # What minem writes at the top of its folders.
 OWN_NAMES = re.compile(
     r"(run|settings|plan|comparison)\.(json|md|png)|(journal|metrics|answers)\.jsonl|config\.toml|accuracy\.png|"
@@ -54,7 +55,7 @@ def claim(path: Path, mark: str = "run.json", kind: str = "run directory") -> IO
         lock = _take_lock(path)
         for name in os.listdir(path):
             if OWN_NAMES.fullmatch(name):
-                files.no_link(path / name)
+                check_kind(path / name)
         files.remove(path / files.PARTIAL)  # of a process that was killed
         return lock
 
@@ -70,13 +71,21 @@ def usable(path: Path, kind: str = "run directory") -> Iterator[None]:
         raise UserError(f"the {kind} {path} cannot be used: {error.strerror or error}") from error
 
 
+def check_kind(path: Path) -> None:
+    """UserError if a link, or something of another kind, is where minem has a file (its name ends in a suffix known)
+    or a folder (any other name)."""
+    if files.no_link(path).exists() and path.is_file() != (path.suffix in FILES):
+        kind = "file" if path.suffix in FILES else "folder"
+        raise UserError(f"{path} is in the way of a {kind} that minem writes; move it somewhere else")
+
+
 def check_place(path: Path, mark: str = "run.json", kind: str = "run directory") -> None:
     """Only an empty folder or one of our own kind is ever written to."""
     if path.exists() and not path.is_dir():
         raise UserError(f"--out {path} is a file; it must be a folder")
     names = sorted(os.listdir(path)) if path.exists() else []
     if mark in names:
-        if files.read_json(files.own_file(path, mark)).get("format") != about(kind)["format"]:
+        if not is_ours(files.read_json(files.own_file(path, mark)), kind):
             raise UserError(f"--out {path} is no {kind}: its {mark} is not one of minem's; choose another")
     elif strangers := [name for name in names if not _left_by_a_start(path, name, names)]:
         raise UserError(f"--out {path} is not empty and no {kind} (it holds {strangers[0]}); choose another")
@@ -85,6 +94,11 @@ def check_place(path: Path, mark: str = "run.json", kind: str = "run directory")
 def about(kind: str) -> dict[str, str]:
     """What the mark of a new folder says of it: that it is minem's, of which kind, and an id of its own."""
     return {"format": f"minem {kind}, 1", "id": secrets.token_hex(16)}
+
+
+def is_ours(facts: Mapping[str, Any], kind: str = "run directory") -> bool:
+    """Whether minem has written this mark."""
+    return facts.get("format") == about(kind)["format"]
 
 
 def _left_by_a_start(path: Path, name: str, names: Sequence[str]) -> bool:

@@ -5,13 +5,12 @@
 Stages from there on are undone; draws repeat the same random streams, so the run ends in the same bytes.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from minem.config import Config
-from minem.errors import UserError, some
-from minem.runs.directory import RunDirectory, read_journal
+from minem.errors import some
+from minem.runs.directory import RunDirectory
 
 
 def go_back(run: RunDirectory) -> str | None:
@@ -35,15 +34,6 @@ def last_model(stages: Iterable[str]) -> int:
     """The last iteration with a finished M-step; 0: none, the base model."""
     trained = [stage for stage in stages if stage.endswith("/mstep")]
     return max((int(stage.partition("/")[0].removeprefix("iter-")) for stage in trained), default=0)
-
-
-def newest_model(name: str) -> str:
-    """Of a run, the folder of its newest model; any other name of a model as it is. UserError if it has none yet."""
-    if not os.path.exists(os.path.join(name, "run.json")):
-        return name
-    if not (last := last_model(read_journal(name))):
-        raise UserError(f"the run {name} has no model yet; give its base model, or wait for its first M-step")
-    return os.path.join(name, f"iter-{last:02d}", "model")
 
 
 def is_intact(folder: Path, config: Config, stage: str | None = None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import xml.etree.ElementTree
@@ -20,7 +21,7 @@ from minem.cli import main
 from minem.compare.experiment import Plan
 from minem.compare.results import Cell, matched
 from minem.config import load_config
-from minem.data.tasks import TOY, Question, load_task
+from minem.data.tasks import EMBEDDED, TOY, Question, load_task
 from minem.em.checkpoints import Checkpoints
 from minem.em.evaluate import Evaluation
 from minem.em.mstep import MStep
@@ -585,7 +586,8 @@ def test_a_folder_of_an_earlier_version_is_resumed(compared, tmp_path):
     out = tmp_path / "old"
     shutil.copytree(compared[0], out)
     plan = json.loads((out / "plan.json").read_text())
-    assert {key: value for key, value in plan["compare"].items() if key != "base model"} == OLD_PLAN
+    hashes = {"base model", "rows and prompts"}
+    assert {key: value for key, value in plan["compare"].items() if key not in hashes} == OLD_PLAN
     assert plan["model"]["id"] == "toy"
     journal = out / RUNS[3] / "journal.jsonl"
     lines = journal.read_bytes().splitlines(keepends=True)
@@ -631,9 +633,56 @@ def test_runs_of_a_folder_are_compared_as_they_are(compared, tmp_path):
     assert {pair["first"] + pair["second"] for pair in found["pairs"]} == {"pps:1rsm:2"}
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     shutil.copytree(tmp_path / RUNS[0], tmp_path / "again")
-    for more, sentence in ((), "again"), (("--seeds", "0"), "--seeds says how to run"):
+    for more, sentence in (
+        ((), "are no runs to compare: they have one seed"),
+        (("--seeds", "0"), "--seeds says how to run"),
+    ):
         refused = CliRunner().invoke(main, ["compare", str(tmp_path), *more])
         assert refused.exit_code == 2
         assert sentence in refused.stderr
     empty = CliRunner().invoke(main, ["compare", str(tmp_path / "again" / "iter-00")])
     assert "holds no run directories" in empty.stderr
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(compared, tmp_path):
+    """In a folder of runs, and in a comparison whose rows or runs were changed since it began."""
+    for name in RUNS:
+        shutil.copytree(compared[0] / name, tmp_path / name)
+    facts = json.loads((tmp_path / RUNS[2] / "run.json").read_text())
+    for key, value, sentence in (("mstep", "lr", "mstep.lr"), ("inputs", "task rows", "task rows differ")):
+        changed = json.loads(json.dumps(facts))
+        section = changed["config"][key] if key == "mstep" else changed[key]
+        section[value] = 0.5 if key == "mstep" else "0"
+        (tmp_path / RUNS[2] / "run.json").write_text(json.dumps(changed))
+        refused = CliRunner().invoke(main, ["compare", str(tmp_path)])
+        assert refused.exit_code == 2
+        assert sentence in refused.stderr
+
+
+def test_a_comparison_notices_other_rows_and_runs_of_others(tmp_path):
+    rows = tmp_path / "rows"
+    shutil.copytree(EMBEDDED["toy"], rows, ignore=shutil.ignore_patterns("model", "*.py", "__pycache__"))
+    out, wanted = tmp_path / "out", ["--task", str(rows), "--prompt", "toy", "--limit", "4", "--iterations", "1"]
+    ok(compare(out, *wanted, samplers="rsm:1", seeds="0"))
+    plan = json.loads((out / "plan.json").read_text())
+    for odd in (3, ["/etc"], [".."], {"a": 1}):
+        (out / "plan.json").write_text(json.dumps(plan | {"runs": odd}))
+        refused = compare(out, *wanted, "--overwrite", samplers="rsm:1", seeds="0")
+        assert refused.exit_code == 2
+        assert "runs is no list of names of folders" in refused.stderr
+        assert (out / "comparison.json").exists()
+    (out / "plan.json").write_text(json.dumps(plan))
+    (cell,) = out.glob("rows.rsm1.*")
+    facts = json.loads((cell / "run.json").read_text())
+    facts["config"]["mstep"]["lr"] = 7e-5
+    (cell / "run.json").write_text(json.dumps(facts))
+    text = (cell / "config.toml").read_text()
+    (cell / "config.toml").write_text(re.sub("(?m)^lr = .*", "lr = 7e-05", text))
+    refused = compare(out, *wanted, samplers="rsm:1", seeds="0")
+    assert refused.exit_code == 2
+    assert "was started differently (mstep.lr" in refused.stderr
+    test = rows / "test.jsonl"
+    test.write_text(test.read_text().replace("start with", "begin with"))
+    refused = compare(out, *wanted, samplers="rsm:1", seeds="0")
+    assert refused.exit_code == 2
+    assert "compare.rows and prompts" in refused.stderr

@@ -159,3 +159,49 @@ def test_a_report_says_that_a_guard_ended_the_run(tmp_path: Path) -> None:
     reason = printed.rpartition("minem: ")[2]
     assert command("report", out, "-o", tmp_path / "page.html").exit_code == 0
     assert f"a guard ended the run in iter-01/mstep: {reason[:40]}" in (tmp_path / "page.html").read_text()
+
+
+# ------------------------------------------------------------------------------------- what is in the way, or changed
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("metrics.jsonl", True), ("log/stopped.json", True), ("iter-01", False), ("iter-02/model", False)],
+)
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_something_of_the_users_in_the_way_is_named_and_stays(
+    run: Path, name: str, folder: bool, overwrite: list[str]
+) -> None:
+    """A folder where minem has a file, or a file where it has a folder."""
+    place = run / name
+    place.parent.mkdir(exist_ok=True)
+    if place.exists():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    mine = place / "thesis" if folder else place
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("of mine")
+    result = command("train", *flags(), "--out", run, *overwrite)
+    assert (result.exit_code, mine.read_text()) == (2, "of mine")
+    assert str(place) in result.stderr.splitlines()[-1]
+
+
+def test_changed_answers_and_models_are_not_believed(run: Path, tmp_path: Path) -> None:
+    answers, weights = run / "iter-02/eval.test.jsonl", run / "iter-02/model/model.safetensors"
+    right = answers.read_bytes()
+    answers.write_bytes(right.replace(b'"wrong"', b'"accepted"'))
+    for arguments in (["show", run], ["report", run, "-o", tmp_path / "page"], ["compare", tmp_path]):
+        result = command(*arguments)
+        assert result.exit_code == 2
+        assert "iter-02/eval.test.jsonl is missing or changed" in result.stderr
+    answers.write_bytes(right)
+    weights.write_bytes(weights.read_bytes()[:-4] + b"abcd")
+    result = command(*EVAL, run, "--out", tmp_path / "e")
+    assert result.exit_code == 2
+    assert "iter-02/model/model.safetensors is missing or not what the run wrote" in result.stderr
+
+
+def test_more_iterations_keep_an_e_step_that_is_there(run: Path) -> None:
+    assert command("sample", *flags(), "--iteration", "3", "--out", run).exit_code == 0
+    drawn = (run / "iter-03/samples.jsonl").read_bytes()
+    assert "iter-03/estep finished earlier, skipped" in train(run, "run.iterations=3")
+    assert (run / "iter-03/samples.jsonl").read_bytes() == drawn
