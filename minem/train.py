@@ -39,7 +39,7 @@ from minem.generation.generator import DEFAULT_SLOTS, Generator
 from minem.model.sizes import parameters
 from minem.model.weights import load, load_model, read_config, resolve
 from minem.plugins import hash_source
-from minem.report.reader import newest_model, read_run
+from minem.report.reader import checked, newest_model, read_run
 from minem.runs.folder import answer_file, default_path, folder_name
 from minem.runs.record import fingerprint, hash_tokenizer, model_card, public_name
 from minem.runs.resume import last_model
@@ -176,7 +176,8 @@ def train(config: Config, session: Session | None = None) -> dict[str, Any]:
         reserve(config, experiment, session.progress)
         experiment.train()
         conclude(run)
-        return summarise(run)
+        with checked(run.path):
+            return summarise(run)
 
 
 def reserve(config: Config, experiment: Experiment, progress: Progress) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from minem.config import difference
 from minem.errors import UserError
-from minem.files import read_rows
+from minem.files import own_file, read_rows
 from minem.generation.request import stream_seed
 from minem.report import reader
 from minem.report.reader import Run, checked, flips
@@ -53,7 +53,7 @@ class Cell:
     iterations: int
 
     def rows(self, iteration: int, name: str) -> list[dict[str, Any]]:
-        return list(read_rows(self.folder / f"iter-{iteration:02d}" / f"{name}.jsonl"))
+        return list(read_rows(own_file(self.folder / f"iter-{iteration:02d}", f"{name}.jsonl")))
 
     def statuses(self, iteration: int) -> dict[str, str]:
         """{question id: status} on the test split."""

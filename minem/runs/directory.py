@@ -232,9 +232,7 @@ class RunDirectory(contextlib.AbstractContextManager["RunDirectory"]):
         if (before := self._config_before()) is not None:
             changes = difference(before, self.config.model_dump())
             self.changes = [change for change in changes if change.startswith(MEMORY_ALONE)]
-            read = read_facts(self.path).get("inputs")
-            if not isinstance(read, dict):
-                raise UserError(f"{self.path / 'run.json'} is damaged; give --overwrite to start from scratch")
+            read = read_facts(self.path).get("inputs", {})
             changes += [f"{name} changed" for name in {**read, **inputs} if read.get(name) != inputs.get(name)]
             count = before.get("run", {}).get("iterations")
             if isinstance(count, int) and count < self.config.run.iterations:
@@ -312,9 +310,12 @@ def read_journal(folder: str | Path) -> dict[str, dict[str, Any]]:
 def read_facts(folder: str | Path) -> dict[str, Any]:
     """run.json. UserError if `folder` is no run directory."""
     try:
-        return files.read_json(files.own_file(Path(folder), "run.json"))
+        facts = files.read_json(files.own_file(Path(folder), "run.json"))
     except UserError as error:
         raise UserError(f"{folder} is not a run directory: {error}") from error
+    if not isinstance(facts.get("inputs", {}), dict):
+        raise UserError(f"{folder}/run.json is damaged; give --overwrite to start from scratch")
+    return facts
 
 
 def check_metrics(folder: Path, journal: Mapping[str, Mapping[str, Any]]) -> None:

@@ -72,8 +72,7 @@ def usable(path: Path, kind: str = "run directory") -> Iterator[None]:
 
 
 def check_kind(path: Path) -> None:
-    """UserError if a link, or something of another kind, is where minem has a file (its name ends in a suffix known)
-    or a folder (any other name)."""
+    """UserError if a link is here, a folder in the place of a file (known by its suffix), or a file in a folder's."""
     if files.no_link(path).exists() and path.is_file() != (path.suffix in FILES):
         kind = "file" if path.suffix in FILES else "folder"
         raise UserError(f"{path} is in the way of a {kind} that minem writes; move it somewhere else")
