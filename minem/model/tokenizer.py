@@ -239,7 +239,7 @@ def _read_template(folder: Path, config: dict[str, Any]) -> str | None:
             raise UserError(f"{file} is not UTF-8 text") from error
     found = config.get("chat_template")
     if isinstance(found, list):
-        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = {str(entry.get("name")): entry.get("template") for entry in found if isinstance(entry, dict)}
     if isinstance(found, dict):
         found = found.get("default", 0)
     if found is not None and not isinstance(found, str):

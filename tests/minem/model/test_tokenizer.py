@@ -235,6 +235,11 @@ BROKEN = {
         '{"chat_template": [{"name": "rag", "template": ""}]}',
         "is 'default'",
     ),
+    "a list for a name": (
+        "tokenizer_config.json",
+        '{"chat_template": [{"name": [1], "template": ""}]}',
+        "is 'default'",
+    ),
     "bos is a number": ("tokenizer_config.json", '{"bos_token": 3}', "bad token"),
     "eos is half a character": ("tokenizer_config.json", '{"eos_token": "\\ud83d"}', "bad token"),
     "wrong number": (
