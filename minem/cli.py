@@ -120,13 +120,15 @@ def train(samples: Path | None, dry_run: bool, as_json: bool, **flags: Any) -> N
     with _session(flags, config, origins) as session:
         from minem import train as whole
         from minem.report import tables
+        from minem.report.reader import checked
 
         if samples is not None:
             result, show = whole.train_on_samples(config, samples, session), tables.mstep_line
         else:
             result, show = whole.train(config, session), tables.train_table
         if session.ranks.first:
-            _print(result, as_json, lambda: show(result))
+            with checked(Path(result["run"])):
+                _print(result, as_json, lambda: show(result))
 
 
 def _dry_run(config: Any, gpus: int, as_json: bool) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,14 @@ def test_more_iterations_keep_an_e_step_that_is_there(run: Path) -> None:
     drawn = (run / "iter-03/samples.jsonl").read_bytes()
     assert "iter-03/estep finished earlier, skipped" in train(run, "run.iterations=3")
     assert (run / "iter-03/samples.jsonl").read_bytes() == drawn
+
+
+@pytest.mark.parametrize(
+    ("right", "odd"), [('"accuracy": [0-9.]+', '"accuracy": "x"'), ('"loss": [0-9.]+', '"lost": 1')]
+)
+def test_odd_results_in_a_strangers_journal_are_one_sentence(run: Path, right: str, odd: str) -> None:
+    text = (run / "journal.jsonl").read_text()
+    (run / "journal.jsonl").write_text(re.sub(right, odd, text))
+    result = command("train", *flags(), "--out", run)
+    assert result.exit_code == 2
+    assert "a value that minem does not write there" in result.stderr.splitlines()[-1]
