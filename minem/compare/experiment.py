@@ -168,7 +168,7 @@ class _Comparison:
         """Build a run, resume it, and conclude it. Raises _Waiting if it needs another run of the group first."""
         own = self.runs[cell]
         done = LAST_STAGE in read_journal(cell.folder) and is_intact(cell.folder, own)
-        if done and read_facts(cell.folder)["config"] == own.changed({"run.out": None}).model_dump():
+        if done and read_facts(cell.folder).get("config") == own.changed({"run.out": None}).model_dump():
             self.session.progress.note(f"run     {cell.folder}  finished earlier, skipped")
             return
         gc.collect()  # of the run before: two models at once might not fit
