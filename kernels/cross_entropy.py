@@ -10,9 +10,12 @@ The per-token weights are known in the forward pass, and with them the gradient 
                         grad_hidden [C, D] = grad_logits @ W                          product 2
                         grad_W [V, D] (fp32) += grad_logits.T @ hidden                product 3
 
-Triton: one program of the row pass reads its row twice (statistics, then gradient) and writes it once. For bf16 that
-moves 4 N V bytes; the second reading mostly finds the row in the L2 cache. At N=8192, V=151,936 these are 5 GB, about
-1.2 ms at 4.3 TB/s, beside 19.4 ms for the products, which cuBLAS does.
+The first chunk writes grad_W, and the weights carry every factor of the loss: no pass over [V, D] beside the products.
+
+Triton: a program of the row pass reads a row twice (statistics, then gradient) and writes it once. There is one program
+a multiprocessor, for row after row, so that all rows in work (132 of 304 kB at V=151,936) stay in the L2 cache until
+their second reading. For bf16 that moves 4 N V bytes: at N=8192, V=151,936 5 GB, an estimated 1.16 ms at 4.3 TB/s, and
+0.29 ms for reading grad_W before the second chunk of 4,096 rows: 7.5 % of the products' 19.4 ms (cuBLAS).
 
     python -m pytest tests/kernels/test_cross_entropy.py
 """
@@ -33,6 +36,7 @@ from minem.kernels.backend import jit, pick, tl
 Options = tuple[int, tuple[bool, bool], Callable[..., Tensor]]
 # Bytes of one chunk of logits. Every chunk reads and writes the whole gradient of W once more, so it is large.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
+CHUNK_ROWS = 4096  # on a GPU most rows of a chunk are a multiple of this
 
 
 def linear_cross_entropy(
@@ -67,8 +71,7 @@ def linear_cross_entropy(
     weights = active.to(wide) if token_weights is None else token_weights.to(wide).masked_fill(~active, 0.0)
     targets = targets.masked_fill(~active, 0)
     if chunk_rows is None:
-        budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cuda"])
-        chunk_rows = max(64, budget // (weight.shape[0] * weight.element_size()))
+        chunk_rows = _chunk_rows(len(hidden), weight.shape[0] * weight.element_size(), hidden.device.type)
     grads = torch.is_grad_enabled()
     needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
     row_pass = _row_pass_triton if pick(backend, hidden) == "triton" else _row_pass_eager
@@ -93,8 +96,17 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | No
         raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
 
 
+def _chunk_rows(rows: int, row_bytes: int, device: str) -> int:
+    """Rows of logits in a chunk. On a GPU chunks are equal: a small last one would cost as much for grad_W."""
+    if device == "cpu":
+        return max(64, CHUNK_BYTES["cpu"] // row_bytes)
+    most = max(1, CHUNK_BYTES["cuda"] // row_bytes // CHUNK_ROWS) * CHUNK_ROWS
+    equal = -(-rows // max(1, -(-rows // most)))
+    return max(128, -(-equal // 128) * 128)  # whole tiles of the products
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, where the logits are; backward only scales them."""
+    """Computes the gradients in the forward pass, where the logits are; backward scales them if the loss was scaled."""
 
     @staticmethod
     def forward(
@@ -102,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         chunk_rows, needs, row_pass = options
         grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        grad_weight = torch.zeros(weight.shape, dtype=weights.dtype, device=weight.device) if needs[1] else None
+        grad_weight = None
         logprobs, entropy = torch.empty_like(weights), torch.empty_like(weights)
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
@@ -111,11 +123,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             del logits  # the row pass may have worked in place; the name must not keep a second chunk alive
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _accumulate(grad_weight, grad_logits, hidden[rows])
+            if needs[1]:
+                grad_weight = _accumulate(grad_weight, grad_logits, hidden[rows], weights.dtype)
             del grad_logits
+        if needs[1] and grad_weight is None:  # no rows
+            grad_weight = weight.new_zeros(weight.shape, dtype=weights.dtype)
         loss = -(weights * logprobs).sum()
         ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.scaled = False
         # Only a leaf has a `grad_dtype`; asking any other tensor for it raises.
         ctx.weight_grad_dtype = (getattr(weight, "grad_dtype", None) if weight.is_leaf else None) or weight.dtype
         ctx.mark_non_differentiable(logprobs, entropy)
@@ -124,12 +139,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
-        if grad_weight is not None:  # scaled and cast in one pass over [V, D]
-            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_grad_dtype)
-            grad_weight = torch.mul(grad_weight, grad_loss, out=scaled)
+        if ctx.scaled:
+            raise RuntimeError("on a GPU linear_cross_entropy gives its gradients once; call it again")
+        grad_hidden, grad_weight = (None if x is None else _scale(x, grad_loss) for x in ctx.saved_tensors)
+        ctx.scaled = grad_loss.is_cuda
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(ctx.weight_grad_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -159,68 +174,94 @@ def _row_pass_triton(
 ) -> Tensor:
     """As `_row_pass_eager`, the gradient in place of the logits [C, V], which must be contiguous."""
     rows, vocabulary = logits.shape
-    block = min(8192, max(256, 1 << (vocabulary - 1).bit_length()))
-    warps = max(4, block // 512)  # 16 numbers a thread: wide loads; 16 warps an SM: the row stays in the L2 cache
-    arguments = (logits, targets, weights, logprobs, entropy, vocabulary)
-    _row_pass_kernel[(rows,)](*arguments, NEEDS_GRAD=needs_grad, BLOCK=block, num_warps=warps)
+    block = min(16384, max(256, 1 << (vocabulary - 1).bit_length()))
+    warps = max(4, block // 512)  # 16 numbers a thread: wide loads
+    arguments = (logits, targets, weights, logprobs, entropy, rows, vocabulary)
+    grid = (min(rows, _multiprocessors(logits)),)
+    _row_pass_kernel[grid](*arguments, NEEDS_GRAD=needs_grad, BLOCK=block, num_warps=warps)
     return logits
+
+
+def _multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds x; elsewhere an H200's."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
 
 
 @jit
 def _row_pass_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, targets_ptr, weights_ptr, logprobs_ptr, entropy_ptr, vocabulary,
+    logits_ptr, targets_ptr, weights_ptr, logprobs_ptr, entropy_ptr, rows, vocabulary,
     NEEDS_GRAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)  # int64: row * vocabulary passes 2^31 at 14,000 rows of Qwen's vocabulary
-    row_ptr = logits_ptr + row * vocabulary
     columns = tl.arange(0, BLOCK)
-    weight = tl.load(weights_ptr + row)
-    target = tl.load(targets_ptr + row)
-    # A target outside the vocabulary must not be read; NaN makes the loss say so.
-    known = (target >= 0) & (target < vocabulary)
-    target_logit = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
-    end = tl.where(weight != 0, vocabulary, 0)  # rows of weight 0 are not read
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        row_ptr = logits_ptr + row * vocabulary  # int64: 14,000 rows of Qwen's vocabulary pass 2^31
+        weight = tl.load(weights_ptr + row)
+        target = tl.load(targets_ptr + row)
+        # A target outside the vocabulary must not be read; NaN makes the loss say so.
+        known = (target >= 0) & (target < vocabulary)
+        target_logit = tl.load(row_ptr + target, mask=known, other=float("nan")).to(tl.float32)
+        end = tl.where(weight != 0, vocabulary, 0)  # rows of weight 0 are not read
 
-    # Pass 1, online: the largest logit so far, and relative to it the sums of e = exp(z - peak) and of e (z - peak).
-    # When the peak rises by r, every z - peak falls by r and every e shrinks by exp(-r).
-    peak = -1e30  # finite, for the first rise must not be infinite
-    total = 0.0
-    dot = 0.0
-    for start in range(0, end, BLOCK):
-        inside = start + columns < vocabulary
-        z = tl.load(row_ptr + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        new_peak = tl.maximum(peak, tl.max(z, 0))
-        rise = new_peak - peak
-        shrink = tl.exp(-rise)
-        shifted = tl.where(inside, z - new_peak, 0.0)
-        e = tl.where(inside, tl.exp(shifted), 0.0)
-        dot = (dot - total * rise) * shrink + tl.sum(e * shifted, 0)
-        total = total * shrink + tl.sum(e, 0)
-        peak = new_peak
-
-    total = tl.where(weight != 0, total, 1.0)
-    log_total = tl.log(total)
-    tl.store(logprobs_ptr + row, tl.where(weight != 0, target_logit - peak - log_total, 0.0))
-    tl.store(entropy_ptr + row, tl.where(weight != 0, log_total - dot / total, 0.0))
-
-    # Pass 2: weight * (softmax - onehot) over the logits. No thread may write before all have read the target's logit.
-    if NEEDS_GRAD:
-        tl.debug_barrier()
-        scale = weight / total
-        for start in range(0, vocabulary, BLOCK):
+        # Pass 1, online: the largest logit so far, and relative to it the sums of e = exp(z - peak) and e (z - peak).
+        # When the peak rises by r, every z - peak falls by r and every e shrinks by exp(-r).
+        peak = -1e30  # finite, for the first rise must not be infinite
+        total = 0.0
+        dot = 0.0
+        for start in range(0, end, BLOCK):
             inside = start + columns < vocabulary
-            read = start + columns < end
-            z = tl.load(row_ptr + start + columns, mask=read, other=-float("inf")).to(tl.float32)
-            grad = tl.exp(z - peak) * scale
-            grad = tl.where(start + columns == target, grad - weight, grad)
-            tl.store(row_ptr + start + columns, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+            z = tl.load(row_ptr + start + columns, mask=inside, other=-float("inf")).to(tl.float32)
+            new_peak = tl.maximum(peak, tl.max(z, 0))
+            rise = new_peak - peak
+            shrink = tl.exp(-rise)
+            shifted = tl.where(inside, z - new_peak, 0.0)
+            e = tl.where(inside, tl.exp(shifted), 0.0)
+            dot = (dot - total * rise) * shrink + tl.sum(e * shifted, 0)
+            total = total * shrink + tl.sum(e, 0)
+            peak = new_peak
+
+        total = tl.where(weight != 0, total, 1.0)
+        log_total = tl.log(total)
+        tl.store(logprobs_ptr + row, tl.where(weight != 0, target_logit - peak - log_total, 0.0))
+        tl.store(entropy_ptr + row, tl.where(weight != 0, log_total - dot / total, 0.0))
+
+        # Pass 2: weight * (softmax - onehot) over the logits, once all threads have read the target's logit.
+        if NEEDS_GRAD:
+            tl.debug_barrier()
+            scale = weight / total
+            for start in range(0, vocabulary, BLOCK):
+                inside = start + columns < vocabulary
+                read = start + columns < end
+                z = tl.load(row_ptr + start + columns, mask=read, other=-float("inf")).to(tl.float32)
+                grad = tl.exp(z - peak) * scale
+                grad = tl.where(start + columns == target, grad - weight, grad)
+                tl.store(row_ptr + start + columns, grad.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-def _accumulate(grad_weight: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:
-    """grad_weight [V, D] += grad_logits.T @ hidden, summed over chunks in fp32 for any dtype of the inputs."""
-    if grad_weight.dtype == hidden.dtype:
-        grad_weight.addmm_(grad_logits.t(), hidden)
-    elif hidden.is_cuda:
-        torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=grad_weight.dtype, out=grad_weight)
-    else:
-        grad_weight += grad_logits.t() @ hidden
+def _accumulate(grad_weight: Tensor | None, grad_logits: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """grad_weight [V, D] + grad_logits.T @ hidden, summed over chunks in `dtype` (fp32) for any dtype of the inputs."""
+    if hidden.dtype == dtype:
+        return grad_logits.t() @ hidden if grad_weight is None else grad_weight.addmm_(grad_logits.t(), hidden)
+    if not hidden.is_cuda:
+        product = (grad_logits.t() @ hidden).to(dtype)
+        return product if grad_weight is None else grad_weight.add_(product)
+    if grad_weight is None:
+        return torch.mm(grad_logits.t(), hidden, out_dtype=dtype)
+    return torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=dtype, out=grad_weight)
+
+
+def _scale(x: Tensor, scale: Tensor) -> Tensor:
+    """x times a number on its device. On a GPU in place, where x is not even read if that is 1, and no host waits."""
+    if not x.is_cuda:
+        return x if scale == 1 else x * scale.to(x.dtype)
+    _scale_kernel[(8 * _multiprocessors(x),)](x, scale, x.numel(), BLOCK=4096)
+    return x
+
+
+@jit
+def _scale_kernel(x_ptr, scale_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    scale = tl.load(scale_ptr).to(tl.float32)
+    if scale != 1.0:
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            x = tl.load(x_ptr + at, mask=at < size, other=0.0).to(tl.float32) * scale
+            tl.store(x_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < size)

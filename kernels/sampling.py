@@ -14,8 +14,8 @@ allowed at -inf), all filters together, as transformers applies them:
 The eager reference sorts. On a GPU there are three kernels, each with a program for every 8,192 logits of a row:
     statistics   the largest logit and the mass of each block of 512, raw and as drawn from
     histogram    top-k and top-p alone: how often each bit pattern of the logits' dtype occurs among those that may be
-                 the threshold. 16 bits have 65,536 patterns, so counts give the masses too, and whole numbers sum to the
-                 same in any order. The bits of fp32 are taken in two halves, with masses in place of counts.
+                 the threshold. 16 bits have 65,536 patterns, so counts give the masses too, and whole numbers sum to
+                 the same in any order. The bits of fp32 are taken in two halves, with masses in place of counts.
     draw         the kept mass of each block, where not all is kept, then the block that u falls into, then its token
 The program of a row that finishes last does what needs the whole row.
 

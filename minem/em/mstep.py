@@ -193,10 +193,11 @@ class MStep:
             packed = pack(members or [replace(min(examples, key=len), weight=0.0)], self.model.device)
             if isinstance(model, FSDPModule):  # replicas need each other's gradients once only
                 model.set_requires_all_reduce(number + 1 == len(own))
+            packed.token_weights.div_(divisor)  # here, for scaling the gradients would take another pass over them
             loss, _, entropy = model(**packed.arguments)
-            (loss / divisor).backward()
+            loss.backward()
             if members:  # kept as tensors: reading a number here would make the host wait for the device
-                losses.append(loss.detach().double())
+                losses.append(loss.detach().double() * divisor)
                 entropies.append(entropy.double().sum())
                 weight += sum(example.weight * len(example.token_ids) for example in members)
         mine = [example for members in own for example in members]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minem.kernels import linear_cross_entropy
+from minem.kernels.cross_entropy import _chunk_rows, _row_pass_eager, _row_pass_triton, _scale_kernel
 from tests.kernels.cases import both
 
 
@@ -239,3 +240,31 @@ def test_bad_input_is_named() -> None:
         linear_cross_entropy(hidden, weight, targets, backend="cuda")
     with pytest.raises(ValueError, match="float64"):
         linear_cross_entropy(hidden, weight, targets, backend="triton")
+
+
+def test_programs_take_row_after_row(device: str) -> None:
+    """More rows than an H200 has multiprocessors, so than there are programs."""
+    generator = torch.Generator().manual_seed(5)
+    logits, weights = torch.randn(300, 17, generator=generator), torch.rand(300, generator=generator)
+    targets = torch.randint(17, (300,), generator=generator)
+    results = []
+    for row_pass in (_row_pass_eager, _row_pass_triton):
+        out = torch.empty(2, 300, device=device)
+        grads = row_pass(logits.to(device, copy=True), targets.to(device), weights.to(device), out[0], out[1], True)
+        results.append((grads, out))
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_scaling_in_place(scale: float, device: str) -> None:
+    x = torch.arange(9000, dtype=torch.float32, device=device)
+    _scale_kernel[(2,)](x, torch.tensor(scale, device=device), x.numel(), BLOCK=4096)
+    assert torch.equal(x.cpu(), torch.arange(9000) * scale)
+
+
+def test_rows_of_a_chunk() -> None:
+    qwen, small = 151_936 * 2, 278 * 2
+    assert [_chunk_rows(rows, qwen, "cuda") for rows in (1, 4096, 4097, 8192, 12_288)] == [128, 4096, 2176, 4096, 4096]
+    assert _chunk_rows(100_000, small, "cuda") == 100_096  # one chunk
+    assert _chunk_rows(8192, qwen, "cpu") == 441
