@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import minem.kernels
 from tests.kernels.ptx.cta import Cta, Kernel
 from tests.kernels.ptx.memory import Memory, Region
-
-OPERATIONS = ("attention", "cross_entropy", "gating", "norm", "rope", "sampling")
 
 
 @dataclass
@@ -47,8 +47,8 @@ def install(target: str, chosen: Callable[[tuple[int, ...]], bool] = lambda plac
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
 
-    for name in OPERATIONS:
-        importlib.import_module(f"minem.kernels.{name}")
+    for module in pkgutil.iter_modules(minem.kernels.__path__):
+        importlib.import_module(f"minem.kernels.{module.name}")
     gpu = triton.backends.compiler.GPUTarget("cuda", int(target[3:]), 32)
     current = {"target": lambda: gpu, "device": lambda: 0, "stream": lambda device: 0}
     triton.runtime.driver.set_active(SimpleNamespace(**{f"get_current_{name}": get for name, get in current.items()}))
