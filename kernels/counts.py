@@ -1,5 +1,5 @@
-"""What the kernels execute: warp instructions, bytes and CTAs, counted by running their PTX on the CPU; and the launches
-of a decode step. A count is no time, but it says what a GPU has to do before one is at hand.
+"""What the kernels execute: warp instructions, bytes and CTAs, counted by running their PTX on the CPU; and the
+launches of a decode step. A count is no time, but it says what a GPU has to do before one is at hand.
 
     python -m minem.kernels.counts --target sm_90
 

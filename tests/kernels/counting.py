@@ -12,6 +12,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -23,13 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import minem.kernels
 from minem.generation import engine, kv_cache
+from minem.generation.kv_cache import Groups
 from minem.kernels import decode_attention, linear_cross_entropy, rms_norm, rotary, sample, swiglu
 from minem.kernels.attention import ROWS
 from minem.kernels.backend import triton
 from minem.kernels.rope import CacheWrite
 from minem.model import decoder
 from minem.model.hf_config import ModelConfig
-from tests.kernels.ptx.launch import LAUNCHES
+from tests.kernels.ptx.launch import EVERY, LAUNCHES
 
 BATCH = 256
 
@@ -43,18 +45,27 @@ class Case(NamedTuple):
     of: int
     floor_bytes: int
     call: Callable[[], object]
+    whole: Callable[[], object] | None = None  # the call on all rows, where the CTAs are not in proportion to them
 
 
 def count(case: Case) -> dict[str, Any]:
+    total, scale = _total(case.call), case.of // case.rows
+    whole = {name: total[name] * scale for name in ("bytes_read", "bytes_written", "ctas", "idle_ctas")}
+    per_row = {"warp_instructions_per_row": total["warp_instructions"] // case.rows}
+    if case.whole is not None:
+        with patch.dict(EVERY, _attention_kernel=41):
+            total = _total(case.whole)
+        whole |= {name: total[name] for name in ("ctas", "idle_ctas")}
+    return {"kernel": case.kernel, "variant": case.variant, **per_row, **whole}
+
+
+def _total(call: Callable[[], object]) -> Counter[str]:
     del LAUNCHES[:]
-    case.call()
+    call()
     total = Counter[str]()
     for launch in LAUNCHES:
         total.update({name: value for name, value in vars(launch).items() if isinstance(value, int)})
-    scale = case.of // case.rows
-    whole = {name: total[name] * scale for name in ("bytes_read", "bytes_written", "ctas", "idle_ctas")}
-    per_row = {"warp_instructions_per_row": total["warp_instructions"] // case.rows}
-    return {"kernel": case.kernel, "variant": case.variant, **per_row, **whole}
+    return total
 
 
 def cases(shapes: Sequence[Shape] = SHAPES) -> Iterator[Case]:
@@ -92,17 +103,27 @@ def _loss(vocabulary: int) -> Case:
 
 def _attention(shape: Shape) -> Iterator[Case]:
     """256 + 256 positions in use of 512 + 1,024; each prompt has as many draws as share a tile of queries."""
-    rows, n = 8, max(1, ROWS * shape.kv_heads // shape.heads)
-    prefix, suffix = (torch.zeros(rows + 1, shape.kv_heads, size, shape.head_dim).bfloat16() for size in (512, 1024))
-    groups = torch.arange(rows * n).view(rows, n)
-    siblings = torch.where(groups < rows, groups, 0)
-    lengths, index = torch.full((rows + 1,), 256), torch.arange(rows)
-    query = _normal(rows, shape.heads, shape.head_dim)
-    arguments = (query, prefix, prefix, lengths, siblings, index, suffix, suffix, lengths[:rows])
-    call = partial(decode_attention, *arguments, prefix_rows=index, suffix_rows=index, backend="triton")
+    n = max(1, ROWS * shape.kv_heads // shape.heads)
+
+    def call(rows: int) -> None:
+        cache: Any = SimpleNamespace(group_width=n, padding_slot=rows, device="cpu")
+        groups = Groups.fixed(cache, rows, list(range(rows)), [row // n for row in range(rows)])
+        size = (rows + 1, shape.kv_heads, 512, shape.head_dim)
+        prefix = [torch.zeros(size, dtype=torch.bfloat16) for _ in "kv"]
+        suffix = [torch.zeros(size[0], size[1], 1024, size[3], dtype=torch.bfloat16) for _ in "kv"]
+        lengths = torch.tensor([256] * rows + [0])
+        qkv = _normal(rows, shape.heads + 2 * shape.kv_heads, shape.head_dim)
+        angle = _normal(rows, shape.head_dim // 2)
+        decode_attention(
+            qkv, *prefix, lengths, groups.siblings, groups.sibling_index, *suffix, torch.full((rows,), 255),
+            heads=shape.heads, cos=angle, sin=angle, prefix_rows=groups.prefix_rows, suffix_rows=groups.suffix_rows,
+            backend="triton",
+        )  # fmt: skip
+
     positions = BATCH * 256 + -(-BATCH // n) * 256
-    floor = 4 * shape.kv_heads * shape.head_dim * positions + 4 * BATCH * shape.heads * shape.head_dim
-    yield Case("decode_attention", f"{shape.name}, B={BATCH}, 256 + 256 of 512 + 1024", rows, BATCH, floor, call)
+    floor = 4 * shape.kv_heads * shape.head_dim * (positions + BATCH) + 4 * BATCH * shape.heads * shape.head_dim
+    variant = f"{shape.name}, B={BATCH}, 256 + 256 of 512 + 1024"
+    yield Case("decode_attention", variant, 8, BATCH, floor, partial(call, 8), partial(call, BATCH))
 
 
 def _elementwise(shape: Shape) -> Iterator[Case]:
@@ -121,9 +142,9 @@ def _elementwise(shape: Shape) -> Iterator[Case]:
 
 
 # Operations of PyTorch that launch nothing: views and allocations.
-NOTHING = set(
-    "view _unsafe_view as_strided slice select t transpose expand unsqueeze squeeze detach alias split split_with_sizes "
-    "permute unbind empty empty_strided empty_like new_empty lift_fresh resize_".split()
+NOTHING = (
+    "view _unsafe_view as_strided slice select t transpose expand unsqueeze squeeze detach alias split "
+    "split_with_sizes permute unbind empty empty_strided empty_like new_empty lift_fresh resize_"
 )
 
 
@@ -134,7 +155,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = function._schema.name.split("::")[-1]
-        self.launches[name] += name not in NOTHING
+        self.launches[name] += name not in NOTHING.split()
         return function(*args, **(kwargs or {}))
 
 
@@ -149,7 +170,9 @@ def launches_of_a_step(shape: Shape, batch: int) -> Counter[str]:
 
     recorder = _Recorder()
     patches = [patch.object(module, "upload", on_meta) for module in (engine, kv_cache, decoder)]
-    patches.append(patch.object(kv_cache, "_zeros", lambda size, device, dtype: torch.empty(size, dtype=dtype, device="meta")))
+    patches.append(
+        patch.object(kv_cache, "_zeros", lambda size, device, dtype: torch.empty(size, dtype=dtype, device="meta"))
+    )
     patches.append(patch.object(triton.runtime.jit.JITFunction, "run", record))
     for module in pkgutil.iter_modules(minem.kernels.__path__):
         kernels = importlib.import_module(f"minem.kernels.{module.name}")
@@ -162,7 +185,7 @@ def launches_of_a_step(shape: Shape, batch: int) -> Counter[str]:
             model = decoder.Model(ModelConfig.from_dict(config_of(shape))).to(torch.bfloat16)
             decoder.inverse_frequencies.cache_clear()
             step = engine.Engine(model, [1, 2], batch, 512, 1024)
-            groups = kv_cache.Groups.fixed(step.cache, batch, [], [])
+            groups = Groups.fixed(step.cache, batch, [], [])
             for _ in range(2):  # the first fills caches of what is the same in every step
                 recorder.launches.clear()
                 with recorder:

@@ -2,8 +2,8 @@
 
 Threads. A CTA of a kernel with num_warps=4 has 128 threads. 32 neighbours are a *warp*, for which a GPU issues one
 instruction. Where threads branch apart, those at the lowest place of the text go on, until all meet again.
-Barriers. `bar.sync` waits for all threads of the CTA. Here nobody has to wait, so what is left of it is order: memory.py
-refuses accesses that need a barrier between them and have none.
+Barriers. `bar.sync` waits for all threads of the CTA. Here nobody has to wait, so what is left of it is order:
+memory.py refuses accesses that need a barrier between them and have none.
 Warps talk without memory: a *shuffle* hands each lane another lane's register, `redux` and `vote` combine 32 lanes, and
 an *mma* multiplies two small matrices whose elements are spread over the registers of the warp.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.kernels.ptx.memory import Memory, PtxError, Region
+from tests.kernels.ptx.memory import SHARED, Memory, PtxError, Region
 from tests.kernels.ptx.numbers import halves
 from tests.kernels.ptx.parse import JUMPS, Program
 from tests.kernels.ptx.translate import NAMES, SPECIAL, Translator
@@ -51,8 +51,8 @@ class Cta:
                  grid: tuple[int, ...], shared_bytes: int):  # fmt: skip
         self.kernel, self.memory, self.parameters = kernel, memory, parameters
         self.threads, self.end = kernel.program.threads, len(kernel.program.blocks)
-        self.shared = Memory([Region("shared memory", 0, shared_bytes)])
-        self.tid = np.arange(self.threads)
+        self.shared = Memory([Region(SHARED, 0, shared_bytes)])
+        self.tid, self.everybody = np.arange(self.threads), np.ones(self.threads, bool)
         self.at: Any = np.zeros(self.threads, np.int64)  # the block that each thread is at
         self.copies: list[list[Any]] = [[]]  # groups of cp.async that are under way, the last one not yet committed
         self.instructions = self.stores = 0
@@ -171,7 +171,7 @@ class Cta:
     def _whole(self, mask: Any) -> Any:
         """The threads in whole warps, as [threads] bool."""
         if mask is None:
-            return np.ones(self.threads, bool)
+            return self.everybody
         if (_warps(mask).any(1) != _warps(mask).all(1)).any():
             raise PtxError("the lanes of a warp have branched apart, and this instruction needs all of them")
         return mask
@@ -214,8 +214,8 @@ class Cta:
             self.shared.store(address[rows], matrix.reshape(-1).view("V16"), self.tid[rows])
 
     def multiply(self, mask: Any, kind: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
-        """mma: A [16, K] @ B [K, 8] + C [16, 8] for each warp, summed in fp32. Lane 4 g + q holds rows g and g + 8 of A,
-        column g of B, and columns 2 q and 2 q + 1 of rows g and g + 8 of C; a register holds two halves, or one tf32."""
+        """mma: A [16, K] @ B [K, 8] + C [16, 8] for each warp, in fp32. Lane 4 g + q holds rows g, g + 8 of A, column
+        g of B, and columns 2 q and 2 q + 1 of rows g and g + 8 of C; a register holds two halves, or one tf32."""
         self._whole(mask)
         warps, per = self.threads // 32, 1 if kind == "tf32" else 2
         A, B = np.zeros((warps, 16, 2 * per * len(a)), np.float32), np.zeros((warps, 4 * per * len(b), 8), np.float32)

@@ -10,7 +10,6 @@ import importlib
 import os
 import pkgutil
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +37,12 @@ class Launch:
 
 
 LAUNCHES: list[Launch] = []
+EVERY: dict[str, int] = {}  # of these kernels only every n-th CTA is run, and counts for n
 
 
-def install(target: str, chosen: Callable[[tuple[int, ...]], bool] = lambda place: True) -> None:
-    """Let every Triton kernel run on its PTX for the target. chosen: which places of a grid run at all (others count
-    as CTAs only). TRITON_INTERPRET must not be set when the kernels are made; then it lets them take CPU tensors."""
+def install(target: str) -> None:
+    """Let every Triton kernel run on its PTX for the target. TRITON_INTERPRET must not be set before; afterwards it is,
+    which lets the kernels take CPU tensors."""
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
@@ -63,7 +63,7 @@ def install(target: str, chosen: Callable[[tuple[int, ...]], bool] = lambda plac
         named = dict(zip((p.name for p in self.params), args, strict=False)) | options
         values = {name: named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"}
         size = grid(named) if callable(grid) else grid
-        done = launch(kernel, values, tuple(size), compiled.metadata.shared, chosen)
+        done = launch(kernel, values, tuple(size), compiled.metadata.shared)
         done.variant = compiled.hash
         LAUNCHES.append(done)
         return compiled
@@ -73,10 +73,7 @@ def install(target: str, chosen: Callable[[tuple[int, ...]], bool] = lambda plac
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty: NaN and the largest integer
 
 
-def launch(
-    kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], shared_bytes: int = 0,
-    chosen: Callable[[tuple[int, ...]], bool] = lambda place: True,
-) -> Launch:  # fmt: skip
+def launch(kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], shared_bytes: int = 0) -> Launch:
     """Run all CTAs of a launch, one after the other."""
     grid = (*grid, 1, 1)[:3]
     tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel()}
@@ -84,15 +81,15 @@ def launch(
     numbers = [_number(x) for x in arguments.values()] + [0, 0]  # and Triton's scratch memory, which is not asked for
     parameters = dict(zip(kernel.program.parameters, numbers, strict=False))
     places = [place[::-1] for place in np.ndindex(*grid[::-1])]
-    done = Launch(kernel.program.name, "", len(places))
+    done, every = Launch(kernel.program.name, "", len(places)), EVERY.get(kernel.program.name, 1)
     with np.errstate(all="ignore"):
-        for place in filter(chosen, places[:: -1 if kernel.launches % 2 else 1]):
+        for place in places[:: every * (-1 if kernel.launches % 2 else 1)]:
             cta = Cta(kernel, memory, parameters, place, grid, shared_bytes)
             cta.run()
-            done.idle_ctas += cta.stores == 0
-            done.warp_instructions += cta.instructions
+            done.idle_ctas += every * (cta.stores == 0)
+            done.warp_instructions += every * cta.instructions
     kernel.launches += 1
-    done.bytes_read, done.bytes_written = memory.bytes_read, memory.bytes_written
+    done.bytes_read, done.bytes_written = every * memory.bytes_read, every * memory.bytes_written
     return done
 
 

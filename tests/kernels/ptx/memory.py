@@ -3,7 +3,8 @@
 A GPU promises nothing about the order in which two threads reach memory, but for a barrier: what was done before it,
 all threads of the CTA see after it. Two accesses of different threads to one byte, one of them a write and no barrier
 between them, are a *race*: the result is a matter of luck. So each byte remembers when and by whom it was last written
-and read, as one number, time * 2048 + thread. A barrier makes all earlier times harmless.
+and read, as one number, time * 2048 + thread. A barrier makes all earlier times harmless. In global memory the warp is
+what counts, whose lanes execute an instruction together; in shared memory Triton itself asks for order among them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 ATOMIC, SEVERAL = 2046, 2047  # in the place of a thread; atomic accesses do not race with each other
+SHARED = "shared memory"  # the name of its region
 WATCHED = 1 << 22  # bytes; in larger tensors races are not looked for
 
 
@@ -28,7 +30,7 @@ class Region:
     def __init__(self, name: str, start: int, stop: int):
         self.name, self.start, self.stop, self.base = name, start, stop, start & ~15
         length = (stop - self.base + 15) & ~15  # whole items of 16 bytes, the largest access
-        real = name != "shared memory"
+        real = name != SHARED
         self.bytes = np.frombuffer(
             (ctypes.c_uint8 * length).from_address(self.base) if real else bytearray(length), "u1"
         )
@@ -102,21 +104,26 @@ class Memory:
         """Remember an access, and refuse it if it races with another since the last barrier."""
         if not len(region.written):
             return
+        who = who if region.name == SHARED or who[0] == ATOMIC else who // 32
         written, read = region.written.reshape(-1, size), region.read.reshape(-1, size)
         mine = (who | self.now << 11)[:, None]
         before = written[at]
-        if reads and region.name == "shared memory" and not before.all():
+        if reads and region.name == SHARED and not before.all():
             raise PtxError("shared memory is read that nobody wrote, or that a cp.async not yet waited for will write")
         for what, last in (("wrote", before), ("read", read[at]))[: 2 if writes else 1]:
-            bad = (last > self.barrier) & (last & SEVERAL != who[:, None])
-            if bad.any():
+            recent = last > self.barrier
+            if recent.any() and (bad := recent & (last & SEVERAL != who[:, None])).any():
                 lane, byte = np.argwhere(bad)[0]
+                one = "thread" if region.name == SHARED else "warp"
                 raise PtxError(
-                    f"race: thread {who[lane]} uses what thread {last[lane, byte] & SEVERAL} {what}, no barrier between"
+                    f"race: {one} {who[lane]} uses what {one} {last[lane, byte] & SEVERAL} {what}, no barrier"
                 )
         if writes:
             written[at] = mine
         else:
             last = read[at]
-            read[at] = np.where((last > self.barrier) & (last & SEVERAL != who[:, None]), mine | SEVERAL, mine)
+            recent = last > self.barrier
+            read[at] = (
+                np.where(recent & (last & SEVERAL != who[:, None]), mine | SEVERAL, mine) if recent.any() else mine
+            )
             read[at[(read[at] & SEVERAL != who[:, None]).any(1)]] |= SEVERAL  # several threads in this very instruction

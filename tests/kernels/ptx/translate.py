@@ -21,6 +21,7 @@ SPECIAL = [f"%{name}.{axis}" for name in ("tid", "ctaid", "nctaid") for axis in 
 NAMES: dict[str, Any] = {f"{kind}{size}": np.dtype(f"{kind}{size}").type for kind in "iu" for size in (1, 2, 4, 8)}
 NAMES |= {"np": np, **vars(numbers)}
 NOTHING = ("fence", "membar", "griddepcontrol", "prefetch", "discard")
+BOOLEAN = {"and": "&", "or": "|", "xor": "^"}
 ROUNDINGS = {"rni": "np.rint", "rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}
 
 
@@ -70,8 +71,9 @@ class Translator:
     def value(self, text: str, kind: str) -> str:
         """A source operand as an array of the numpy type: of a wider register the lower bits."""
         if text[0] != "%" and text not in self.program.registers:
-            shared = text == "global_smem"  # the name of all shared memory
-            return self.constant(0 if shared else int(text[2:], 16) if text[:2] in ("0f", "0d") else int(text.rstrip("U"), 0), kind)  # fmt: skip
+            if text[:2] in ("0f", "0d"):
+                return self.constant(int(text[2:], 16), kind)
+            return self.constant(0 if text == "global_smem" else int(text.rstrip("U"), 0), kind)  # all shared memory
         source, have = f"R[{self.register(text)}]", self.types[text]
         source += "" if have[1] == kind[1] else f".astype(u{kind[1]})"
         return source if kind[0] in "ub" else f"{source}.view({kind})"
@@ -141,7 +143,7 @@ class Translator:
             case "setp":
                 sources = [self.value(x, kind) for x in a[1:3]]
                 test = numbers.COMPARISONS[op[1]].format(*sources)
-                also = f" {dict(zip(('and', 'or', 'xor'), '&|^', strict=True))[op[2]]} {self.value(a[3], 'bool')}" if a[3:] else ""  # fmt: skip
+                also = f" {BOOLEAN[op[2]]} {self.value(a[3], 'bool')}" if a[3:] else ""
                 return [a[0]], "bool", f"({test}){also}"
             case "cvt":
                 return self._convert(a[0], a[1:], op)
