@@ -30,9 +30,11 @@ from torch import Tensor
 from minem.kernels.backend import constexpr, jit, pick, tl
 
 TILE = 64  # of the eager reference
-BLOCK, BLOCKS = constexpr(512), constexpr(16)  # logits of a block, which one warp reads; blocks of a program
-BINS, CHUNK = constexpr(1 << 16), constexpr(2048)  # bins of a row's histogram, and how many are read at once
-UNIT = constexpr(2.0**38)  # masses are counted in whole numbers, which sum to the same in any order
+BLOCK, BLOCKS = constexpr(512), constexpr(16)  # logits of a block, and blocks of a program
+PART = constexpr(8)  # blocks that a program holds in registers
+BINS = constexpr(1 << 16)  # of a row's histogram
+UNIT = constexpr(38)  # masses are counted in whole numbers, of 2^-UNIT: these sum to the same in any order
+LOG2_E = constexpr(1.4426950408889634)
 # What is known of a row, int64: what is searched for next (0: nothing, 1: top-k, 2: top-p), the upper half of the
 # threshold's key (-1: not found yet), how many logits or how much mass the kept set needs (0: top_p of what is found),
 # and counters of the programs that are done.
@@ -221,10 +223,21 @@ def _sample_triton(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_toke
     else:
         stops, stop_count = (stop_ids.contiguous(), min_tokens.contiguous()), len(stop_ids)
     state = torch.zeros(count, STATE.value, dtype=torch.int64, device=logits.device)
-    scratch = state, new(4, count, tiles * BLOCKS.value), new(count, NUMBERS.value), new(count, 1 << 16, dtype=torch.int64)
+    scratch = (
+        state,
+        new(4, count, tiles * BLOCKS.value),
+        new(count, NUMBERS.value),
+        new(count, 1 << 16, dtype=torch.int64),
+    )
     temperature, top_k, top_p, min_p, seeds, positions = (x.contiguous() for x in rows)
     row = (logits, logits.stride(0), vocabulary, temperature, top_k, top_p, min_p, positions, *stops, stop_count)
-    options = {"TILES": tiles, "PLACES": 1 << (tiles * BLOCKS.value - 1).bit_length(), "WIDE": wide, "num_warps": 8}
+    options = {
+        "TILES": tiles,
+        "PLACES": 1 << (tiles * BLOCKS.value - 1).bit_length(),
+        "WIDE": wide,
+        "num_warps": 4,
+        "CHUNK": 4096 if wide else 512,
+    }
     _statistics_kernel[(tiles, count)](*row, *scratch, **options)
     for number in range(4 if wide else 2):  # top-k, then top-p, each in two parts if keys are wide
         _histogram_kernel[(tiles, count)](*row, *scratch, number, **options)
@@ -242,27 +255,30 @@ compiled_once = partial(jit, do_not_specialize=["stop_count", "number"], do_not_
 def _statistics_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr,
-    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Largest logit and mass of each block, raw and as drawn from. A row's last program begins the search."""
-    row_ptr, row, block, column = _place(logits_ptr, row_stride)
+    row = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
     state_ptr += row * STATE
     numbers_ptr += row * NUMBERS
     blocks_ptr += row * TILES * BLOCKS
     of_kind = tl.num_programs(1).to(tl.int64) * TILES * BLOCKS
-    z = tl.load(row_ptr + column, mask=column < vocabulary, other=-float("inf"))
-    peaks, shifted = _shifted(z)
-    sums = tl.sum(tl.exp(shifted), 1)
-    tl.store(blocks_ptr + block, peaks)
-    tl.store(blocks_ptr + of_kind + block, sums)
     divisor, greedy = _divisor(temperature_ptr + row)
     stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
-    if stops > 0:
-        peaks, shifted = _shifted(_stopped(z, column, stop_ids_ptr, stops))
-    if (divisor != 1.0) | (stops > 0):
-        sums = tl.sum(tl.exp(shifted / divisor), 1)
-    tl.store(blocks_ptr + 2 * of_kind + block, peaks)
-    tl.store(blocks_ptr + 3 * of_kind + block, sums)
+    for part in range(0, BLOCKS, PART):
+        block, column = _columns(part)
+        z = tl.load(row_ptr + column, mask=column < vocabulary, other=-float("inf"))
+        peaks, shifted = _shifted(z)
+        sums = tl.sum(tl.exp(shifted), 1)
+        tl.store(blocks_ptr + block, peaks)
+        tl.store(blocks_ptr + of_kind + block, sums)
+        if stops > 0:
+            peaks, shifted = _shifted(_stopped(z, column, stop_ids_ptr, stops))
+        if (divisor != 1.0) | (stops > 0):
+            sums = tl.sum(tl.exp2(shifted * (LOG2_E / divisor)), 1)
+        tl.store(blocks_ptr + 2 * of_kind + block, peaks)
+        tl.store(blocks_ptr + 3 * of_kind + block, sums)
 
     if _is_last(state_ptr + COUNTERS, TILES):
         place = tl.arange(0, PLACES)
@@ -281,11 +297,12 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
         elif (p < 1.0) & (greedy == 0):
             goal = 2
             # All logits that weigh less than (1 - p) total / V weigh too little together to reach into the kept set.
-            low = q_peak + divisor * tl.log(0.5 * (1.0 - p) * q_total / vocabulary)
-            needed = tl.maximum((p * q_total * UNIT).to(tl.int64), 1)
+            low = q_peak + divisor * tl.log(0.999 * (1.0 - p) * q_total / vocabulary)
+            needed = tl.maximum((p * q_total * 2.0**UNIT).to(tl.int64), 1)
         goal = tl.where(q_total > 0, goal, 0)  # not for NaN, nor where nothing can be drawn
         if goal > 0:
-            _clear(bins_ptr + row * BINS, _lowest_bin(low, z, WIDE), _bin_of(q_peak, z, WIDE))
+            first, last = _range(low, q_peak, logits_ptr.dtype.element_ty)
+            _clear(bins_ptr + row * BINS, first, last, CHUNK)
         tl.store(state_ptr + GOAL, goal)
         tl.store(state_ptr + UPPER, -1)
         tl.store(state_ptr + NEEDED, needed)
@@ -303,7 +320,7 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 def _histogram_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, number,
-    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Count or weigh the logits by their keys. A row's last program finds the threshold, and what is next."""
     row = tl.program_id(1).to(tl.int64)
@@ -317,44 +334,48 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
         q_peak = tl.load(numbers_ptr + Q_PEAK)
         upper = tl.load(state_ptr + UPPER)
         divisor, _ = _divisor(temperature_ptr + row)
+        scale = LOG2_E / divisor
+        ones = tl.full((PART // 2 * BLOCK,), 1, tl.int64)
         stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
         peaks_ptr = blocks_ptr + (2 * tl.num_programs(1) + row) * TILES * BLOCKS
-        for part in range(0, BLOCKS, CHUNK // BLOCK):
+        for part in range(0, BLOCKS, PART // 2):
             block = tl.program_id(0) * BLOCKS + part
             peak = -float("inf")
-            for i in tl.static_range(CHUNK // BLOCK):
+            for i in tl.static_range(PART // 2):
                 peak = tl.maximum(peak, tl.load(peaks_ptr + block + i))
             if peak >= low:  # others are not read
-                column = block * BLOCK + tl.arange(0, CHUNK)
+                column = block * BLOCK + tl.arange(0, PART // 2 * BLOCK)
                 z = tl.load(row_ptr + column, mask=column < vocabulary, other=float("nan"))
                 z = _stopped(z, column, stop_ids_ptr, stops)
-                keys = _keys(z, WIDE)
-                bins = _bin(keys, WIDE)
                 counted = z.to(tl.float32) >= low  # not NaN
                 if WIDE:
-                    counted = counted & ((upper < 0) | (bins == upper))
-                    bins = tl.where(upper < 0, bins, keys & 0xFFFF)
-                amounts = (tl.exp((z.to(tl.float32) - q_peak) / divisor) * UNIT).to(tl.int64)
-                tl.atomic_add(bins_ptr + bins, tl.where(goal == 1, 1, amounts), mask=counted, sem="relaxed")
+                    bits = z.to(tl.int32, bitcast=True)
+                    counted = counted & ((upper < 0) | (((bits >> 16) & 0xFFFF) == _bits(upper, -1)))
+                    bits = tl.where(upper < 0, bits >> 16, bits) & 0xFFFF
+                else:
+                    bits = z.to(tl.uint16, bitcast=True).to(tl.int32)
+                if goal == 1:
+                    tl.atomic_add(bins_ptr + bits, ones, mask=counted, sem="relaxed")
+                else:
+                    masses = tl.exp2((z.to(tl.float32) - q_peak) * scale + UNIT)
+                    tl.atomic_add(bins_ptr + bits, masses.to(tl.int64), mask=counted, sem="relaxed")
 
         if _is_last(state_ptr + COUNTERS + 1 + number, TILES):
-            z = tl.load(row_ptr + tl.arange(0, 1))  # of the dtype of the logits
             p = tl.load(top_p_ptr + row).to(tl.float64)
-            first = tl.where(upper < 0, _lowest_bin(low, z, WIDE), 0)
-            last = tl.where(upper < 0, _bin_of(q_peak, z, WIDE), BINS - 1)
+            first, last = _range(low, q_peak, logits_ptr.dtype.element_ty)
             needed = tl.load(state_ptr + NEEDED)
             if needed == 0:
-                needed = tl.maximum((p * _sum(bins_ptr, first, last)).to(tl.int64), 1)
-            found, above = _crossing(bins_ptr, first, last, needed)
+                needed = tl.maximum((p * _sum(bins_ptr, first, last, CHUNK)).to(tl.int64), 1)
+            if upper >= 0:
+                first = 0
+                last = BINS - 1
+            found, above = _crossing(bins_ptr, upper, first, last, needed, CHUNK)
             if WIDE & (upper < 0):
                 tl.store(state_ptr + UPPER, found)
                 tl.store(state_ptr + NEEDED, needed - above)
-                _clear(bins_ptr, 0 * first, BINS - 1)
+                _clear(bins_ptr, 0 * first, BINS - 1, CHUNK)
             else:
-                key = found - 32768
-                if WIDE:
-                    key = (upper - 32768) * 65536 + found
-                threshold = _number(key, z, WIDE)
+                threshold = _number(found, upper, logits_ptr.dtype.element_ty)
                 tl.store(numbers_ptr + THRESHOLD, threshold)
                 again = (goal == 1) & (p < 1.0)
                 tl.store(state_ptr + GOAL, tl.where(again, 2, 0))
@@ -362,17 +383,19 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
                     tl.store(numbers_ptr + LOW, threshold)
                     tl.store(state_ptr + UPPER, -1)
                     tl.store(state_ptr + NEEDED, 0)
-                    _clear(bins_ptr, _lowest_bin(threshold, z, WIDE), _bin_of(q_peak, z, WIDE))
+                    first, last = _range(threshold, q_peak, logits_ptr.dtype.element_ty)
+                    _clear(bins_ptr, first, last, CHUNK)
 
 
 @compiled_once
 def _draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, seeds_ptr, tokens_ptr, logprobs_ptr,
-    proposal_ptr, TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr,
+    proposal_ptr, TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Weigh what is kept of each block, if not all is. One program of a row draws: the block, then the token in it."""
-    row_ptr, row, block, column = _place(logits_ptr, row_stride)
+    row = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
     state_ptr += row * STATE
     numbers_ptr += row * NUMBERS
     blocks_ptr += row * TILES * BLOCKS
@@ -386,12 +409,14 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     filtered = ((threshold > -float("inf")) | (log_min_p > -float("inf"))) & (greedy == 0)
     draws = tl.program_id(0) == 0
     if filtered:
-        largest = tl.load(blocks_ptr + 2 * of_kind + block)
-        read = _kept(largest, q_peak, divisor, threshold, log_min_p) > 0.0  # blocks that have something to keep
-        tile = tl.load(row_ptr + column, mask=read[:, None] & (column < vocabulary), other=-float("inf"))
-        tile = _stopped(tile, column, stop_ids_ptr, stops)
-        sums = tl.sum(_kept(tile, q_peak, divisor, threshold, log_min_p), 1)
-        tl.store(blocks_ptr + of_kind + block, sums)  # in place of the raw ones, which are in the totals by now
+        for part in range(0, BLOCKS, PART):
+            block, column = _columns(part)
+            largest = tl.load(blocks_ptr + 2 * of_kind + block)
+            read = _kept(largest, q_peak, divisor, threshold, log_min_p) > 0.0  # blocks that have something to keep
+            tile = tl.load(row_ptr + column, mask=read[:, None] & (column < vocabulary), other=-float("inf"))
+            tile = _stopped(tile, column, stop_ids_ptr, stops)
+            sums = tl.sum(_kept(tile, q_peak, divisor, threshold, log_min_p), 1)
+            tl.store(blocks_ptr + of_kind + block, sums)  # in place of the raw ones, which are in the total by now
         draws = _is_last(state_ptr + COUNTERS + 5, TILES)
     if draws:
         place = tl.arange(0, PLACES)
@@ -428,16 +453,17 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
         q_total = tl.where(greedy | nothing, 1.0, q_total)
         proposal = tl.where(greedy, 0.0, (z_token - q_peak) / divisor - tl.log(q_total.to(tl.float32)))
         tl.store(tokens_ptr + row, token)
-        tl.store(logprobs_ptr + row, tl.where(nothing, -float("inf"), z_token - tl.load(numbers_ptr + PEAK) - tl.log(total)))
+        tl.store(
+            logprobs_ptr + row, tl.where(nothing, -float("inf"), z_token - tl.load(numbers_ptr + PEAK) - tl.log(total))
+        )
         tl.store(proposal_ptr + row, tl.where(nothing, -float("inf"), proposal))
 
 
 @jit
-def _place(logits_ptr, row_stride):  # type: ignore[no-untyped-def]
-    """Where this program's row begins, the row, and the blocks and columns of its tile."""
-    row = tl.program_id(1).to(tl.int64)
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    return logits_ptr + row * row_stride, row, block, block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+def _columns(part):  # type: ignore[no-untyped-def]
+    """The PART blocks of this program from its block `part`, and their columns."""
+    block = tl.program_id(0) * BLOCKS + part + tl.arange(0, PART)
+    return block, block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @jit
@@ -472,51 +498,50 @@ def _log_min_p(min_p_ptr):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _keys(z, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int32 in the order of the numbers z: the bit pattern of their dtype, its magnitude complemented if negative."""
-    if WIDE:
-        bits = z.to(tl.int32, bitcast=True)
-        keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _bits(place, upper):  # type: ignore[no-untyped-def]
+    """Bins are numbered by the bits of a logit, places by the order of the numbers: the bin of a place, int64.
+
+    The two differ by the sign, and the magnitude of negative numbers is complemented. upper: the place of the upper half
+    of a wide number, if this is about its lower half; else -1.
+    """
+    whole = tl.where(place < BINS // 2, BINS - 1 - place, place - BINS // 2)
+    return tl.where(upper < 0, whole, tl.where(upper < BINS // 2, BINS - 1 - place, place)).to(tl.int64)
+
+
+@jit
+def _place_of(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The place of a number rounded to DTYPE, or of its upper half if that is wide."""
+    if DTYPE == tl.float32:
+        bits = (x.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
     else:
-        bits = z.to(tl.int16, bitcast=True).to(tl.int32)
-        keys = bits ^ ((bits >> 31) & 0x7FFF)
-    return tl.where(keys == -1, 0, keys)  # -0.0 equals 0.0
+        bits = x.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+    return tl.where(bits < BINS // 2, bits + BINS // 2, BINS - 1 - bits)
 
 
 @jit
-def _bin(keys, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bin that counts a key, 0 to BINS - 1: one for each key, or for each upper half of a wide one."""
-    return (keys >> 16 if WIDE else keys) + 32768
+def _range(low, high, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The places from that of `low`, or one below however it is rounded, to that of `high`."""
+    lowest = _place_of(tl.minimum(high, -float("inf")), DTYPE)
+    return tl.maximum(_place_of(low, DTYPE) - 1, lowest), _place_of(high, DTYPE)
 
 
 @jit
-def _bin_of(x, z, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The bin, int64, of one number rounded to the dtype of z."""
-    return tl.max(_bin(_keys((tl.zeros((1,), tl.float32) + x).to(z.dtype), WIDE), WIDE), 0).to(tl.int64)
-
-
-@jit
-def _lowest_bin(low, z, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A bin that no number of at least `low` lies below, however low is rounded."""
-    return tl.maximum(_bin_of(low, z, WIDE) - 1, _bin_of(-float("inf"), z, WIDE))
-
-
-@jit
-def _number(key, z, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The fp32 number of a key of the dtype of z."""
-    keys = tl.zeros((1,), tl.int32) + key.to(tl.int32)
-    if WIDE:
-        numbers = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).to(z.dtype, bitcast=True)
+def _number(place, upper, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number at a place, in fp32."""
+    if DTYPE == tl.float32:
+        return ((_bits(upper, -1) << 16) | _bits(place, upper)).to(tl.int32).to(tl.float32, bitcast=True)
     else:
-        numbers = (keys ^ ((keys >> 31) & 0x7FFF)).to(tl.int16).to(z.dtype, bitcast=True)
-    return tl.max(numbers.to(tl.float32), 0)
+        return _bits(place, -1).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
 
 
 @jit
 def _kept(z, q_peak, divisor, threshold, log_min_p):  # type: ignore[no-untyped-def]
     """exp((z - q_peak) / divisor) of the kept logits, 0 for the others."""
-    x = (z.to(tl.float32) - q_peak) / divisor
-    return tl.where((z.to(tl.float32) >= threshold) & (x >= log_min_p), tl.exp(x), 0.0)
+    shifted = z.to(tl.float32) - q_peak
+    masses = tl.where(z.to(tl.float32) >= threshold, tl.exp2(shifted * (LOG2_E / divisor)), 0.0)
+    if log_min_p > -float("inf"):
+        masses = tl.where(shifted / divisor >= log_min_p, masses, 0.0)
+    return masses
 
 
 @jit
@@ -538,16 +563,15 @@ def _row_statistics(peaks_ptr, of_kind, divisor, place, inside):  # type: ignore
 
 @jit
 def _kth_largest(x, k):  # type: ignore[no-untyped-def]
-    """The k-th largest of the fp32 numbers x, or a smaller one."""
-    keys = _keys(x, True).to(tl.int64)
-    low = 0 * k - 2147483648
-    high = low + 4294967296
-    while high - low > 65536:  # the upper half of the key will do
-        middle = low + (high - low) // 2
-        enough = tl.sum((keys >= middle).to(tl.int32), 0) >= k
+    """The k-th largest of the numbers x, fp32, cut off to 16 bits: as large or smaller."""
+    low = 127  # the place of -inf
+    high = 65409  # and one above that of inf
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = tl.sum((x >= _number(0, middle, tl.float32)).to(tl.int32), 0) >= k
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    return tl.maximum(_number(low, x, True), -float("inf"))
+    return _number(0, low, tl.float32)
 
 
 @jit
@@ -558,31 +582,31 @@ def _is_last(counter_ptr, count):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _clear(bins_ptr, first, last):  # type: ignore[no-untyped-def]
+def _clear(bins_ptr, first, last, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     while first <= last:
         place = first + tl.arange(0, CHUNK)
-        tl.store(bins_ptr + place, tl.zeros((CHUNK,), tl.int64), mask=place <= last)
+        tl.store(bins_ptr + _bits(place, -1), tl.zeros((CHUNK,), tl.int64), mask=place <= last)
         first += CHUNK
 
 
 @jit
-def _sum(bins_ptr, first, last):  # type: ignore[no-untyped-def]
-    total = first * 0
+def _sum(bins_ptr, first, last, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    total = tl.zeros((CHUNK,), tl.int64)
     while first <= last:
         place = first + tl.arange(0, CHUNK)
-        total += tl.sum(tl.load(bins_ptr + place, mask=place <= last, other=0), 0)
+        total += tl.load(bins_ptr + _bits(place, -1), mask=place <= last, other=0)
         first += CHUNK
-    return total
+    return tl.sum(total, 0)
 
 
 @jit
-def _crossing(bins_ptr, first, last, needed):  # type: ignore[no-untyped-def]
-    """The largest bin t such that bins t to `last` hold at least `needed`, or else `first`; and what bins above t hold."""
+def _crossing(bins_ptr, upper, first, last, needed, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest place t such that t to `last` hold at least `needed`, or else `first`; and what those above t hold."""
     found = first
     above = needed * 0
     while last >= first:
         place = last - tl.arange(0, CHUNK)
-        amounts = tl.load(bins_ptr + place, mask=place >= first, other=0)
+        amounts = tl.load(bins_ptr + _bits(place, upper), mask=place >= first, other=0)
         enough = (above + tl.cumsum(amounts, 0) >= needed) & (place >= first)
         best = tl.max(tl.where(enough, place, -1), 0)
         above += tl.sum(tl.where(place > best, amounts, 0), 0)
