@@ -177,6 +177,9 @@ def test_atomics_count_in_shared_and_in_global_memory_and_the_last_cta_knows_tha
     x = torch.zeros(THREADS, dtype=torch.int32)
     out, done = run(counter, x, grid=3)
     assert (out[0], x[0].item(), done.ctas, done.idle_ctas) == (5, 3, 3, 0)
+    run(OUT + BARRIER + counter, x)
+    with pytest.raises(PtxError, match="other warps may not have done"):
+        run(OUT + counter, x)
 
 
 def test_counts() -> None:

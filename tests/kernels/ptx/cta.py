@@ -56,6 +56,7 @@ class Cta:
         self.at: Any = np.zeros(self.threads, np.int64)  # the block that each thread is at
         self.copies: list[list[Any]] = [[]]  # groups of cp.async that are under way, the last one not yet committed
         self.instructions = self.stores = 0
+        self.unpublished: set[int] = set()  # warps that wrote to global memory since the last barrier
         self.registers = [np.full(self.threads, x, np.uint32) for x in (0, 0, 0, *place, *grid, 0)]
         self.registers[0], self.registers[len(SPECIAL) - 1] = (x.astype(np.uint32) for x in (self.tid, self.tid % 32))
         memory.sync()  # no order between CTAs is looked for
@@ -119,11 +120,15 @@ class Cta:
                 np.stack(values, 1)[lanes].reshape(-1).view(f"V{values[0].itemsize * len(values)}"),
                 lanes,
             )
-            self.stores += memory is self.memory
+            if memory is self.memory:
+                self.stores += 1
+                self.unpublished.update((lanes // 32).tolist())
 
-    def atomic(self, memory: Memory, mask: Any, how: str, address: Any, values: list[Any]) -> Any:
-        """Returns for each thread what was there before it came."""
+    def atomic(self, memory: Memory, mask: Any, how: str, address: Any, values: list[Any], releases: bool) -> Any:
+        """Returns for each thread what was there before it came. releases: tells other CTAs that all is written."""
         lanes, before = self._lanes(mask), np.zeros_like(values[0])
+        if releases and len(lanes) and self.unpublished - set((lanes // 32).tolist()):
+            raise PtxError("race: this tells other CTAs of writes that other warps may not have done, no barrier")
 
         def change(lane: int, old: Any) -> Any:
             thread = lanes[lane]
@@ -142,6 +147,7 @@ class Cta:
             raise PtxError("some threads wait at a barrier that the others are not at")
         self.memory.sync()
         self.shared.sync()
+        self.unpublished.clear()
 
     def warp_barrier(self, mask: Any) -> None:
         """Orders 32 threads, which Triton asks for where they are the whole CTA."""

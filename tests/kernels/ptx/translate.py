@@ -112,7 +112,8 @@ class Translator:
                 a = a if name == "atom" else ["_", *a]
                 how = next(x for x in op if x in ("add", "min", "max", "and", "or", "xor", "exch", "cas"))
                 numbers_ = ", ".join(self.value(x, kind) for x in a[2:])
-                return [a[0]], kind, f"c.atomic({space}, k, '{how}', {self.address(a[1])}, [{numbers_}])"
+                about = f"k, '{how}', {self.address(a[1])}, [{numbers_}], {space == 'c.memory' and 'acq_rel' in op}"
+                return [a[0]], kind, f"c.atomic({space}, {about})"
             case "bar" | "barrier":
                 return [], "", f"c.{'warp_barrier' if 'warp' in op else 'barrier'}(k)"
             case "cp" if "commit_group" in op:
