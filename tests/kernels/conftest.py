@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         apart = [
             item
             for item in items
-            if item.path.stem in ("test_resources", "test_bench", "test_backend", "test_ptx")
+            if item.path.stem in ("test_resources", "test_bench", "test_backend", "test_ptx", "test_counts")
             or getattr(getattr(item, "callspec", None), "params", {}).get("backend") == "eager"
         ]
         items[:] = [item for item in items if item not in apart]

@@ -215,3 +215,15 @@ QUICK = {
 def test_each_operation_on_the_ptx_of_sm_90() -> None:
     files = [f"tests/kernels/{name}" for name in QUICK]
     on_ptx("sm_90", *files, "-m", "not slow and not gpu", "-k", " or ".join(f"({each})" for each in QUICK.values()))
+
+
+@pytest.mark.slow
+def test_a_few_faults_in_the_kernels_are_caught() -> None:
+    """That the machine sees what it is for: no quick test breaks a kernel. All faults: tests/kernels/faults.py."""
+    for about in ("gating: no mask", "loss: a barrier", "attention: a barrier"):
+        command = [sys.executable, "tests/kernels/faults.py", about]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found = re.search(r"caught on PTX: (\d+) of (\d+)", done.stdout)
+        assert found is not None
+        assert found[1] == found[2] != "0"
