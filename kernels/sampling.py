@@ -11,9 +11,16 @@ allowed at -inf), all filters together, as transformers applies them:
             crosses p is kept, ties with it too
     min-p   keeps x_i if its probability is at least min_p times the largest one
 
-The eager reference sorts. The Triton kernel, one program a row, searches the ordered bit patterns of the logits nine
-parts at a time. Bytes moved: a plain draw reads the row once from memory (2 V in bf16: 18 us at B=256, V=151,936 and
-4.3 TB/s) and half of it again from the L2 cache; truncation reads it six (bf16) to twelve (fp32) times more from there.
+The eager reference sorts. On a GPU there are three kernels, each with a program for every 8,192 logits of a row:
+    statistics   the largest logit and the mass of each block of 512, raw and as drawn from
+    histogram    top-k and top-p alone: how often each bit pattern of the logits' dtype occurs among those that may be
+                 the threshold. 16 bits have 65,536 patterns, so counts give the masses too, and whole numbers sum to the
+                 same in any order. The bits of fp32 are taken in two halves, with masses in place of counts.
+    draw         the kept mass of each block, where not all is kept, then the block that u falls into, then its token
+The program of a row that finishes last does what needs the whole row.
+
+Bytes moved: a plain draw reads the row once (2 V in bf16: 18 us at B=256, V=151,936 and 4.3 TB/s), truncation reads it
+up to two times more, without the blocks that have nothing to count or to keep.
 
     python -m pytest tests/kernels/test_sampling.py
 """
@@ -227,7 +234,7 @@ def _sample_triton(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_toke
         state,
         new(4, count, tiles * BLOCKS.value),
         new(count, NUMBERS.value),
-        new(count, 1 << 16, dtype=torch.int64),
+        new(count, 1 << 16, dtype=torch.int64 if wide else torch.int32),
     )
     temperature, top_k, top_p, min_p, seeds, positions = (x.contiguous() for x in rows)
     row = (logits, logits.stride(0), vocabulary, temperature, top_k, top_p, min_p, positions, *stops, stop_count)
@@ -239,16 +246,17 @@ def _sample_triton(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_toke
         "CHUNK": 4096 if wide else 512,
     }
     _statistics_kernel[(tiles, count)](*row, *scratch, **options)
-    for number in range(4 if wide else 2):  # top-k, then top-p, each in two parts if keys are wide
+    for number in range(4 if wide else 1):  # of wide logits top-k, then top-p, each by two halves of their bits
         _histogram_kernel[(tiles, count)](*row, *scratch, number, **options)
     _draw_kernel[(tiles, count)](*row, *scratch, seeds, tokens, logprobs, proposal_logprobs, **options)
     return tokens, logprobs, proposal_logprobs
 
 
 # The kernels' common arguments: a number or a pointer that differs between batches must not compile another variant.
-KEPT = [*"temperature_ptr top_k_ptr top_p_ptr min_p_ptr positions_ptr stop_ids_ptr min_tokens_ptr seeds_ptr".split()]
-KEPT += [*"state_ptr blocks_ptr numbers_ptr bins_ptr tokens_ptr logprobs_ptr proposal_ptr".split()]
-compiled_once = partial(jit, do_not_specialize=["stop_count", "number"], do_not_specialize_on_alignment=KEPT)
+SCALARS = ["stop_count", "number"]
+POINTERS = "temperature top_k top_p min_p positions stop_ids min_tokens seeds state blocks numbers bins tokens logprobs"
+ALIGNED = [f"{name}_ptr" for name in (*POINTERS.split(), "proposal")]
+compiled_once = partial(jit, do_not_specialize=SCALARS, do_not_specialize_on_alignment=ALIGNED)
 
 
 @compiled_once
@@ -316,13 +324,13 @@ def _statistics_kernel(  # type: ignore[no-untyped-def]
 
 
 # Its loads are of one logit a thread, as its atomic additions are: the two need no exchange through shared memory.
-@partial(jit, do_not_specialize=["stop_count", "number", "row_stride"], do_not_specialize_on_alignment=KEPT)
+@partial(jit, do_not_specialize=[*SCALARS, "row_stride"], do_not_specialize_on_alignment=ALIGNED)
 def _histogram_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, number,
     TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Count or weigh the logits by their keys. A row's last program finds the threshold, and what is next."""
+    """Count the logits by their bits, or weigh them. A row's last program finds the threshold, and what is next."""
     row = tl.program_id(1).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     state_ptr += row * STATE
@@ -335,7 +343,7 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
         upper = tl.load(state_ptr + UPPER)
         divisor, _ = _divisor(temperature_ptr + row)
         scale = LOG2_E / divisor
-        ones = tl.full((PART // 2 * BLOCK,), 1, tl.int64)
+        ones = tl.full((PART // 2 * BLOCK,), 1, bins_ptr.dtype.element_ty)
         stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
         peaks_ptr = blocks_ptr + (2 * tl.num_programs(1) + row) * TILES * BLOCKS
         for part in range(0, BLOCKS, PART // 2):
@@ -354,37 +362,46 @@ def _histogram_kernel(  # type: ignore[no-untyped-def]
                     bits = tl.where(upper < 0, bits >> 16, bits) & 0xFFFF
                 else:
                     bits = z.to(tl.uint16, bitcast=True).to(tl.int32)
-                if goal == 1:
-                    tl.atomic_add(bins_ptr + bits, ones, mask=counted, sem="relaxed")
+                if WIDE & (goal == 2):
+                    masses = _mass(z.to(tl.float32) - q_peak, scale)
+                    tl.atomic_add(bins_ptr + bits, masses, mask=counted, sem="relaxed")
                 else:
-                    masses = tl.exp2((z.to(tl.float32) - q_peak) * scale + UNIT)
-                    tl.atomic_add(bins_ptr + bits, masses.to(tl.int64), mask=counted, sem="relaxed")
+                    tl.atomic_add(bins_ptr + bits, ones, mask=counted, sem="relaxed")
 
         if _is_last(state_ptr + COUNTERS + 1 + number, TILES):
             p = tl.load(top_p_ptr + row).to(tl.float64)
-            first, last = _range(low, q_peak, logits_ptr.dtype.element_ty)
             needed = tl.load(state_ptr + NEEDED)
-            if needed == 0:
-                needed = tl.maximum((p * _sum(bins_ptr, first, last, CHUNK)).to(tl.int64), 1)
+            first, last = _range(low, q_peak, logits_ptr.dtype.element_ty)
             if upper >= 0:
                 first = 0
                 last = BINS - 1
-            found, above = _crossing(bins_ptr, upper, first, last, needed, CHUNK)
-            if WIDE & (upper < 0):
-                tl.store(state_ptr + UPPER, found)
-                tl.store(state_ptr + NEEDED, needed - above)
-                _clear(bins_ptr, 0 * first, BINS - 1, CHUNK)
-            else:
-                threshold = _number(found, upper, logits_ptr.dtype.element_ty)
-                tl.store(numbers_ptr + THRESHOLD, threshold)
-                again = (goal == 1) & (p < 1.0)
-                tl.store(state_ptr + GOAL, tl.where(again, 2, 0))
-                if again:  # of the mass of those that top-k keeps
-                    tl.store(numbers_ptr + LOW, threshold)
-                    tl.store(state_ptr + UPPER, -1)
-                    tl.store(state_ptr + NEEDED, 0)
-                    first, last = _range(threshold, q_peak, logits_ptr.dtype.element_ty)
-                    _clear(bins_ptr, first, last, CHUNK)
+            while goal > 0:
+                weigh = (goal == 2) & (not WIDE)
+                if needed == 0:
+                    total = _sum(bins_ptr, first, last, weigh, q_peak, scale, logits_ptr.dtype.element_ty, CHUNK)
+                    needed = tl.maximum((p * total).to(tl.int64), 1)
+                found, above = _crossing(
+                    bins_ptr, upper, first, last, needed, weigh, q_peak, scale, logits_ptr.dtype.element_ty, CHUNK
+                )
+                if WIDE & (upper < 0):
+                    tl.store(state_ptr + UPPER, found)
+                    tl.store(state_ptr + NEEDED, needed - above)
+                    _clear(bins_ptr, 0 * first, BINS - 1, CHUNK)
+                    goal = 0 * goal
+                else:
+                    low = _number(found, upper, logits_ptr.dtype.element_ty)
+                    first = found
+                    needed = 0 * needed  # of the mass of those that top-k keeps
+                    goal = tl.where((goal == 1) & (p < 1.0), 2, 0).to(tl.int64)
+                    tl.store(numbers_ptr + THRESHOLD, low)
+                    tl.store(state_ptr + GOAL, goal)
+                    if WIDE:
+                        tl.store(numbers_ptr + LOW, low)
+                        tl.store(state_ptr + UPPER, -1)
+                        tl.store(state_ptr + NEEDED, needed)
+                        lowest, highest = _range(low, q_peak, logits_ptr.dtype.element_ty)
+                        _clear(bins_ptr, lowest, highest, CHUNK)
+                        goal = 0 * goal
 
 
 @compiled_once
@@ -482,8 +499,9 @@ def _stops(position_ptr, min_tokens_ptr, stop_count):  # type: ignore[no-untyped
 
 @jit
 def _stopped(z, column, stop_ids_ptr, stops):  # type: ignore[no-untyped-def]
+    never = (tl.zeros_like(column) - float("inf")).to(z.dtype)
     for i in range(0, stops):
-        z = tl.where(column == tl.load(stop_ids_ptr + i), -float("inf"), z)
+        z = tl.where(column == tl.load(stop_ids_ptr + i), never, z)
     return z
 
 
@@ -501,8 +519,8 @@ def _log_min_p(min_p_ptr):  # type: ignore[no-untyped-def]
 def _bits(place, upper):  # type: ignore[no-untyped-def]
     """Bins are numbered by the bits of a logit, places by the order of the numbers: the bin of a place, int64.
 
-    The two differ by the sign, and the magnitude of negative numbers is complemented. upper: the place of the upper half
-    of a wide number, if this is about its lower half; else -1.
+    The two differ by the sign, and the magnitude of negative numbers is complemented. upper: the place of the upper
+    half of a wide number, if this is about its lower half; else -1.
     """
     whole = tl.where(place < BINS // 2, BINS - 1 - place, place - BINS // 2)
     return tl.where(upper < 0, whole, tl.where(upper < BINS // 2, BINS - 1 - place, place)).to(tl.int64)
@@ -511,7 +529,7 @@ def _bits(place, upper):  # type: ignore[no-untyped-def]
 @jit
 def _place_of(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The place of a number rounded to DTYPE, or of its upper half if that is wide."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         bits = (x.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
     else:
         bits = x.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
@@ -528,7 +546,7 @@ def _range(low, high, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
 @jit
 def _number(place, upper, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The number at a place, in fp32."""
-    if DTYPE == tl.float32:
+    if tl.float32 == DTYPE:
         return ((_bits(upper, -1) << 16) | _bits(place, upper)).to(tl.int32).to(tl.float32, bitcast=True)
     else:
         return _bits(place, -1).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
@@ -585,28 +603,47 @@ def _is_last(counter_ptr, count):  # type: ignore[no-untyped-def]
 def _clear(bins_ptr, first, last, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     while first <= last:
         place = first + tl.arange(0, CHUNK)
-        tl.store(bins_ptr + _bits(place, -1), tl.zeros((CHUNK,), tl.int64), mask=place <= last)
+        tl.store(bins_ptr + _bits(place, -1), 0, mask=place <= last)
         first += CHUNK
 
 
 @jit
-def _sum(bins_ptr, first, last, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mass(shifted, scale):  # type: ignore[no-untyped-def]
+    """exp(shifted / divisor) in units of 2^-UNIT, int64."""
+    return tl.exp2(shifted * scale + UNIT).to(tl.int64)
+
+
+@jit
+def _amounts(bins_ptr, place, inside, upper, weigh, q_peak, scale, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What the bins of these places hold, int64. weigh: the mass of the logits that they count."""
+    amounts = tl.load(bins_ptr + _bits(place, upper), mask=inside, other=0).to(tl.int64)
+    if weigh:
+        amounts *= tl.where(amounts > 0, _mass(_number(place, upper, DTYPE) - q_peak, scale), 0)
+    return amounts
+
+
+@jit
+def _sum(  # type: ignore[no-untyped-def]
+    bins_ptr, first, last, weigh, q_peak, scale, DTYPE: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
     total = tl.zeros((CHUNK,), tl.int64)
     while first <= last:
         place = first + tl.arange(0, CHUNK)
-        total += tl.load(bins_ptr + _bits(place, -1), mask=place <= last, other=0)
+        total += _amounts(bins_ptr, place, place <= last, -1, weigh, q_peak, scale, DTYPE)
         first += CHUNK
     return tl.sum(total, 0)
 
 
 @jit
-def _crossing(bins_ptr, upper, first, last, needed, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The largest place t such that t to `last` hold at least `needed`, or else `first`; and what those above t hold."""
+def _crossing(  # type: ignore[no-untyped-def]
+    bins_ptr, upper, first, last, needed, weigh, q_peak, scale, DTYPE: tl.constexpr, CHUNK: tl.constexpr
+):  # fmt: skip
+    """The largest place t such that t to `last` hold at least `needed`, or `first`; and what those above t hold."""
     found = first
     above = needed * 0
     while last >= first:
         place = last - tl.arange(0, CHUNK)
-        amounts = tl.load(bins_ptr + _bits(place, upper), mask=place >= first, other=0)
+        amounts = _amounts(bins_ptr, place, place >= first, upper, weigh, q_peak, scale, DTYPE)
         enough = (above + tl.cumsum(amounts, 0) >= needed) & (place >= first)
         best = tl.max(tl.where(enough, place, -1), 0)
         above += tl.sum(tl.where(place > best, amounts, 0), 0)
