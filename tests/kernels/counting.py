@@ -123,7 +123,7 @@ def _attention(shape: Shape) -> Iterator[Case]:
     positions = BATCH * 256 + -(-BATCH // n) * 256
     floor = 4 * shape.kv_heads * shape.head_dim * (positions + BATCH) + 4 * BATCH * shape.heads * shape.head_dim
     variant = f"{shape.name}, B={BATCH}, 256 + 256 of 512 + 1024"
-    yield Case("decode_attention", variant, 8, BATCH, floor, partial(call, 8), partial(call, BATCH))
+    yield Case("decode_attention", variant, 4, BATCH, floor, partial(call, 4), partial(call, BATCH))
 
 
 def _elementwise(shape: Shape) -> Iterator[Case]:
