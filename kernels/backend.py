@@ -9,17 +9,21 @@ from typing import Any
 
 import torch
 
-jit: Callable[[Any], Any]
+jit: Callable[..., Any]
+constexpr: Callable[[Any], Any]  # of a module's numbers that kernels read
 try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
+    jit, constexpr = triton.jit, tl.constexpr
 except ImportError:  # triton is for Linux; elsewhere the kernels stay unused Python functions
     triton = tl = None
 
-    def jit(function: Any) -> Any:
+    def jit(function: Any, **options: Any) -> Any:
         return function
+
+    def constexpr(number: Any) -> Any:
+        return number
 
 
 def pick(backend: str | None, tensor: torch.Tensor) -> str:

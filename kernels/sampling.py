@@ -20,14 +20,27 @@ parts at a time. Bytes moved: a plain draw reads the row once from memory (2 V i
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minem.kernels.backend import jit, pick, tl
+from minem.kernels.backend import constexpr, jit, pick, tl
 
 TILE = 64  # of the eager reference
+BLOCK, BLOCKS = constexpr(512), constexpr(16)  # logits of a block, and blocks of a program
+PART = constexpr(8)  # blocks that a program holds in registers
+BINS = constexpr(1 << 16)  # of a row's histogram
+UNIT = constexpr(38)  # masses are counted in whole numbers, of 2^-UNIT: these sum to the same in any order
+LOG2_E = constexpr(1.4426950408889634)
+# What is known of a row, int64: what is searched for next (0: nothing, 1: top-k, 2: top-p), the upper half of the
+# threshold's key (-1: not found yet), how many logits or how much mass the kept set needs (0: top_p of what is found),
+# and counters of the programs that are done.
+GOAL, UPPER, NEEDED, COUNTERS, STATE = map(constexpr, (0, 1, 2, 3, 9))
+# And fp32: the largest logit and the mass, raw and as drawn from; no logit below `LOW` can be the threshold.
+PEAK, TOTAL, Q_PEAK, Q_TOTAL, LOW, THRESHOLD, LOG_MIN_P, NUMBERS = map(constexpr, range(8))
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seeds, positions
 Draws = tuple[Tensor, Tensor, Tensor]  # tokens, logprobs, proposal_logprobs
 
@@ -198,190 +211,405 @@ def _sample_triton(logits: Tensor, rows: Rows, stop_ids: Tensor | None, min_toke
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     count, vocabulary = logits.shape
-    tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(count, dtype=torch.float32, device=logits.device)
-    results = (tokens, logprobs, torch.empty_like(logprobs))
+    tiles = -(-vocabulary // (BLOCKS.value * BLOCK.value))
+    wide = logits.element_size() == 4
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    tokens, logprobs, proposal_logprobs = new(count, dtype=torch.int64), new(count), new(count)
     if stop_ids is None or min_tokens is None:
         stops, stop_count = (tokens, tokens), 0  # not read
     else:
         stops, stop_count = (stop_ids.contiguous(), min_tokens.contiguous()), len(stop_ids)
-    block = min(8192, max(512, 1 << (vocabulary - 1).bit_length()))
-    warps = max(4, block // 512)
+    state = torch.zeros(count, STATE.value, dtype=torch.int64, device=logits.device)
+    scratch = (
+        state,
+        new(4, count, tiles * BLOCKS.value),
+        new(count, NUMBERS.value),
+        new(count, 1 << 16, dtype=torch.int64),
+    )
+    temperature, top_k, top_p, min_p, seeds, positions = (x.contiguous() for x in rows)
+    row = (logits, logits.stride(0), vocabulary, temperature, top_k, top_p, min_p, positions, *stops, stop_count)
     options = {
-        # bits of a logit's fp32 pattern that are 0 in every number of its own dtype need no searching
-        "KEY_SHIFT": {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0),
-        "BLOCK": block,
-        "SEARCH_BLOCK": 128 * warps,  # 8 pivots for 4 logits a thread: more spill registers
-        "num_warps": warps,
+        "TILES": tiles,
+        "PLACES": 1 << (tiles * BLOCKS.value - 1).bit_length(),
+        "WIDE": wide,
+        "num_warps": 4,
+        "CHUNK": 4096 if wide else 512,
     }
-    arguments = (*(x.contiguous() for x in rows), *stops, *results, vocabulary, stop_count)
-    _sample_kernel[(count,)](logits, logits.stride(0), *arguments, **options)
-    return results
+    _statistics_kernel[(tiles, count)](*row, *scratch, **options)
+    for number in range(4 if wide else 2):  # top-k, then top-p, each in two parts if keys are wide
+        _histogram_kernel[(tiles, count)](*row, *scratch, number, **options)
+    _draw_kernel[(tiles, count)](*row, *scratch, seeds, tokens, logprobs, proposal_logprobs, **options)
+    return tokens, logprobs, proposal_logprobs
+
+
+# The kernels' common arguments: a number or a pointer that differs between batches must not compile another variant.
+KEPT = [*"temperature_ptr top_k_ptr top_p_ptr min_p_ptr positions_ptr stop_ids_ptr min_tokens_ptr seeds_ptr".split()]
+KEPT += [*"state_ptr blocks_ptr numbers_ptr bins_ptr tokens_ptr logprobs_ptr proposal_ptr".split()]
+compiled_once = partial(jit, do_not_specialize=["stop_count", "number"], do_not_specialize_on_alignment=KEPT)
+
+
+@compiled_once
+def _statistics_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
+    min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr,
+    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Largest logit and mass of each block, raw and as drawn from. A row's last program begins the search."""
+    row = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    state_ptr += row * STATE
+    numbers_ptr += row * NUMBERS
+    blocks_ptr += row * TILES * BLOCKS
+    of_kind = tl.num_programs(1).to(tl.int64) * TILES * BLOCKS
+    divisor, greedy = _divisor(temperature_ptr + row)
+    stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
+    for part in range(0, BLOCKS, PART):
+        block, column = _columns(part)
+        z = tl.load(row_ptr + column, mask=column < vocabulary, other=-float("inf"))
+        peaks, shifted = _shifted(z)
+        sums = tl.sum(tl.exp(shifted), 1)
+        tl.store(blocks_ptr + block, peaks)
+        tl.store(blocks_ptr + of_kind + block, sums)
+        if stops > 0:
+            peaks, shifted = _shifted(_stopped(z, column, stop_ids_ptr, stops))
+        if (divisor != 1.0) | (stops > 0):
+            sums = tl.sum(tl.exp2(shifted * (LOG2_E / divisor)), 1)
+        tl.store(blocks_ptr + 2 * of_kind + block, peaks)
+        tl.store(blocks_ptr + 3 * of_kind + block, sums)
+
+    if _is_last(state_ptr + COUNTERS, TILES):
+        place = tl.arange(0, PLACES)
+        inside = place < TILES * BLOCKS
+        peak, total, _ = _row_statistics(blocks_ptr, of_kind, 1.0, place, inside)
+        q_peak, q_total, q_peaks = _row_statistics(blocks_ptr + 2 * of_kind, of_kind, divisor, place, inside)
+        k = tl.load(top_k_ptr + row)
+        p = tl.load(top_p_ptr + row).to(tl.float32)
+        goal = 0
+        low = -float("inf")
+        needed = k
+        if (k > 0) & (k < vocabulary) & (greedy == 0):
+            goal = 1
+            if k <= tl.cdiv(vocabulary, BLOCK):  # k blocks have a logit of at least the k-th largest of their peaks
+                low = _kth_largest(q_peaks, k)
+        elif (p < 1.0) & (greedy == 0):
+            goal = 2
+            # All logits that weigh less than (1 - p) total / V weigh too little together to reach into the kept set.
+            low = q_peak + divisor * tl.log(0.999 * (1.0 - p) * q_total / vocabulary)
+            needed = tl.maximum((p * q_total * 2.0**UNIT).to(tl.int64), 1)
+        goal = tl.where(q_total > 0, goal, 0)  # not for NaN, nor where nothing can be drawn
+        if goal > 0:
+            first, last = _range(low, q_peak, logits_ptr.dtype.element_ty)
+            _clear(bins_ptr + row * BINS, first, last, CHUNK)
+        tl.store(state_ptr + GOAL, goal)
+        tl.store(state_ptr + UPPER, -1)
+        tl.store(state_ptr + NEEDED, needed)
+        tl.store(numbers_ptr + PEAK, peak)
+        tl.store(numbers_ptr + TOTAL, total)
+        tl.store(numbers_ptr + Q_PEAK, q_peak)
+        tl.store(numbers_ptr + Q_TOTAL, q_total)
+        tl.store(numbers_ptr + LOW, low)
+        tl.store(numbers_ptr + THRESHOLD, -float("inf"))
+        tl.store(numbers_ptr + LOG_MIN_P, _log_min_p(min_p_ptr + row))
+
+
+# Its loads are of one logit a thread, as its atomic additions are: the two need no exchange through shared memory.
+@partial(jit, do_not_specialize=["stop_count", "number", "row_stride"], do_not_specialize_on_alignment=KEPT)
+def _histogram_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
+    min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, number,
+    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Count or weigh the logits by their keys. A row's last program finds the threshold, and what is next."""
+    row = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    state_ptr += row * STATE
+    bins_ptr += row * BINS
+    numbers_ptr += row * NUMBERS
+    goal = tl.load(state_ptr + GOAL)
+    if goal > 0:
+        low = tl.load(numbers_ptr + LOW)
+        q_peak = tl.load(numbers_ptr + Q_PEAK)
+        upper = tl.load(state_ptr + UPPER)
+        divisor, _ = _divisor(temperature_ptr + row)
+        scale = LOG2_E / divisor
+        ones = tl.full((PART // 2 * BLOCK,), 1, tl.int64)
+        stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
+        peaks_ptr = blocks_ptr + (2 * tl.num_programs(1) + row) * TILES * BLOCKS
+        for part in range(0, BLOCKS, PART // 2):
+            block = tl.program_id(0) * BLOCKS + part
+            peak = -float("inf")
+            for i in tl.static_range(PART // 2):
+                peak = tl.maximum(peak, tl.load(peaks_ptr + block + i))
+            if peak >= low:  # others are not read
+                column = block * BLOCK + tl.arange(0, PART // 2 * BLOCK)
+                z = tl.load(row_ptr + column, mask=column < vocabulary, other=float("nan"))
+                z = _stopped(z, column, stop_ids_ptr, stops)
+                counted = z.to(tl.float32) >= low  # not NaN
+                if WIDE:
+                    bits = z.to(tl.int32, bitcast=True)
+                    counted = counted & ((upper < 0) | (((bits >> 16) & 0xFFFF) == _bits(upper, -1)))
+                    bits = tl.where(upper < 0, bits >> 16, bits) & 0xFFFF
+                else:
+                    bits = z.to(tl.uint16, bitcast=True).to(tl.int32)
+                if goal == 1:
+                    tl.atomic_add(bins_ptr + bits, ones, mask=counted, sem="relaxed")
+                else:
+                    masses = tl.exp2((z.to(tl.float32) - q_peak) * scale + UNIT)
+                    tl.atomic_add(bins_ptr + bits, masses.to(tl.int64), mask=counted, sem="relaxed")
+
+        if _is_last(state_ptr + COUNTERS + 1 + number, TILES):
+            p = tl.load(top_p_ptr + row).to(tl.float64)
+            first, last = _range(low, q_peak, logits_ptr.dtype.element_ty)
+            needed = tl.load(state_ptr + NEEDED)
+            if needed == 0:
+                needed = tl.maximum((p * _sum(bins_ptr, first, last, CHUNK)).to(tl.int64), 1)
+            if upper >= 0:
+                first = 0
+                last = BINS - 1
+            found, above = _crossing(bins_ptr, upper, first, last, needed, CHUNK)
+            if WIDE & (upper < 0):
+                tl.store(state_ptr + UPPER, found)
+                tl.store(state_ptr + NEEDED, needed - above)
+                _clear(bins_ptr, 0 * first, BINS - 1, CHUNK)
+            else:
+                threshold = _number(found, upper, logits_ptr.dtype.element_ty)
+                tl.store(numbers_ptr + THRESHOLD, threshold)
+                again = (goal == 1) & (p < 1.0)
+                tl.store(state_ptr + GOAL, tl.where(again, 2, 0))
+                if again:  # of the mass of those that top-k keeps
+                    tl.store(numbers_ptr + LOW, threshold)
+                    tl.store(state_ptr + UPPER, -1)
+                    tl.store(state_ptr + NEEDED, 0)
+                    first, last = _range(threshold, q_peak, logits_ptr.dtype.element_ty)
+                    _clear(bins_ptr, first, last, CHUNK)
+
+
+@compiled_once
+def _draw_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
+    min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, seeds_ptr, tokens_ptr, logprobs_ptr,
+    proposal_ptr, TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Weigh what is kept of each block, if not all is. One program of a row draws: the block, then the token in it."""
+    row = tl.program_id(1).to(tl.int64)
+    row_ptr = logits_ptr + row * row_stride
+    state_ptr += row * STATE
+    numbers_ptr += row * NUMBERS
+    blocks_ptr += row * TILES * BLOCKS
+    of_kind = tl.num_programs(1).to(tl.int64) * TILES * BLOCKS
+    q_peak = tl.load(numbers_ptr + Q_PEAK)
+    threshold = tl.load(numbers_ptr + THRESHOLD)
+    log_min_p = tl.load(numbers_ptr + LOG_MIN_P)
+    divisor, greedy = _divisor(temperature_ptr + row)
+    stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
+    nothing = tl.load(numbers_ptr + Q_TOTAL) == 0.0  # nothing but -inf; not so for NaN, which tl.max passes over
+    filtered = ((threshold > -float("inf")) | (log_min_p > -float("inf"))) & (greedy == 0)
+    draws = tl.program_id(0) == 0
+    if filtered:
+        for part in range(0, BLOCKS, PART):
+            block, column = _columns(part)
+            largest = tl.load(blocks_ptr + 2 * of_kind + block)
+            read = _kept(largest, q_peak, divisor, threshold, log_min_p) > 0.0  # blocks that have something to keep
+            tile = tl.load(row_ptr + column, mask=read[:, None] & (column < vocabulary), other=-float("inf"))
+            tile = _stopped(tile, column, stop_ids_ptr, stops)
+            sums = tl.sum(_kept(tile, q_peak, divisor, threshold, log_min_p), 1)
+            tl.store(blocks_ptr + of_kind + block, sums)  # in place of the raw ones, which are in the total by now
+        draws = _is_last(state_ptr + COUNTERS + 5, TILES)
+    if draws:
+        place = tl.arange(0, PLACES)
+        inside = place < TILES * BLOCKS
+        peaks = tl.load(blocks_ptr + 2 * of_kind + place, mask=inside, other=-float("inf"))
+        if filtered:
+            masses = tl.load(blocks_ptr + of_kind + place, mask=inside, other=0.0)
+        else:
+            masses = tl.load(blocks_ptr + 3 * of_kind + place, mask=inside, other=0.0)
+            masses *= tl.exp((peaks - q_peak) / divisor)
+        running = tl.cumsum(masses.to(tl.float64), 0)
+        q_total = tl.max(running, 0)
+        # Inverse CDF: the first block whose running mass passes u, then the first token in it.
+        position = tl.load(positions_ptr + row)
+        word, _, _, _ = tl.philox(
+            tl.load(seeds_ptr + row), position.to(tl.uint32), (position >> 32).to(tl.uint32), 0 * row.to(tl.uint32), 0
+        )
+        target = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10 * q_total  # 2^-32
+        index = tl.sum((running <= target).to(tl.int32), 0)
+        index = tl.where(greedy, tl.min(tl.where(peaks == q_peak, place, PLACES), 0), index)
+        index = tl.minimum(index, TILES * BLOCKS - 1)
+        left = (target - tl.max(tl.where(place < index, running, 0.0), 0)).to(tl.float32)
+        inner = index * BLOCK + tl.arange(0, BLOCK)
+        z = tl.load(row_ptr + inner, mask=inner < vocabulary, other=-float("inf"))
+        z = _stopped(z, inner, stop_ids_ptr, stops)
+        kept = _kept(z, q_peak, divisor, threshold, log_min_p)
+        hit = tl.min(tl.where((tl.cumsum(kept, 0) > left) & (kept > 0.0), inner, vocabulary), 0)
+        last = tl.max(tl.where(kept > 0.0, inner, 0), 0)  # where rounding left no hit
+        first = tl.min(tl.where(z.to(tl.float32) == q_peak, inner, vocabulary - 1), 0)
+        token = tl.where(nothing, 0, tl.where(greedy, first, tl.minimum(hit, last)))
+
+        z_token = tl.load(row_ptr + token).to(tl.float32)
+        total = tl.where(nothing, 1.0, tl.load(numbers_ptr + TOTAL))
+        q_total = tl.where(greedy | nothing, 1.0, q_total)
+        proposal = tl.where(greedy, 0.0, (z_token - q_peak) / divisor - tl.log(q_total.to(tl.float32)))
+        tl.store(tokens_ptr + row, token)
+        tl.store(
+            logprobs_ptr + row, tl.where(nothing, -float("inf"), z_token - tl.load(numbers_ptr + PEAK) - tl.log(total))
+        )
+        tl.store(proposal_ptr + row, tl.where(nothing, -float("inf"), proposal))
 
 
 @jit
-def _load_logits(row_ptr, columns, vocabulary, stop_ids_ptr, stops):  # type: ignore[no-untyped-def]
-    """Logits of the row in fp32; -inf past its end and at the first `stops` of the stop ids."""
-    z = tl.load(row_ptr + columns, mask=columns < vocabulary, other=-float("inf")).to(tl.float32)
+def _columns(part):  # type: ignore[no-untyped-def]
+    """The PART blocks of this program from its block `part`, and their columns."""
+    block = tl.program_id(0) * BLOCKS + part + tl.arange(0, PART)
+    return block, block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@jit
+def _divisor(temperature_ptr):  # type: ignore[no-untyped-def]
+    """What logits are divided by, and whether the row is greedy."""
+    temperature = tl.load(temperature_ptr).to(tl.float32)
+    return tl.where(temperature == 0.0, 1.0, temperature), temperature == 0.0
+
+
+@jit
+def _stops(position_ptr, min_tokens_ptr, stop_count):  # type: ignore[no-untyped-def]
+    """How many stop tokens may not be drawn yet."""
+    least = tl.load(min_tokens_ptr, mask=stop_count > 0, other=0)
+    return tl.where(tl.load(position_ptr) < least, stop_count, 0)
+
+
+@jit
+def _stopped(z, column, stop_ids_ptr, stops):  # type: ignore[no-untyped-def]
     for i in range(0, stops):
-        z = tl.where(columns == tl.load(stop_ids_ptr + i), -float("inf"), z)
+        z = tl.where(column == tl.load(stop_ids_ptr + i), -float("inf"), z)
     return z
 
 
 @jit
-def _order_keys(z, KEY_SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Integers in the order of the fp32 numbers z: the bit pattern, its magnitude complemented where negative."""
-    z = tl.where(z == 0.0, 0.0, z)  # -0.0 equals 0.0
-    bits = z.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> KEY_SHIFT
-
-
-@jit
-def _statistics(row_ptr, vocabulary, stop_ids_ptr, stops, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The row's largest logit, sum of exp(z - largest) and the first place of the largest; online, in one reading."""
-    columns = tl.arange(0, BLOCK)
-    peak = -float("inf")
-    total = 0.0
-    best = 0
-    for start in range(0, vocabulary, BLOCK):
-        z = _load_logits(row_ptr, start + columns, vocabulary, stop_ids_ptr, stops)
-        block_peak = tl.max(z, 0)
-        first = tl.min(tl.where(z == block_peak, start + columns, vocabulary), 0)
-        best = tl.where(block_peak > peak, first, best)
-        new_peak = tl.maximum(peak, block_peak)
-        finite = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-        total = total * tl.exp(peak - finite) + tl.sum(tl.exp(z - finite), 0)
-        peak = new_peak
-    return peak, total, best
-
-
-@jit
-def _kept_masses(z, q_peak, divisor, threshold, log_min_p, KEY_SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """exp((z - q_peak) / divisor) of the kept logits, 0 for the others."""
-    x = (z - q_peak) / divisor
-    kept = (_order_keys(z, KEY_SHIFT) >= threshold) & (x >= log_min_p)
-    return tl.where(kept, tl.exp(x), 0.0)
-
-
-@jit
-def _search(  # type: ignore[no-untyped-def]
-    row_ptr, vocabulary, stop_ids_ptr, stops, q_peak, divisor, low, high, floor, needed,
-    COUNT: tl.constexpr, KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The largest key t in [low, high) such that the logits with key >= t (and >= floor) number, or weigh, at least
-    `needed`. Known: those from low do, those from high do not. Each round tries eight pivots in one reading."""
-    columns = tl.arange(0, BLOCK)
-    pivot = tl.arange(0, 8)
-    while high - low > 1:
-        pivots = low + ((high - low) * (pivot + 1)) // 9
-        sums = tl.zeros((8, BLOCK), dtype=tl.float32)
-        for start in range(0, vocabulary, BLOCK):
-            z = _load_logits(row_ptr, start + columns, vocabulary, stop_ids_ptr, stops)
-            keys = _order_keys(z, KEY_SHIFT)
-            if COUNT:
-                masses = tl.where(start + columns < vocabulary, 1.0, 0.0)
-            else:
-                masses = tl.where(keys >= floor, tl.exp((z - q_peak) / divisor), 0.0)
-            sums += tl.where(keys[None, :] >= pivots[:, None], masses[None, :], 0.0)
-        enough = tl.sum(sums, 1) >= needed
-        new_low = tl.max(tl.where(enough, pivots, low), 0)
-        high = tl.min(tl.where(enough, high, pivots), 0)
-        low = new_low
-    return low
-
-
-@jit
-def _sample_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seeds_ptr, positions_ptr, stop_ids_ptr,
-    min_tokens_ptr, tokens_ptr, logprobs_ptr, proposal_ptr, vocabulary, stop_count,
-    KEY_SHIFT: tl.constexpr, BLOCK: tl.constexpr, SEARCH_BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits_ptr + row * row_stride
-    temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row).to(tl.float32)
-    min_p = tl.load(min_p_ptr + row).to(tl.float32)
-    position = tl.load(positions_ptr + row)
-    columns = tl.arange(0, BLOCK)
-
-    # 1. The raw distribution: where its log-probabilities start from.
-    peak, total, best = _statistics(row_ptr, vocabulary, stop_ids_ptr, 0, BLOCK)
-    q_peak = peak
-    q_sum = total
-    stops = 0
-    if position < tl.load(min_tokens_ptr + row, mask=stop_count > 0, other=0):
-        stops = stop_count
-        q_peak, q_sum, best = _statistics(row_ptr, vocabulary, stop_ids_ptr, stops, BLOCK)
-    nothing = q_sum == 0.0  # nothing but -inf; not so for NaN, which tl.max passes over
-    peak = tl.where(peak == -float("inf"), 0.0, peak)
-    q_peak = tl.where(q_peak == -float("inf"), 0.0, q_peak)
-
-    # 2. The threshold: no logit below it is kept.
-    greedy = temperature == 0.0
-    divisor = tl.where(greedy, 1.0, temperature)
-    # The smallest fp32 number not below log(min_p), so that comparing fp32 logits with it is exact at the boundary:
-    # rounded to fp32, then one step up (towards 0: it is negative) if that fell below.
+def _log_min_p(min_p_ptr):  # type: ignore[no-untyped-def]
+    """The smallest fp32 number not below log(min_p), -inf if that is 0: comparing with it is exact at the boundary."""
+    min_p = tl.load(min_p_ptr).to(tl.float32)
     exact = tl.minimum(tl.log(tl.maximum(min_p, 1e-37).to(tl.float64)), 0.0)
     rounded = exact.to(tl.float32)
-    next_up = (rounded.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)
-    log_min_p = tl.where(min_p > 0.0, tl.where(rounded.to(tl.float64) < exact, next_up, rounded), -float("inf"))
-    # int64, for the distance between two keys may pass 2^31
-    lowest = _order_keys(tl.full((1,), -float("inf"), tl.float32), KEY_SHIFT).to(tl.int64)
-    threshold = tl.max(lowest, 0)
-    above = tl.max(_order_keys(tl.full((1,), 0.0, tl.float32) + q_peak, KEY_SHIFT).to(tl.int64), 0) + 1
-    if (top_k > 0) & (top_k < vocabulary) & (temperature != 0.0):
-        threshold = _search(
-            row_ptr, vocabulary, stop_ids_ptr, stops, q_peak, divisor, threshold,
-            above, threshold, top_k.to(tl.float32), True, KEY_SHIFT, SEARCH_BLOCK,
-        )  # fmt: skip
-    if (top_p < 1.0) & (temperature != 0.0):
-        mass = 0.0
-        for start in range(0, vocabulary, BLOCK):
-            z = _load_logits(row_ptr, start + columns, vocabulary, stop_ids_ptr, stops)
-            mass += tl.sum(_kept_masses(z, q_peak, divisor, threshold, -float("inf"), KEY_SHIFT), 0)
-        # What is 30 nats below the peak cannot matter: 600,000 such tokens have less than 2^-24 of the mass.
-        bottom = _order_keys(tl.full((1,), -30.0, tl.float32) * divisor + q_peak, KEY_SHIFT).to(tl.int64)
-        threshold = _search(
-            row_ptr, vocabulary, stop_ids_ptr, stops, q_peak, divisor, tl.maximum(threshold, tl.max(bottom, 0)),
-            above, threshold, top_p * mass, False, KEY_SHIFT, SEARCH_BLOCK,
-        )  # fmt: skip
+    next_up = (rounded.to(tl.int32, bitcast=True) - 1).to(tl.float32, bitcast=True)  # towards 0: it is negative
+    return tl.where(min_p > 0.0, tl.where(rounded.to(tl.float64) < exact, next_up, rounded), -float("inf"))
 
-    # 3. The mass of what is kept; that of a plain row is known already.
-    plain = (temperature == 1.0) & (top_k <= 0) & (top_p >= 1.0) & (min_p <= 0.0) & (stops == 0)
-    q_total = tl.where(plain, total, 0.0).to(tl.float64)
-    end = tl.where(plain | greedy | nothing, 0, vocabulary)
-    for start in range(0, end, BLOCK):
-        z = _load_logits(row_ptr, start + columns, vocabulary, stop_ids_ptr, stops)
-        q_total += tl.sum(_kept_masses(z, q_peak, divisor, threshold, log_min_p, KEY_SHIFT), 0)
 
-    # 4. Inverse CDF: walk the blocks until the running mass passes u, then find the token inside the block.
-    word, _, _, _ = tl.philox(
-        tl.load(seeds_ptr + row), position.to(tl.uint32), (position >> 32).to(tl.uint32), 0 * row.to(tl.uint32), 0
-    )
-    target = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10 * q_total  # 2^-32
-    token = best  # greedy; or, once in 10^7, the sums of steps 1 and 4 round so that the walk runs off the end
-    running = q_total * 0.0
-    start = tl.where(greedy | nothing, vocabulary, 0)
-    while start < vocabulary:
-        z = _load_logits(row_ptr, start + columns, vocabulary, stop_ids_ptr, stops)
-        e = _kept_masses(z, q_peak, divisor, threshold, log_min_p, KEY_SHIFT)
-        passed = running + tl.sum(e, 0)
-        if passed > target:
-            left = (target - running).to(tl.float32)
-            hit = tl.min(tl.where((tl.cumsum(e, 0) > left) & (e > 0.0), start + columns, vocabulary), 0)
-            last = tl.max(tl.where(e > 0.0, start + columns, 0), 0)  # where rounding left no hit
-            token = tl.minimum(hit, last)
-            start = vocabulary
-        else:
-            running = passed
-            start += BLOCK
+@jit
+def _bits(place, upper):  # type: ignore[no-untyped-def]
+    """Bins are numbered by the bits of a logit, places by the order of the numbers: the bin of a place, int64.
 
-    # 5. How likely it was.
-    z = tl.load(row_ptr + token).to(tl.float32)
-    q_total = tl.where(greedy | nothing, 1.0, q_total)
-    total = tl.where(nothing, 1.0, total)
-    proposal = tl.where(greedy, 0.0, (z - q_peak) / divisor - tl.log(q_total.to(tl.float32)))
-    tl.store(tokens_ptr + row, token)
-    tl.store(logprobs_ptr + row, tl.where(nothing, -float("inf"), z - peak - tl.log(total)))
-    tl.store(proposal_ptr + row, tl.where(nothing, -float("inf"), proposal))
+    The two differ by the sign, and the magnitude of negative numbers is complemented. upper: the place of the upper half
+    of a wide number, if this is about its lower half; else -1.
+    """
+    whole = tl.where(place < BINS // 2, BINS - 1 - place, place - BINS // 2)
+    return tl.where(upper < 0, whole, tl.where(upper < BINS // 2, BINS - 1 - place, place)).to(tl.int64)
+
+
+@jit
+def _place_of(x, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The place of a number rounded to DTYPE, or of its upper half if that is wide."""
+    if DTYPE == tl.float32:
+        bits = (x.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+    else:
+        bits = x.to(DTYPE).to(tl.uint16, bitcast=True).to(tl.int32)
+    return tl.where(bits < BINS // 2, bits + BINS // 2, BINS - 1 - bits)
+
+
+@jit
+def _range(low, high, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The places from that of `low`, or one below however it is rounded, to that of `high`."""
+    lowest = _place_of(tl.minimum(high, -float("inf")), DTYPE)
+    return tl.maximum(_place_of(low, DTYPE) - 1, lowest), _place_of(high, DTYPE)
+
+
+@jit
+def _number(place, upper, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The number at a place, in fp32."""
+    if DTYPE == tl.float32:
+        return ((_bits(upper, -1) << 16) | _bits(place, upper)).to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return _bits(place, -1).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+
+
+@jit
+def _kept(z, q_peak, divisor, threshold, log_min_p):  # type: ignore[no-untyped-def]
+    """exp((z - q_peak) / divisor) of the kept logits, 0 for the others."""
+    shifted = z.to(tl.float32) - q_peak
+    masses = tl.where(z.to(tl.float32) >= threshold, tl.exp2(shifted * (LOG2_E / divisor)), 0.0)
+    if log_min_p > -float("inf"):
+        masses = tl.where(shifted / divisor >= log_min_p, masses, 0.0)
+    return masses
+
+
+@jit
+def _shifted(z):  # type: ignore[no-untyped-def]
+    """Of each row of z [BLOCKS, BLOCK] the largest logit in fp32, and the logits minus it."""
+    peaks = tl.max(z.to(tl.float32), 1)
+    return peaks, z.to(tl.float32) - tl.where(peaks == -float("inf"), 0.0, peaks)[:, None]
+
+
+@jit
+def _row_statistics(peaks_ptr, of_kind, divisor, place, inside):  # type: ignore[no-untyped-def]
+    """The row's largest logit (0 if all are -inf), its sum of exp((z - largest) / divisor), and its blocks' largest."""
+    peaks = tl.load(peaks_ptr + place, mask=inside, other=-float("inf"))
+    peak = tl.max(peaks, 0)
+    peak = tl.where(peak == -float("inf"), 0.0, peak)
+    sums = tl.load(peaks_ptr + of_kind + place, mask=inside, other=0.0)
+    return peak, tl.sum(sums * tl.exp((peaks - peak) / divisor), 0), peaks
+
+
+@jit
+def _kth_largest(x, k):  # type: ignore[no-untyped-def]
+    """The k-th largest of the numbers x, fp32, cut off to 16 bits: as large or smaller."""
+    low = 127  # the place of -inf
+    high = 65409  # and one above that of inf
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = tl.sum((x >= _number(0, middle, tl.float32)).to(tl.int32), 0) >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return _number(0, low, tl.float32)
+
+
+@jit
+def _is_last(counter_ptr, count):  # type: ignore[no-untyped-def]
+    """Whether this program is the last of `count` to come here; it sees what all the others wrote before."""
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1) == count - 1
+
+
+@jit
+def _clear(bins_ptr, first, last, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    while first <= last:
+        place = first + tl.arange(0, CHUNK)
+        tl.store(bins_ptr + _bits(place, -1), tl.zeros((CHUNK,), tl.int64), mask=place <= last)
+        first += CHUNK
+
+
+@jit
+def _sum(bins_ptr, first, last, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    total = tl.zeros((CHUNK,), tl.int64)
+    while first <= last:
+        place = first + tl.arange(0, CHUNK)
+        total += tl.load(bins_ptr + _bits(place, -1), mask=place <= last, other=0)
+        first += CHUNK
+    return tl.sum(total, 0)
+
+
+@jit
+def _crossing(bins_ptr, upper, first, last, needed, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest place t such that t to `last` hold at least `needed`, or else `first`; and what those above t hold."""
+    found = first
+    above = needed * 0
+    while last >= first:
+        place = last - tl.arange(0, CHUNK)
+        amounts = tl.load(bins_ptr + _bits(place, upper), mask=place >= first, other=0)
+        enough = (above + tl.cumsum(amounts, 0) >= needed) & (place >= first)
+        best = tl.max(tl.where(enough, place, -1), 0)
+        above += tl.sum(tl.where(place > best, amounts, 0), 0)
+        found = tl.where(best >= 0, best, first)
+        last = tl.where(best >= 0, first - 1, last - CHUNK)
+    return found, above

@@ -273,9 +273,10 @@ def mixed(rows: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "dtype"),
     [
-        (22, 300, torch.float32),
-        (11, 9001, torch.bfloat16),  # more than one block
-        pytest.param(500, 300, torch.float32, marks=pytest.mark.slow),
+        (11, 300, torch.float32),
+        (11, 9001, torch.bfloat16),  # more than one tile
+        pytest.param(500, 300, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(110, 300, torch.float32, marks=pytest.mark.slow),
         pytest.param(22, 1, torch.float32, marks=pytest.mark.slow),
         pytest.param(33, 9001, torch.float32, marks=pytest.mark.slow),
         pytest.param(110, 1031, torch.bfloat16, marks=pytest.mark.slow),
@@ -283,22 +284,23 @@ def mixed(rows: int) -> dict[str, Tensor]:
     ],
 )
 def test_triton_draws_the_same_tokens(rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> None:
-    """Slow: hundreds of draws, which meet the rare u at the edge of a block, and the search over the keys of fp16."""
+    """Slow: hundreds of draws, which meet the rare u at the edge of a block, and the bits of fp16."""
     assert_triton_equals_eager(random_logits(rows, vocabulary).to(dtype), device, **mixed(rows))
 
 
-def test_triton_keeps_the_same_sets_where_logits_are_equal(device: str) -> None:
+@pytest.mark.parametrize(("rows", "dtype"), [(33, torch.bfloat16), (11, torch.float32)])
+def test_triton_keeps_the_same_sets_where_logits_are_equal(rows: int, dtype: torch.dtype, device: str) -> None:
     """Twelve tokens, few distinct logits, zeros of both signs, -inf among them."""
-    logits = torch.randint(-4, 3, (33, 12), generator=torch.Generator().manual_seed(1)).float() / 2
+    logits = torch.randint(-4, 3, (rows, 12), generator=torch.Generator().manual_seed(1)).to(dtype) / 2
     logits[::3] *= -1  # makes -0.0
-    logits[torch.arange(33), torch.arange(33) % 12] = -torch.inf
-    assert_triton_equals_eager(logits, device, **mixed(33))
+    logits[torch.arange(rows), torch.arange(rows) % 12] = -torch.inf
+    assert_triton_equals_eager(logits, device, **mixed(rows))
 
 
 def test_triton_stop_tokens(device: str) -> None:
     arguments = mixed(22)
     arguments["positions"] = torch.arange(22) // 11 * 5
-    logits = random_logits(22, 40)
+    logits = random_logits(22, 40).bfloat16()
     logits[:, [3, 17]] += 5
     stops = {"stop_ids": torch.tensor([3, 17]), "min_tokens": torch.full((22,), 5)}
     assert_triton_equals_eager(logits, device, **arguments, **stops)
@@ -306,14 +308,14 @@ def test_triton_stop_tokens(device: str) -> None:
 
 def test_triton_extreme_logits(device: str) -> None:
     scales = torch.tensor([1e4, 1e-4, 1e38]).repeat_interleave(11).unsqueeze(1)
-    assert_triton_equals_eager(random_logits(33, 77, 1.0).clamp(-1, 1) * scales, device, **mixed(33))
+    assert_triton_equals_eager((random_logits(33, 77, 1.0).clamp(-1, 1) * scales).bfloat16(), device, **mixed(33))
 
 
 def test_triton_rows_without_anything_to_draw(device: str) -> None:
-    logits = random_logits(33, 9)
+    logits = random_logits(33, 9).bfloat16()
     logits[:11] = -torch.inf
     logits[11:22, 1:] = -torch.inf
-    logits[22:33] = torch.finfo(torch.float32).min
+    logits[22:33] = torch.finfo(torch.bfloat16).min
     assert_triton_equals_eager(logits, device, **mixed(33))
     masked = plain(11, positions=0)
     stops = {"stop_ids": torch.tensor([0]), "min_tokens": torch.ones(11, dtype=torch.int64)}
@@ -326,13 +328,13 @@ def test_triton_rows_without_anything_to_draw(device: str) -> None:
 
 
 def test_triton_strided_logits(device: str) -> None:
-    logits = random_logits(11, 2 * 131)
+    logits = random_logits(11, 2 * 131).bfloat16()
     assert_triton_equals_eager(logits[:, ::2], device, **mixed(11))
     assert_triton_equals_eager(logits[:, 5:90], device, **mixed(11))
 
 
 def test_triton_row_does_not_depend_on_its_batch(device: str) -> None:
-    logits, arguments = random_logits(11, 300).to(device), {k: v.to(device) for k, v in mixed(11).items()}
+    logits, arguments = random_logits(11, 300).bfloat16().to(device), {k: v.to(device) for k, v in mixed(11).items()}
     whole = sample(logits, **arguments, backend="triton")
     rows = torch.arange(11, device=device).flip(0)[:5]
     part = sample(logits[rows], **{name: value[rows] for name, value in arguments.items()}, backend="triton")
