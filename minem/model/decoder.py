@@ -108,10 +108,11 @@ class Model(nn.Module):
         starts = [0, *[lengths[0] * branching] * (len(lengths) - 1)]
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         attend = PackedAttention(lengths, input_ids.device, starts, branching)
-        hidden = self.hidden(input_ids.flatten(), self.rotation(upload(positions, input_ids.device)), attend)
-        if rows is None or targets is None:
-            return self.head(hidden).unflatten(0, input_ids.shape)
-        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
+        with torch.cuda.device_of(input_ids):  # Triton launches on the current device
+            hidden = self.hidden(input_ids.flatten(), self.rotation(upload(positions, input_ids.device)), attend)
+            if rows is None or targets is None:
+                return self.head(hidden).unflatten(0, input_ids.shape)
+            return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
 
 class Layer(nn.Module):

@@ -164,6 +164,15 @@ def test_without_the_kernel_the_exact_path_is_taken(monkeypatch):
 
 
 @pytest.mark.gpu
+def test_grouped_attention_in_float32_never_holds_all_scores():
+    q, k, v, _ = heads([4096], groups=(16, 2), channels=64, dtype=torch.float32, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    PackedAttention([4096], "cuda").packed(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before < 16 * 4096 * 4096 * 4 / 4
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("groups", [(16, 2), (14, 2), (8, 8)])
 @pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
