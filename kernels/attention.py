@@ -163,8 +163,8 @@ def _plan_triton(
     lengths = (x.contiguous() for x in (prefix[2], suffix[2], members[1]))
     _plan_kernel[(1,)](
         *lengths, *tables, *work, groups, sequences, n, tiles, heads,
-        PREFIX_ROWS=rows[0] is not None, SUFFIX_ROWS=rows[1] is not None, SPLIT=SPLIT,
-        BLOCK=512, num_warps=8,
+        PREFIX_ROWS=rows[0] is not None, SUFFIX_ROWS=rows[1] is not None, SPLIT=SPLIT, BLOCK=512,
+        num_warps=8,
     )  # fmt: skip
     return work
 
@@ -189,15 +189,13 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     PREFIX_ROWS: tl.constexpr, SUFFIX_ROWS: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program. Tile t >= 0 is a part of a group of siblings; tile -1 - s is sequence s alone."""
-    shared = groups * tiles
-    number = 0
+    shared, number = groups * tiles, 0
     for begin in range(0, shared + sequences, BLOCK):
         tile = begin + tl.arange(0, BLOCK)
         single = (tile >= shared) & (tile < shared + sequences)
-        row, own = tile // tiles, tile - shared
+        row, own, own_row = tile // tiles, tile - shared, tile - shared
         if PREFIX_ROWS:
             row = tl.load(prefix_rows_ptr + row, mask=tile < shared, other=0).to(tl.int32)
-        own_row = own
         if SUFFIX_ROWS:
             own_row = tl.load(suffix_rows_ptr + own, mask=single, other=0).to(tl.int32)
         length = tl.load(prefix_lengths_ptr + row, mask=tile < shared, other=0).to(tl.int32)
@@ -251,13 +249,12 @@ def _decode_attention_triton(
     values = out.new_empty(sequences, heads, splits, channels, dtype=torch.float32)
     highest, sums = (out.new_empty(sequences, heads, splits, dtype=torch.float32) for _ in range(2))
     _attention_kernel[(programs(work, kv_heads),)](
-        qkv, *norms, *cache, *vectors, *work, out, values, highest, sums,
-        *prefix_k.stride()[:3], *suffix_k.stride()[:3], heads, kv_heads, n, tiles, prefix_splits,
-        splits, channels**-0.5, eps, HAS_NORM=q_norm is not None, GROUP=group, SIBLINGS=siblings,
-        ROWS=max(ROWS, 1 << (group - 1).bit_length()), HALF=channels // 2,
-        CHANNEL_BLOCK=max(16, 1 << (channels - 1).bit_length()),
+        qkv, *norms, *cache, *vectors, *work, out, values, highest, sums, *prefix_k.stride()[:3],
+        *suffix_k.stride()[:3], heads, kv_heads, n, tiles, prefix_splits, splits, channels**-0.5, eps,
+        HAS_NORM=q_norm is not None, GROUP=group, SIBLINGS=siblings, HALF=channels // 2, SPLIT=SPLIT,
+        ROWS=max(ROWS, 1 << (group - 1).bit_length()), CHANNEL_BLOCK=max(16, 1 << (channels - 1).bit_length()),
         BLOCK=64 if qkv.element_size() == 2 else 16,  # with 32 some fp32 shapes spill on sm_90 under triton 3.7
-        SPLIT=SPLIT, num_warps=4, num_stages=3,  # with 2 some shapes spill on sm_80 under triton 3.6
+        num_warps=4, num_stages=3,  # with 2 some shapes spill on sm_80 under triton 3.6
     )  # fmt: skip
     return out
 

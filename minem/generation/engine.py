@@ -167,8 +167,12 @@ def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Call
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        result = function()
+    try:
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = function()
+    except RuntimeError as error:
+        # Where memory runs out the capture may fail to end, too, in other words and without leaving its stream.
+        raise error.__context__ or error from None
     return graph.replay, result
 
 

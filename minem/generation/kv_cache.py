@@ -90,24 +90,29 @@ class Prefill:
     def __init__(self, cache: KVCache, spans: Mapping[int, range], tokens: int):
         """spans: for each row the positions to write, if any; it holds those before. tokens: of all, and of padding."""
         self.cache, device = cache, cache.device
-        cache.prefix_lengths[upload(list(spans), device)] = upload([span.stop for span in spans.values()], device)
+        rows, lengths = upload([list(spans), [span.stop for span in spans.values()]], device)
+        cache.prefix_lengths[rows] = lengths
         padding = range(tokens - sum(map(len, spans.values())))
         own = [(row, span) for row, span in (*spans.items(), (cache.padding_slot, padding)) if span]
         self.rows, self.positions = _places_of(own, device)
         self.packed = PackedAttention([len(span) for _, span in own], device, [span.start for _, span in own])
-        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device)
+        continued = any(span.start for _, span in own)  # else what is attended to is what is written
+        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device) if continued else None
 
     def __call__(self, layer: int, qkv: Tensor, **turn: Any) -> Tensor:
         caches = self.cache.prefix_k[layer], self.cache.prefix_v[layer]
-        q, _, _ = rotary(qkv, **turn, cache=CacheWrite(*caches, self.rows, self.positions))
-        rows, positions = self.attended  # the new keys and values are there by now, after those that the rows held
-        return self.packed.packed(q, *(x[rows, :, positions] for x in caches))
+        q, k, v = rotary(qkv, **turn, cache=CacheWrite(*caches, self.rows, self.positions))
+        if self.attended is not None:  # those that the rows held, then the new ones
+            rows, positions = self.attended
+            k, v = (x[rows, :, positions] for x in caches)
+        return self.packed.packed(q, k, v)
 
 
 def _places_of(spans: Sequence[tuple[int, range]], device: torch.device) -> tuple[Tensor, Tensor]:
     """The row and the position of every token of spans in rows, both int64 [N]."""
     rows = torch.tensor([row for row, _ in spans]).repeat_interleave(torch.tensor([len(span) for _, span in spans]))
-    return upload(rows, device), upload(torch.cat([torch.arange(s.start, s.stop) for _, s in spans]), device)
+    rows, positions = upload(torch.stack([rows, torch.cat([torch.arange(s.start, s.stop) for _, s in spans])]), device)
+    return rows, positions
 
 
 @dataclass(frozen=True)
@@ -216,4 +221,5 @@ class Decode:
             qkv[: len(suffix[2])], *prefix, *self.members, *suffix, prefix_rows=of_prefix, suffix_rows=of_suffix,
             alike=self.alike, work=self.work, **turn,
         )  # fmt: skip
-        return F.pad(attended, (0, 0, 0, 0, 0, len(qkv) - len(attended)))
+        padding = len(qkv) - len(attended)
+        return F.pad(attended, (0, 0, 0, 0, 0, padding)) if padding else attended

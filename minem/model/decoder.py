@@ -108,10 +108,11 @@ class Model(nn.Module):
         starts = [0, *[lengths[0] * branching] * (len(lengths) - 1)]
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         attend = PackedAttention(lengths, input_ids.device, starts, branching)
-        hidden = self.hidden(input_ids.flatten(), self.rotation(upload(positions, input_ids.device)), attend)
-        if rows is None or targets is None:
-            return self.head(hidden).unflatten(0, input_ids.shape)
-        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
+        with torch.cuda.device_of(input_ids):  # Triton launches on the current device
+            hidden = self.hidden(input_ids.flatten(), self.rotation(upload(positions, input_ids.device)), attend)
+            if rows is None or targets is None:
+                return self.head(hidden).unflatten(0, input_ids.shape)
+            return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
 
 class Layer(nn.Module):
@@ -286,5 +287,8 @@ class PackedAttention:
         """Causal grouped-query attention over [B, T, H, C] and [B, L, K, C]: the queries are those of the last T."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped, start = q.shape[1] != k.shape[1], k.shape[2] - q.shape[2]
+        if grouped and q.is_cuda:  # grouped heads in float32 would take the path that holds [T, L] scores for each
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
         mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(start) if start else None
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start, enable_gqa=grouped).transpose(1, 2)

@@ -85,9 +85,10 @@ def test_strided_vectors_are_read_where_they_are():
 
 def test_rotary_with_trainable_norms_is_never_cut_off_from_them():
     qkv, angle, norm = numbers(5, 4, 8), numbers(5, 4, seed=3), numbers(8, seed=4).requires_grad_()
-    assert rotary(qkv, angle.cos(), angle.sin(), 2, q_norm=norm, k_norm=norm)[0].requires_grad
-    with pytest.raises(ValueError, match="no gradients"):
-        rotary(qkv, angle.cos(), angle.sin(), 2, q_norm=norm, k_norm=norm, backend="triton")
+    for backend in BACKENDS:
+        q, k, _ = rotary(qkv, angle.cos(), angle.sin(), 2, q_norm=norm, k_norm=norm, backend=backend)
+        assert q.requires_grad
+        assert k.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

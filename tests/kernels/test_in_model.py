@@ -54,7 +54,7 @@ def test_training_through_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPa
     used = on_triton(monkeypatch)
     for got, want in zip(loss_and_gradients(minem.load(folder, device=device)[0]), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert set(used) == {"cross_entropy", "gating", "norm", "rope"}  # rope's is the eager one: it has gradients
+    assert set(used) == {"cross_entropy", "gating", "norm", "rope"}
 
 
 def test_decoding_through_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:

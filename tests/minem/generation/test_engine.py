@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
@@ -15,7 +16,7 @@ import minem
 from minem import Request, SamplingParams
 from minem.device import out_of_memory
 from minem.errors import Interrupted, UserError
-from minem.generation.engine import Engine, _bucket
+from minem.generation.engine import Engine, _bucket, record
 from minem.generation.kv_cache import Decode, Groups, KVCache, PackedAttention
 from minem.kernels import attention
 from tests.minem.generation.draws import (
@@ -177,6 +178,44 @@ def test_an_exception_drops_all_requests_and_the_generator_can_be_used_again(loa
         assert generator.idle_slots == 1
         assert generator.step() == []
         assert_same_draws(expected, generator.generate(asked, GREEDY))
+
+
+def test_a_capture_that_runs_out_of_memory_says_so_and_leaves_no_graph(loaded, monkeypatch):
+    """Such a capture may fail to end as well, in words that are not about memory."""
+
+    class Capture:
+        def __enter__(self):
+            self.entered = True
+
+        def __exit__(self, *raised):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    calls = itertools.count()
+
+    def function():
+        if next(calls) == 1:  # not the first time, which warms up
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return torch.zeros(1)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (
+        ("current_stream", lambda: stream),
+        ("stream", lambda stream: contextlib.nullcontext()),
+        ("CUDAGraph", SimpleNamespace),
+        ("graph", lambda graph, pool, stream: Capture()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        record(function, None, stream)
+    assert out_of_memory(caught.value)
+    generator = minem.Generator(*loaded, slots=2)
+    engine = generator._make_room()
+    engine.graphs, engine._pool, engine._stream = {}, None, stream
+    monkeypatch.setattr(Engine, "_decode", lambda *_: function())
+    calls = itertools.count()
+    with pytest.raises(Interrupted, match="out of memory while drawing in 2 slots"):
+        generator.generate(prompts([5]), GREEDY)
+    assert engine.graphs == {}
 
 
 def test_released_memory_is_taken_again(loaded):
