@@ -189,17 +189,20 @@ def attention_cases(on: Setting) -> Iterator[Case]:
         index = torch.arange(on.batch, device=on.device)
         lengths = torch.full_like(index, half)
         segments = [x[:, :, s].contiguous() for s in (slice(half), slice(half, None)) for x in (k, v)]
-        arguments = (q, *segments[:2], lengths, index[:, None], index, *segments[2:], lengths)
+        qkv = torch.cat([q, k[:, :, -1], v[:, :, -1]], dim=1)  # the last position, which is written to the cache
+        arguments = (qkv, *segments[:2], lengths, index[:, None], index, *segments[2:], lengths - 1)
+        cos = q.new_ones(on.batch, shape.head_dim // 2)  # no rotation
+        attend = partial(decode_attention, *arguments, heads=shape.heads, cos=cos, sin=0 * cos)
         joined = partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True)
 
-        def check(arguments: tuple[Tensor, ...] = arguments, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
+        def check(attend: Callable[[], Tensor] = attend, q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
             exact = F.scaled_dot_product_attention(q[:, :, None].float(), k.float(), v.float(), enable_gqa=True)
-            assert_close(decode_attention(*arguments), exact[:, :, 0], 2e-2 if q.dtype == torch.bfloat16 else 1e-4)
+            assert_close(attend(), exact[:, :, 0], 2e-2 if q.dtype == torch.bfloat16 else 1e-4)
 
         moved = (k.numel() * 2 + q.numel() * 2) * q.element_size()
         heads = f"H={shape.heads} K={shape.kv_heads} C={shape.head_dim}"
         case = Case("decode_attention", f"S={on.batch} L={on.context} {heads}", moved, 0, check)
-        case.contestants = {"minem": partial(decode_attention, *arguments), "PyTorch": joined}
+        case.contestants = {"minem": attend, "PyTorch": joined}
         case.add_compiled("PyTorch")
         yield case
 

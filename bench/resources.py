@@ -28,6 +28,7 @@ from minem.kernels import decode_attention, linear_cross_entropy, rms_norm, rota
 from minem.kernels.attention import ROWS
 from minem.kernels.backend import triton
 from minem.kernels.rope import CacheWrite
+from minem.kernels.step import begin_step, end_step
 
 
 class Shape(NamedTuple):
@@ -138,13 +139,16 @@ def _sample_calls(shape: Shape, dtype: torch.dtype) -> Calls:
 
 
 def _attention_calls(shape: Shape, dtype: torch.dtype) -> Calls:
-    query, index = _empty(256, shape.heads, shape.head_dim, dtype=dtype), _empty(256)
+    qkv, index = _empty(256, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype), _empty(256)
     prefix, suffix = (_empty(257, shape.kv_heads, length, shape.head_dim, dtype=dtype) for length in (320, 1024))
     siblings = _empty(256, max(1, ROWS * shape.kv_heads // shape.heads))
-    arguments = (query, prefix, prefix, _empty(257), siblings, index, suffix, suffix, index)
-    attend = partial(decode_attention, *arguments, suffix_rows=index, backend="triton")
+    arguments = (qkv, prefix, prefix, _empty(257), siblings, index, suffix, suffix, index)
+    angle, norm = _empty(256, shape.head_dim // 2, dtype=dtype), _empty(shape.head_dim, dtype=dtype)
+    turn = {"heads": shape.heads, "cos": angle, "sin": angle}
+    attend = partial(decode_attention, *arguments, **turn, suffix_rows=index, backend="triton")
     yield "", attend
     yield "slots", partial(attend, prefix_rows=index)  # as the generator calls it
+    yield "slots norms", partial(attend, prefix_rows=index, q_norm=norm, k_norm=norm)
 
 
 def _norm_calls(shape: Shape, dtype: torch.dtype) -> Calls:
@@ -175,7 +179,15 @@ def _rotary_calls(shape: Shape, dtype: torch.dtype) -> Calls:
     yield "norms cache", partial(turn, q_norm=norm, k_norm=norm, cache=write)
 
 
-CALLS = (_loss_calls, _sample_calls, _attention_calls, _norm_calls, _swiglu_calls, _rotary_calls)
+def _step_calls(shape: Shape, dtype: torch.dtype) -> Calls:
+    ints, floats = _empty(8, 257), _empty(3, 257, dtype=torch.float32)
+    rotation, slots = _empty(2, 1536, shape.head_dim // 2, dtype=dtype), _empty(256)
+    yield "begin", partial(begin_step, ints, floats, rotation, slots, backend="triton")
+    draws = slots, floats[0, :256], floats[1, :256]
+    yield "end", partial(end_step, ints, slots, draws, _empty(2), backend="triton")
+
+
+CALLS = (_loss_calls, _sample_calls, _attention_calls, _norm_calls, _swiglu_calls, _rotary_calls, _step_calls)
 
 
 @click.command()

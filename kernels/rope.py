@@ -8,11 +8,12 @@ Bytes moved: the merged projection in, q and k out, k and v into the cache: 2 (2
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minem.kernels.backend import jit, pick, tl
 
@@ -44,10 +45,10 @@ def rotary(
 
     cos, sin [N, C/2]; channel i turns with channel i + C/2 (Su et al. 2021, arXiv 2104.09864, in Llama's layout).
     heads: H. q_norm, k_norm [C]: weights of an RMSNorm of each head before the rotation, both or neither; eps is its
-    own. cache: also write k and v there. backend: "eager", "triton" (no gradients) or None: by device, eager if
-    gradients are wanted.
+    own. cache: also write k and v there. backend: "eager", "triton" or None: by device.
 
-    Returns (q, k, v); v is a view of qkv. Raises ValueError for shapes that do not fit.
+    Returns (q, k, v); v is a view of qkv. Differentiable; with gradients the norms are PyTorch's operations.
+    Raises ValueError for shapes that do not fit.
     """
     n, merged, channels = qkv.shape
     kv_heads = (merged - heads) // 2
@@ -59,22 +60,45 @@ def rotary(
         raise ValueError("q_norm and k_norm belong together: pass both or neither")
     wanted = any(x is not None and x.requires_grad for x in (qkv, q_norm, k_norm))
     differentiable = torch.is_grad_enabled() and wanted
-    if backend == "triton" and differentiable:
-        raise ValueError('backend "triton" of rotary gives no gradients; call it under no_grad, or pass "eager"')
-    if pick("eager" if differentiable else backend, qkv) == "triton":
+    triton = pick(backend, qkv) == "triton"
+    if triton and not differentiable:
         return _rotary_triton(qkv, cos, sin, heads, (q_norm, k_norm), eps, cache)
     qk, v = qkv.split((heads + kv_heads, kv_heads), dim=1)
     if q_norm is not None and k_norm is not None:
         q, k = qk.split((heads, kv_heads), dim=1)
         qk = torch.cat((F.rms_norm(q, (channels,), q_norm, eps), F.rms_norm(k, (channels,), k_norm, eps)), dim=1)
-    first, second = qk.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    q, k = turned.split((heads, kv_heads), dim=1)
+    if triton:
+        q, k, v = _Rotary.apply(qkv if q_norm is None else torch.cat((qk, v), dim=1), cos, sin, heads)
+    else:
+        first, second = qk.chunk(2, dim=-1)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        q, k = turned.split((heads, kv_heads), dim=1)
     if cache is not None:
         cache.k[cache.rows, :, cache.positions] = k
         cache.v[cache.rows, :, cache.positions] = v
     return q, k, v
+
+
+class _Rotary(torch.autograd.Function):
+    """Without norms and cache. The gradient turns back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotary_triton(qkv, cos, sin, heads, (None, None), 0.0, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        qkv = torch.cat(grads, dim=1)
+        return (
+            torch.cat(_rotary_triton(qkv, cos, -sin, grads[0].shape[1], (None, None), 0.0, None), dim=1),
+            None,
+            None,
+            None,
+        )
 
 
 def _rotary_triton(

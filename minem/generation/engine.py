@@ -23,13 +23,14 @@ from minem.generation.kv_cache import MIN_ROWS, Decode, Groups, KVCache, Prefill
 from minem.generation.request import Request
 from minem.generation.sharing import Part, Prompt, alike, waves
 from minem.kernels import sample
+from minem.kernels.step import ENDED, begin_step, end_step
 from minem.model.decoder import Model, upload
 
 PREFILL_TOKENS = 8192  # prompts are prefilled in packs of about this many tokens
 
-# Two rows of the tables, which have a column for each slot. A sequence that has ended stays as it is.
-ENDED = 3  # of the whole numbers: token, position, drawn, ended, limit, top-k, seed, least tokens
-MIN_P = 2  # of the others: temperature, top-p, min-p
+# The tables have a column for each slot. Whole numbers: token, position, drawn, ended, limit, top-k, seed, least
+# tokens. Others: temperature, top-p, min-p.
+MIN_P = 2
 
 
 class Step(NamedTuple):
@@ -70,6 +71,8 @@ class Engine:
         self.floats = torch.ones(3, slots + 1, device=device)
         self.ints[ENDED] = 1
         self.floats[MIN_P] = 0  # else drawing padding would take another pass over its logits
+        positions = torch.arange(self.cache.prefix + self.cache.suffix, device=device)
+        self.rotation = torch.stack(model.rotation(positions))  # cos and sin at all that the cache has room for
         self.stop_ids = upload(stop_ids, device)
         gpu = device.type == "cuda"
         self.graphs: dict[int, _Graph] | None = {} if gpu else None  # by batch size; None: run eagerly
@@ -95,7 +98,7 @@ class Engine:
             ids += [0] * (MIN_ROWS - len(ids))  # padding, if there are fewer
             spans = {rows[part.prompt]: range(part.start, len(part.prompt) - 1) for part in pack}
             attend = Prefill(self.cache, spans, len(ids))
-            self.model.hidden(upload(ids, self.model.device), attend.positions, attend)
+            self.model.hidden(upload(ids, self.model.device), tuple(self.rotation[:, attend.positions]), attend)
         return sum(len(part.ids) for pack in packs for part in pack)
 
     def admit(self, slots: Sequence[int], requests: Sequence[Request]) -> None:
@@ -133,21 +136,18 @@ class Engine:
 
     def _decode(self, groups: Groups, longest: tuple[int, int], alike: tuple[int, int] = (0, 0)) -> Tensor:
         """The whole step: the model, its head, the draw, and the update of the table. Returns `Step.drawn`."""
-        state = self.ints[:, groups.slots]
-        token, position, drawn = state[:3]
+        state, floats, (cos, sin) = begin_step(self.ints, self.floats, self.rotation, groups.slots)
+        token, _, drawn = state[:3]
         attend = Decode(self.cache, groups, drawn, longest, alike)
-        hidden = self.model.hidden(token, position, attend)
-        attended = groups.slots[: len(groups.sibling_index)]
-        _, position, drawn, ended, limit, top_k, seeds, min_tokens = state[:, : len(attended)]
-        temperature, top_p, min_p = self.floats[:, attended]
-        logits = self.model.head(hidden)[: len(attended)]
-        tokens, logprobs, proposal_logprobs = sample(
-            logits, temperature, top_k, top_p, min_p, seeds, drawn, stop_ids=self.stop_ids, min_tokens=min_tokens
-        )
-        ends = (tokens.unsqueeze(1) == self.stop_ids).any(1) | (drawn + 1 >= limit) | (ended != 0)
-        on = (~ends).long()
-        self.ints[: ENDED + 1, attended] = torch.stack((tokens, position + on, drawn + on, 1 - on))
-        return torch.stack((tokens.double(), logprobs.double(), proposal_logprobs.double()))
+        n = len(groups.sibling_index)
+        hidden = self.model.hidden(token, (cos[:n], sin[:n]), attend)
+        state, (temperature, top_p, min_p) = state[:, :n], floats[:, :n]
+        _, _, drawn, _, _, top_k, seeds, min_tokens = state
+        draws = sample(
+            self.model.head(hidden)[:n], temperature, top_k, top_p, min_p, seeds, drawn, stop_ids=self.stop_ids,
+            min_tokens=min_tokens,
+        )  # fmt: skip
+        return end_step(self.ints, groups.slots[:n], draws, self.stop_ids)
 
 
 def _packs(parts: Iterable[Part]) -> list[list[Part]]:
@@ -167,8 +167,12 @@ def record(function: Callable[[], Tensor], pool: Any, stream: Any) -> tuple[Call
         function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        result = function()
+    try:
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = function()
+    except RuntimeError as error:
+        # Where memory runs out the capture may fail to end, too, in other words and without leaving its stream.
+        raise error.__context__ or error from None
     return graph.replay, result
 
 

@@ -150,7 +150,8 @@ class Generator:
         even one sequence fits into memory.
         """
         try:
-            self._advance()
+            with torch.cuda.device_of(self.model.embed.weight):  # Triton, events and streams are the current device's
+                self._advance()
         except BaseException as error:
             self._active, self._finished, self._room = [], [], (1, 1)
             self._waiting.clear()

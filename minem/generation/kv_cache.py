@@ -13,15 +13,15 @@ not prefilled, so that every drawn token, the first included, is sampled in one 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from minem.kernels import decode_attention
-from minem.kernels.attention import ROWS
+from minem.kernels import decode_attention, rotary
+from minem.kernels.attention import ROWS, Segment, plan
 from minem.kernels.rope import CacheWrite
 from minem.model.decoder import PackedAttention, upload
 from minem.model.hf_config import ModelConfig
@@ -57,6 +57,7 @@ class KVCache:
         self.bytes = cache_bytes(config, dtype, slots, prefix, suffix)
         # Siblings whose queries fill a tile of the attention kernel.
         self.group_width = max(1, ROWS * config.num_key_value_heads // config.num_attention_heads)
+        self.heads = config.num_attention_heads
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v = (
             _zeros((layers, slots + 1, heads, positions, config.head_dim), device, dtype)
@@ -89,27 +90,29 @@ class Prefill:
     def __init__(self, cache: KVCache, spans: Mapping[int, range], tokens: int):
         """spans: for each row the positions to write, if any; it holds those before. tokens: of all, and of padding."""
         self.cache, device = cache, cache.device
-        cache.prefix_lengths[upload(list(spans), device)] = upload([span.stop for span in spans.values()], device)
+        rows, lengths = upload([list(spans), [span.stop for span in spans.values()]], device)
+        cache.prefix_lengths[rows] = lengths
         padding = range(tokens - sum(map(len, spans.values())))
         own = [(row, span) for row, span in (*spans.items(), (cache.padding_slot, padding)) if span]
         self.rows, self.positions = _places_of(own, device)
         self.packed = PackedAttention([len(span) for _, span in own], device, [span.start for _, span in own])
-        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device)
+        continued = any(span.start for _, span in own)  # else what is attended to is what is written
+        self.attended = _places_of([(row, range(span.stop)) for row, span in own], device) if continued else None
 
-    def cache_write(self, layer: int) -> CacheWrite:
-        return CacheWrite(self.cache.prefix_k[layer], self.cache.prefix_v[layer], self.rows, self.positions)
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rows, positions = self.attended  # k and v are there by now, after those that the rows held
-        return self.packed(
-            layer, q, *(x[layer][rows, :, positions] for x in (self.cache.prefix_k, self.cache.prefix_v))
-        )
+    def __call__(self, layer: int, qkv: Tensor, **turn: Any) -> Tensor:
+        caches = self.cache.prefix_k[layer], self.cache.prefix_v[layer]
+        q, k, v = rotary(qkv, **turn, cache=CacheWrite(*caches, self.rows, self.positions))
+        if self.attended is not None:  # those that the rows held, then the new ones
+            rows, positions = self.attended
+            k, v = (x[rows, :, positions] for x in caches)
+        return self.packed.packed(q, k, v)
 
 
 def _places_of(spans: Sequence[tuple[int, range]], device: torch.device) -> tuple[Tensor, Tensor]:
     """The row and the position of every token of spans in rows, both int64 [N]."""
     rows = torch.tensor([row for row, _ in spans]).repeat_interleave(torch.tensor([len(span) for _, span in spans]))
-    return upload(rows, device), upload(torch.cat([torch.arange(s.start, s.stop) for _, s in spans]), device)
+    rows, positions = upload(torch.stack([rows, torch.cat([torch.arange(s.start, s.stop) for _, s in spans])]), device)
+    return rows, positions
 
 
 @dataclass(frozen=True)
@@ -196,24 +199,27 @@ class Decode:
         """drawn: int64 [B], the suffix positions that each sequence held before. None reads beyond the longest prefix
         and suffix. alike: a row, and how many of its positions are the same in all rows in use.
         """
-        self.cache, self.groups, self.drawn, self.alike = cache, groups, drawn, alike
-        self.attended = len(groups.sibling_index)
-        self.suffix_lengths = drawn[: self.attended] + 1
-        rows = len(groups.siblings) if groups.prefix_rows is None else None
-        slots = self.attended if groups.suffix_rows is None else None
-        self.prefix_lengths = cache.prefix_lengths[:rows]
-        self.prefix_k, self.prefix_v = (x[:, :rows, :, : longest[0]] for x in (cache.prefix_k, cache.prefix_v))
-        self.suffix_k, self.suffix_v = (x[:, :slots, :, : longest[1]] for x in (cache.suffix_k, cache.suffix_v))
+        self.cache, self.longest, self.alike = cache, longest, alike
+        self.lengths = cache.prefix_lengths, drawn[: len(groups.sibling_index)]
+        self.members = groups.siblings, groups.sibling_index
+        self.rows = groups.prefix_rows, groups.suffix_rows
+        self.work = plan(self._segments(0), self.members, self.rows, cache.heads)
 
-    def cache_write(self, layer: int) -> CacheWrite:
-        return CacheWrite(self.cache.suffix_k[layer], self.cache.suffix_v[layer], self.groups.slots, self.drawn)
+    def _segments(self, layer: int) -> tuple[Segment, Segment]:
+        """The rows and positions that may be read, of the prefixes and of the suffixes."""
+        caches = (self.cache.prefix_k, self.cache.prefix_v), (self.cache.suffix_k, self.cache.suffix_v)
+        rows = [len(own) if rows is None else None for own, rows in zip(self.members, self.rows, strict=True)]
+        each = zip(caches, self.lengths, rows, self.longest, strict=True)
+        prefix, suffix = ((k[layer, :n, :, :end], v[layer, :n, :, :end], x[:n]) for (k, v), x, n, end in each)
+        return prefix, suffix
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rows of q beyond the attended ones come back as zeros."""
-        g = self.groups
-        prefix = self.prefix_k[layer], self.prefix_v[layer], self.prefix_lengths, g.siblings, g.sibling_index
-        suffix = self.suffix_k[layer], self.suffix_v[layer], self.suffix_lengths
-        attend = partial(decode_attention, prefix_rows=g.prefix_rows, suffix_rows=g.suffix_rows, alike=self.alike)
-        attended = attend(q[: self.attended], *prefix, *suffix)
-        padding = len(q) - self.attended
-        return torch.cat((attended, q.new_zeros(padding, *q.shape[1:]))) if padding else attended
+    def __call__(self, layer: int, qkv: Tensor, **turn: Any) -> Tensor:
+        """turn: of the attended rows. Rows of qkv beyond them come back as zeros."""
+        prefix, suffix = self._segments(layer)
+        of_prefix, of_suffix = self.rows
+        attended = decode_attention(
+            qkv[: len(suffix[2])], *prefix, *self.members, *suffix, prefix_rows=of_prefix, suffix_rows=of_suffix,
+            alike=self.alike, work=self.work, **turn,
+        )  # fmt: skip
+        padding = len(qkv) - len(attended)
+        return F.pad(attended, (0, 0, 0, 0, 0, padding)) if padding else attended

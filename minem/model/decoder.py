@@ -23,18 +23,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minem.kernels import linear_cross_entropy, rms_norm, rotary, swiglu
-from minem.kernels.rope import CacheWrite
 from minem.model.hf_config import ModelConfig, RopeConfig
 
 
 class Attend(Protocol):
     """Attention as the model calls it: once per layer, for all packed tokens."""
 
-    def cache_write(self, layer: int) -> CacheWrite | None:
-        """The place in the cache for the layer's new keys and values, which the rotary kernel writes; or None."""
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, H, C], k and v [N, K, C] -> [N, H, C]."""
+    def __call__(self, layer: int, qkv: Tensor, **turn: Any) -> Tensor:
+        """The merged projection [N, H + 2 K, C] -> [N, H, C]. turn: how q and k rotate, arguments of `rotary`."""
 
 
 class Model(nn.Module):
@@ -65,12 +61,16 @@ class Model(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def hidden(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Final normed hidden states [N, D] of packed tokens [N] at their positions [N], both int64."""
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the angles at these positions [N] int64, each [N, C/2] in the model's dtype."""
         rope = self.config.rope
         angle = positions.float()[:, None] * inverse_frequencies(rope, self.config.head_dim, self.device)
-        cos = (angle.cos() * rope.attention_factor).to(self.dtype)
-        sin = (angle.sin() * rope.attention_factor).to(self.dtype)
+        cos, sin = ((x * rope.attention_factor).to(self.dtype) for x in (angle.cos(), angle.sin()))
+        return cos, sin
+
+    def hidden(self, input_ids: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Final normed hidden states [N, D] of packed tokens [N] int64. rotation: of their positions."""
+        cos, sin = rotation
         x, residual = self.embed(input_ids), None
         # Nothing in a layer is random, so there is no random state to restore.
         recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -108,10 +108,11 @@ class Model(nn.Module):
         starts = [0, *[lengths[0] * branching] * (len(lengths) - 1)]
         positions = torch.cat([torch.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
         attend = PackedAttention(lengths, input_ids.device, starts, branching)
-        hidden = self.hidden(input_ids.flatten(), upload(positions, input_ids.device), attend)
-        if rows is None or targets is None:
-            return self.head(hidden).unflatten(0, input_ids.shape)
-        return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
+        with torch.cuda.device_of(input_ids):  # Triton launches on the current device
+            hidden = self.hidden(input_ids.flatten(), self.rotation(upload(positions, input_ids.device)), attend)
+            if rows is None or targets is None:
+                return self.head(hidden).unflatten(0, input_ids.shape)
+            return linear_cross_entropy(hidden[rows], self.head.weight, targets, token_weights)
 
 
 class Layer(nn.Module):
@@ -148,9 +149,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.channels))  # [N, H + 2K, C]
         q_norm, k_norm = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-        cache = attend.cache_write(self.layer)
-        q, k, v = rotary(qkv, cos, sin, self.heads, q_norm=q_norm, k_norm=k_norm, eps=self.eps, cache=cache)
-        return self.o(attend(self.layer, q, k, v).flatten(1))
+        turn = {"cos": cos, "sin": sin, "heads": self.heads, "q_norm": q_norm, "k_norm": k_norm, "eps": self.eps}
+        return self.o(attend(self.layer, qkv, **turn).flatten(1))
 
 
 class MLP(nn.Module):
@@ -267,10 +267,11 @@ class PackedAttention:
         # The start of each sequence in q and in k and the end of the last, uploaded once for all layers.
         self.starts = [upload(list(accumulate(x, initial=0)), device, torch.int32) for x in (lengths, ends)]
 
-    def cache_write(self, layer: int) -> None:
-        """None: training has no cache."""
+    def __call__(self, layer: int, qkv: Tensor, **turn: Any) -> Tensor:
+        return self.packed(*rotary(qkv, **turn))
 
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def packed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, H, C], k and v [M, K, C], rotated -> [N, H, C]."""
         if self.branches:
             first, *others = zip(k.split(self.branches), v.split(self.branches), strict=True)
             k, v = map(torch.cat, zip(first, *(x for other in others for x in (first, other)), strict=True))
@@ -286,5 +287,8 @@ class PackedAttention:
         """Causal grouped-query attention over [B, T, H, C] and [B, L, K, C]: the queries are those of the last T."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         grouped, start = q.shape[1] != k.shape[1], k.shape[2] - q.shape[2]
+        if grouped and q.is_cuda:  # grouped heads in float32 would take the path that holds [T, L] scores for each
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
         mask = q.new_ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(start) if start else None
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=not start, enable_gqa=grouped).transpose(1, 2)

@@ -69,23 +69,26 @@ def test_strided_vectors_are_read_where_they_are():
         written.append((*out, cache.k, cache.v))
     for got, wanted in zip(*written, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    q, prefix, suffix = numbers(3, 4, 16), numbers(2, 2, 6, 16, seed=1), numbers(3, 2, 5, 16, seed=2)
-    vectors = torch.tensor([6, 3]), torch.tensor([0, 1, 2]), torch.tensor([1, 5, 2])
+    qkv, angle = numbers(3, 8, 16), numbers(3, 8, seed=3)
+    prefix, suffix = numbers(2, 2, 6, 16, seed=1), numbers(3, 2, 5, 16, seed=2)
+    vectors = torch.tensor([6, 3]), torch.tensor([0, 1, 2]), torch.tensor([0, 4, 1])
     results = []
     for backend, change in (("eager", torch.clone), ("triton", spread)):
         lengths, index, own = map(change, vectors)
         siblings = torch.tensor([[0, 1], [2, 0]])
-        results.append(
-            decode_attention(q, prefix, prefix, lengths, siblings, index, suffix, suffix, own, backend=backend)
-        )
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+        turn = {"cos": change(angle.cos()), "sin": change(angle.sin()), "heads": 4}
+        cache = prefix, prefix, lengths, siblings, index, suffix.clone(), suffix.clone(), own
+        results.append((decode_attention(qkv, *cache, **turn, backend=backend), *cache[-3:-1]))
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_with_trainable_norms_is_never_cut_off_from_them():
     qkv, angle, norm = numbers(5, 4, 8), numbers(5, 4, seed=3), numbers(8, seed=4).requires_grad_()
-    assert rotary(qkv, angle.cos(), angle.sin(), 2, q_norm=norm, k_norm=norm)[0].requires_grad
-    with pytest.raises(ValueError, match="no gradients"):
-        rotary(qkv, angle.cos(), angle.sin(), 2, q_norm=norm, k_norm=norm, backend="triton")
+    for backend in BACKENDS:
+        q, k, _ = rotary(qkv, angle.cos(), angle.sin(), 2, q_norm=norm, k_norm=norm, backend=backend)
+        assert q.requires_grad
+        assert k.requires_grad
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,12 +122,13 @@ def test_min_p_is_exact_at_its_boundary(backend):
 
 
 def test_heads_that_do_not_divide_are_refused():
-    q, segment, lengths = numbers(1, 3, 16), numbers(1, 2, 4, 16), torch.tensor([2])
-    index = torch.tensor([0])
+    qkv, segment, lengths = numbers(1, 7, 16), numbers(1, 2, 4, 16), torch.tensor([2])
+    index, angle = torch.tensor([0]), numbers(1, 8)
     for backend in BACKENDS:
         with pytest.raises(ValueError, match="multiple of the key heads"):
             decode_attention(
-                q, segment, segment, lengths, index[None], index, segment, segment, lengths, backend=backend
-            )
+                qkv, segment, segment, lengths, index[None], index, segment, segment, lengths, heads=3, cos=angle,
+                sin=angle, backend=backend,
+            )  # fmt: skip
     with pytest.raises(ValueError, match="V is at least 1"):
         linear_cross_entropy(numbers(2, 4), numbers(0, 4), torch.tensor([0, 0]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from minem.kernels import decode_attention
+from minem.kernels import attention, decode_attention, rotary
 from tests.kernels.cases import both
 
 BACKENDS = ["eager", "triton"]
@@ -29,6 +29,7 @@ SIZES = [
     Sizes(3, 6, 2, 24, 2, 300, 270),  # channels no power of two; more than one split of 256
     Sizes(1, 1, 1, 8, 1, 1, 1),
     Sizes(12, 14, 2, 64, 2, 70, 33),  # Qwen2.5-0.5B's heads: seven queries a group, more than one tile of siblings
+    Sizes(2, 20, 1, 16, 1, 20, 10),  # more queries a group than rows in a tile
 ]
 
 
@@ -69,6 +70,20 @@ def problem(sizes: Sizes, dtype: torch.dtype, device: str, seed: int = 0) -> tup
     return [argument.to(device) for argument in arguments], row
 
 
+def attend(arguments: list[Tensor], **options: Any) -> Tensor:
+    """decode_attention for queries that need no rotation. The last position of each suffix arrives in qkv, and its
+    place in the cache holds nothing of use before."""
+    q, *rest, suffix_k, suffix_v, lengths = arguments
+    rows = options.get("suffix_rows")
+    last = (torch.arange(len(q), device=q.device) if rows is None else rows, slice(None), lengths - 1)
+    qkv = torch.cat([q, suffix_k[last], suffix_v[last]], 1)
+    suffix_k, suffix_v = suffix_k.clone(), suffix_v.clone()
+    suffix_k[last] = suffix_v[last] = 77
+    cos = q.new_ones(len(q), q.shape[2] // 2)
+    turn = {"heads": q.shape[1], "cos": cos, "sin": 0 * cos}
+    return decode_attention(qkv, *rest, suffix_k, suffix_v, lengths - 1, **turn, **options)
+
+
 def by_definition(arguments: list[Tensor], row: Tensor) -> Tensor:
     """One sequence at a time, float64."""
     q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = (a.cpu() for a in arguments)
@@ -89,7 +104,7 @@ def by_definition(arguments: list[Tensor], row: Tensor) -> Tensor:
 @pytest.mark.parametrize(("backend", "sizes"), both(SIZES))
 def test_equals_the_definition(sizes: Sizes, backend: str, device: str) -> None:
     arguments, row = problem(sizes, torch.float32, device)
-    out = decode_attention(*arguments, backend=backend)
+    out = attend(arguments, backend=backend)
     torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-5, atol=2e-6)
 
 
@@ -100,9 +115,9 @@ def test_positions_that_all_prefixes_share_may_be_read_once(dtype: torch.dtype, 
     arguments[3][:] = torch.tensor([20, 31, 40])
     for segment in arguments[1:3]:
         segment[:, :, :20] = segment[2, :, :20].clone()
-    out = decode_attention(*arguments, alike=(2, 20), backend="eager")
+    out = attend(arguments, alike=(2, 20), backend="eager")
     exact = by_definition(arguments, row)
-    whole = decode_attention(*arguments, backend="eager").cpu().double()
+    whole = attend(arguments, backend="eager").cpu().double()
     bound = 2 * (whole - exact).abs().max() if dtype == torch.bfloat16 else 2e-6
     assert (out.cpu().double() - exact).abs().max() <= bound
 
@@ -128,16 +143,18 @@ def test_sequences_may_lie_anywhere(sizes: Sizes, backend: str, device: str) -> 
         for i in range(0, max(1, len(members)), 2)
     ]
     places = {s: 2 * t + i for t, (_, members) in enumerate(groups) for i, s in enumerate(members)}
-    out = decode_attention(
-        q,
-        scatter(prefix_k, prefixes),
-        scatter(prefix_v, prefixes),
-        scatter(prefix_lengths, prefixes),
-        torch.tensor([members + [0] * (2 - len(members)) for _, members in groups], device=device),
-        torch.tensor([places[s] for s in range(sizes.sequences)], device=device),
-        scatter(suffix_k, suffixes),
-        scatter(suffix_v, suffixes),
-        suffix_lengths,
+    out = attend(
+        [
+            q,
+            scatter(prefix_k, prefixes),
+            scatter(prefix_v, prefixes),
+            scatter(prefix_lengths, prefixes),
+            torch.tensor([members + [0] * (2 - len(members)) for _, members in groups], device=device),
+            torch.tensor([places[s] for s in range(sizes.sequences)], device=device),
+            scatter(suffix_k, suffixes),
+            scatter(suffix_v, suffixes),
+            suffix_lengths,
+        ],
         prefix_rows=torch.tensor([int(prefixes[r]) for r, _ in groups], device=device),
         suffix_rows=suffixes.to(device),
         backend=backend,
@@ -160,7 +177,7 @@ def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, devi
         out = torch.nn.functional.scaled_dot_product_attention(query, k[None], v[None], enable_gqa=True)
         theirs.append(out.view(q.shape[1], -1))
     their_error = (torch.stack(theirs).cpu().double() - exact).abs()
-    our_error = (decode_attention(*arguments, backend=backend).cpu().double() - exact).abs()
+    our_error = (attend(arguments, backend=backend).cpu().double() - exact).abs()
     assert our_error.max() <= 2 * their_error.max()
     assert our_error.mean() <= 2 * their_error.mean()
 
@@ -169,40 +186,76 @@ def test_error_at_most_twice_pytorchs_own(dtype: torch.dtype, backend: str, devi
 def test_extreme_scores(backend: str, device: str) -> None:
     arguments, row = problem(SIZES[0], torch.float32, device)
     arguments[0] *= 1e4
-    out = decode_attention(*arguments, backend=backend)
+    out = attend(arguments, backend=backend)
     torch.testing.assert_close(out.cpu().double(), by_definition(arguments, row), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_lies_past_the_lengths_is_not_seen(backend: str, device: str) -> None:
     arguments, _ = problem(SIZES[0], torch.float32, device)
-    before = decode_attention(*arguments, backend=backend)
+    before = attend(arguments, backend=backend)
     _, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
     for k, v, lengths in ((prefix_k, prefix_v, prefix_lengths), (suffix_k, suffix_v, suffix_lengths)):
         for i, length in enumerate(lengths.tolist()):
             k[i, :, length:] = 1e4
             v[i, :, length:] = 1e4
-    assert torch.equal(decode_attention(*arguments, backend=backend), before)
+    assert torch.equal(attend(arguments, backend=backend), before)
 
 
 def test_triton_sums_do_not_depend_on_the_batch(device: str) -> None:
     """Bit for bit: a sequence alone with its prefix, in shorter caches, gives what it gives among others."""
     arguments, row = problem(SIZES[1], torch.float32, device)
-    whole = decode_attention(*arguments, backend="triton")
+    whole = attend(arguments, backend="triton")
     q, prefix_k, prefix_v, prefix_lengths, _, _, suffix_k, suffix_v, suffix_lengths = arguments
     for s in (0, 2):
         r, zero = int(row[s]), torch.zeros(1, dtype=torch.int64, device=device)
         prefix, suffix = max(1, int(prefix_lengths[r])), int(suffix_lengths[s])
-        alone = decode_attention(
-            q[s : s + 1],
-            prefix_k[r : r + 1, :, :prefix],
-            prefix_v[r : r + 1, :, :prefix],
-            prefix_lengths[r : r + 1],
-            zero[None],
-            zero,
-            suffix_k[s : s + 1, :, :suffix],
-            suffix_v[s : s + 1, :, :suffix],
-            suffix_lengths[s : s + 1],
+        alone = attend(
+            [
+                q[s : s + 1],
+                prefix_k[r : r + 1, :, :prefix],
+                prefix_v[r : r + 1, :, :prefix],
+                prefix_lengths[r : r + 1],
+                zero[None],
+                zero,
+                suffix_k[s : s + 1, :, :suffix],
+                suffix_v[s : s + 1, :, :suffix],
+                suffix_lengths[s : s + 1],
+            ],
             backend="triton",
         )
         assert torch.equal(alone[0], whole[s])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_the_new_token_is_rotated_written_and_attended_to(with_norm: bool, backend: str, device: str) -> None:
+    """As `rotary` does it; the step's work serves a second layer, and nothing else in the cache changes."""
+    arguments, row = problem(SIZES[0], torch.float32, device)
+    q, *rest, suffix_k, suffix_v, lengths = arguments
+    generator = torch.Generator().manual_seed(2)
+    angle, norms = torch.rand(5, 8, generator=generator) * 100, torch.randn(2, 16, generator=generator)
+    turn = {"heads": 4, "cos": angle.cos().to(device), "sin": angle.sin().to(device), "eps": 1e-5}
+    if with_norm:
+        turn |= {"q_norm": norms[0].to(device), "k_norm": norms[1].to(device)}
+    held, every = lengths - 1, torch.arange(5, device=device)
+    members = tuple(rest[3:5])
+    work = attention.plan(((*rest[:3],), (suffix_k, suffix_v, held)), members, (None, None), 4, backend)
+    for _ in range(2):
+        qkv = torch.randn(5, 8, 16, generator=generator).to(device)
+        q, k, v = rotary(qkv, **turn, backend="eager")
+        expected_k, expected_v = suffix_k.clone(), suffix_v.clone()
+        expected_k[every, :, held], expected_v[every, :, held] = k, v
+        out = decode_attention(qkv, *rest, suffix_k, suffix_v, held, **turn, work=work, backend=backend)
+        torch.testing.assert_close(suffix_k, expected_k, rtol=1e-5, atol=1e-5)
+        assert torch.equal(suffix_v, expected_v)
+        exact = by_definition([q, *rest, expected_k, expected_v, lengths], row)
+        torch.testing.assert_close(out.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_two_programs_sum_as_many_do(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Bit for bit: how the pieces of work are shared does not matter, nor which of a query's pieces comes last."""
+    arguments, _ = problem(SIZES[0], torch.float32, device)
+    many = attend(arguments, backend="triton")
+    monkeypatch.setattr(attention, "PROGRAMS", 2)
+    assert torch.equal(attend(arguments, backend="triton"), many)

@@ -17,7 +17,7 @@ from torch import Tensor
 import minem
 from tests.minem.folders import VOCABULARY, make_folder
 
-OPERATIONS = ("attention", "cross_entropy", "gating", "norm", "rope", "sampling")
+OPERATIONS = ("attention", "cross_entropy", "gating", "norm", "rope", "sampling", "step")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_training_through_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPa
     used = on_triton(monkeypatch)
     for got, want in zip(loss_and_gradients(minem.load(folder, device=device)[0]), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert set(used) == {"cross_entropy", "gating", "norm", "rope"}  # rope's is the eager one: it has gradients
+    assert set(used) == {"cross_entropy", "gating", "norm", "rope"}
 
 
 def test_decoding_through_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
@@ -67,4 +67,4 @@ def test_decoding_through_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPa
         assert got.token_ids == want.token_ids
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
         assert got.proposal_logprobs == pytest.approx(want.proposal_logprobs, abs=1e-4)
-    assert set(used) == {"attention", "gating", "norm", "rope", "sampling"}
+    assert set(used) == {"attention", "gating", "norm", "rope", "sampling", "step"}

@@ -87,15 +87,27 @@ def test_keys_and_values_reach_their_places_in_the_cache_and_nothing_else_does(
     assert torch.equal(v, arguments["qkv"][:, 8:])
 
 
-def test_gradients_are_the_eager_ones_and_triton_refuses_them() -> None:
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_gradients(with_norm: bool, device: str) -> None:
+    """Eager by finite differences in float64; Triton's equal the eager ones."""
     arguments: dict[str, Any] = problem(2, 2, 1, 4, torch.float64, "cpu")
-    arguments["qkv"].requires_grad_()
+    if not with_norm:
+        del arguments["q_norm"], arguments["k_norm"]
+    names = arguments.keys() - {"cos", "sin"}
+    for name in names:
+        arguments[name].requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda qkv: rotary(**arguments | {"qkv": qkv}, heads=2, eps=EPS)[:2], (arguments["qkv"],)
+        lambda *x: rotary(**arguments | dict(zip(names, x, strict=True)), heads=2, eps=EPS),
+        [arguments[name] for name in names],
     )
-    arguments["qkv"] = arguments["qkv"].detach().float().requires_grad_()
-    with pytest.raises(ValueError, match="no gradients"):
-        rotary(**arguments, heads=2, backend="triton")
+    arguments = {name: x.detach().float().to(device) for name, x in arguments.items()}
+    gradients = []
+    for backend in BACKENDS:
+        inputs = [arguments[name].clone().requires_grad_() for name in names]
+        q, k, v = rotary(**arguments | dict(zip(names, inputs, strict=True)), heads=2, eps=EPS, backend=backend)
+        gradients.append(torch.autograd.grad((q**2).sum() + (k**3).sum() + (v**2).sum(), inputs))
+    for got, wanted in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_bad_input_is_named() -> None:

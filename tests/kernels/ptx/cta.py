@@ -1,9 +1,9 @@
 """One CTA (a Triton program): its threads are lanes of numpy arrays, and all of them execute an instruction at once.
 
-Threads. A CTA of a kernel with num_warps=4 has 128 threads. 32 neighbours are a *warp*, which a GPU issues one
-instruction for. Where threads branch apart, those at the lowest place of the text go on until all meet again.
-Barriers. `bar.sync` waits for all threads of the CTA. Here nobody has to wait, so what a barrier still does is order:
-memory.py names two accesses that no barrier separates.
+Threads. A CTA of a kernel with num_warps=4 has 128 threads. 32 neighbours are a *warp*, for which a GPU issues one
+instruction. Where threads branch apart, those at the lowest place of the text go on, until all meet again.
+Barriers. `bar.sync` waits for all threads of the CTA. Here nobody has to wait, so what is left of it is order:
+memory.py refuses accesses that need a barrier between them and have none.
 Warps talk without memory: a *shuffle* hands each lane another lane's register, `redux` and `vote` combine 32 lanes, and
 an *mma* multiplies two small matrices whose elements are spread over the registers of the warp.
 """
@@ -11,283 +11,231 @@ an *mma* multiplies two small matrices whose elements are spread over the regist
 from __future__ import annotations
 
 import linecache
+import traceback
 from typing import Any
 
 import numpy as np
 
-from tests.kernels.ptx.memory import Clock, Memory, PtxError, Region
+from tests.kernels.ptx.memory import SHARED, Memory, PtxError, Region
 from tests.kernels.ptx.numbers import halves
-from tests.kernels.ptx.parse import Program, parse
+from tests.kernels.ptx.parse import JUMPS, Program
 from tests.kernels.ptx.translate import NAMES, SPECIAL, Translator
 
-LANE = np.arange(32)
-GROUP, MEMBER = LANE // 4, LANE % 4  # the names in PTX's tables of fragments
-ATOMICS = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-           "xor": np.bitwise_xor}  # fmt: skip
+LANE = np.arange(32, dtype=np.uint32)
+GROUP, MEMBER = LANE // 4, LANE % 4  # as PTX's tables of fragments call them
+CHANGES = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+           "xor": np.bitwise_xor, "exch": lambda old, new: new}  # fmt: skip
 
 
 class Kernel:
     """A program whose blocks become functions when they are first reached."""
 
     def __init__(self, ptx: str):
-        self.program: Program = parse(ptx)
+        self.program = Program(ptx)
         self.translator = Translator(self.program)
         self.functions: dict[tuple[int, bool], Any] = {}
-        self.origins: dict[str, list[str]] = {}
         self.launches = 0
 
     def function(self, number: int, masked: bool) -> Any:
         if (number, masked) not in self.functions:
-            source, origin = self.translator.block(number, masked)
-            file = f"<{self.program.name} {id(self)} block {number}{' masked' if masked else ''}>"
-            linecache.cache[file] = (len(source), None, source.splitlines(True), file)
-            self.origins[file] = origin
-            names = dict(NAMES)
+            source, names = self.translator.block(number, masked), dict(NAMES)
+            file = f"<{self.program.name} {id(self)} block {number} {masked}>"
+            linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for what a traceback shows
             exec(compile(source, file, "exec"), names)
             self.functions[number, masked] = names["block"]
         return self.functions[number, masked]
 
-    def instruction(self, error: BaseException) -> str:
-        """The instruction at which an error arose."""
-        trace, text = error.__traceback__, ""
-        while trace is not None:
-            lines = self.origins.get(trace.tb_frame.f_code.co_filename)
-            text = lines[trace.tb_lineno - 1] if lines else text
-            trace = trace.tb_next
-        return text
-
 
 class Cta:
-    def __init__(self, kernel: Kernel, memory: Memory, clock: Clock, parameters: dict[str, int],
-                 place: tuple[int, ...], grid: tuple[int, ...], shared_bytes: int):  # fmt: skip
-        self.kernel, self.memory, self.clock, self.parameters = kernel, memory, clock, parameters
-        self.threads = kernel.program.threads
-        self.shared = Region("shared memory", 0, shared_bytes, shared=True)
-        self.tid = np.arange(self.threads)
-        self.place: Any = np.zeros(self.threads, np.int64)  # the block that each thread is at
-        self.copies: list[list[Any]] = [[]]  # groups of cp.async that are under way, the last not yet committed
+    def __init__(self, kernel: Kernel, memory: Memory, parameters: dict[str, int], place: tuple[int, ...],
+                 grid: tuple[int, ...], shared_bytes: int):  # fmt: skip
+        self.kernel, self.memory, self.parameters = kernel, memory, parameters
+        self.threads, self.end = kernel.program.threads, len(kernel.program.blocks)
+        self.shared = Memory([Region(SHARED, 0, shared_bytes)])
+        self.tid, self.everybody = np.arange(self.threads), np.ones(self.threads, bool)
+        self.at: Any = np.zeros(self.threads, np.int64)  # the block that each thread is at
+        self.copies: list[list[Any]] = [[]]  # groups of cp.async that are under way, the last one not yet committed
         self.instructions = self.stores = 0
-        numbers = (0, 0, 0, *place, *grid, self.threads, 1, 1, 0)
-        self.registers = [np.full(self.threads, number, np.uint32) for number in numbers]
-        self.registers[0] = self.tid.astype(np.uint32)
-        self.registers[len(SPECIAL) - 1] = (self.tid % 32).astype(np.uint32)
-        clock.sync()
+        self.unpublished: set[int] = set()  # warps that wrote to global memory since the last barrier
+        self.registers = [np.full(self.threads, x, np.uint32) for x in (0, 0, 0, *place, *grid, 0)]
+        self.registers[0], self.registers[len(SPECIAL) - 1] = (x.astype(np.uint32) for x in (self.tid, self.tid % 32))
+        memory.sync()  # no order between CTAs is looked for
 
     def run(self) -> None:
-        blocks, R, end = self.kernel.program.blocks, self.registers, len(self.kernel.program.blocks)
-        at, together = 0, True
-        while True:
-            if not together:
-                at = int(self.place.min())
-                mask = self.place == at
-                together = bool(mask.all())
-            if at == end:
-                return
-            m = None if together else mask
-            if blocks[at]:
-                function = self.kernel.function(at, not together)
-                R += [np.zeros(self.threads, kind) for kind in list(self.kernel.translator.kinds.values())[len(R) :]]
-                try:
-                    function(self, R, self.kernel.translator.constants, m)
-                except Exception as error:
-                    error.add_note(f"at {self.kernel.instruction(error)}")
-                    raise
-                warps = self.threads // 32 if m is None else int(m.reshape(-1, 32).any(1).sum())
-                self.instructions += len(blocks[at]) * warps
-            at, together = self.next(at, m)
+        R, translator = self.registers, self.kernel.translator
+        at, mask = 0, None  # the block to execute, and which threads do; None: all
+        while at < self.end:
+            block = self.kernel.program.blocks[at]
+            function = self.kernel.function(at, mask is not None)
+            R += [np.zeros(self.threads, kind) for kind in list(translator.types.values())[len(R) :]]
+            try:
+                function(self, R, translator.constants, mask)
+            except Exception as error:
+                error.add_note(
+                    [f.line or "" for f in traceback.extract_tb(error.__traceback__) if f.name == "block"][-1]
+                )
+                raise
+            self.instructions += len(block) * (self.threads // 32 if mask is None else int(_warps(mask).any(1).sum()))
+            at, mask = self._next(at, mask, block[-1] if block else None)
 
-    def next(self, at: int, m: Any) -> tuple[int, bool]:
-        """Move on the threads that executed the block; where they are now, if all of them are there."""
-        block, target = self.kernel.program.blocks[at], at + 1
-        last = block[-1] if block else None
-        taken: Any = True
-        if last is not None and last.op[0] in ("bra", "ret", "exit"):
-            target = (
-                self.kernel.program.labels[last.arguments[0]]
-                if last.op[0] == "bra"
-                else len(self.kernel.program.blocks)
-            )
-            if last.guard:
-                taken = self.registers[self.kernel.translator.register(last.guard)] ^ last.unless
-        if m is None:
-            if taken is True or taken.all():
-                return target, True
-            if not taken.any():
-                return at + 1, True
-            self.place = np.where(taken, target, at + 1)
-        else:
-            self.place = np.where(m, np.where(taken, target, at + 1), self.place)
-        return at, False
+    def _next(self, at: int, mask: Any, last: Any) -> tuple[int, Any]:
+        """Move the threads on that executed the block; return the lowest block at which threads are, and which."""
+        jumps, target = last is not None and last.op[0] in JUMPS, at + 1
+        if jumps:
+            target = self.kernel.program.labels[last.arguments[0]] if last.op[0] == "bra" else self.end
+        if mask is None and not (jumps and last.guard):
+            return target, None
+        taken = (
+            self.registers[self.kernel.translator.register(last.guard)] ^ last.unless if jumps and last.guard else True
+        )
+        if mask is None and (taken.all() or not taken.any()):
+            return (target if taken[0] else at + 1), None
+        before = np.full(self.threads, at) if mask is None else self.at
+        self.at = np.where(True if mask is None else mask, np.where(taken, target, at + 1), before)
+        lowest = int(self.at.min())
+        return lowest, None if (self.at == lowest).all() else self.at == lowest
 
-    # Memory. `mask`: the threads that take part, or None for all.
+    # Memory. `mask`: the threads that take part; None: all.
 
     def parameter(self, name: str, kind: Any) -> Any:
         size = np.dtype(kind).itemsize
         return np.full(self.threads, self.parameters[name] & (1 << 8 * size) - 1, f"u{size}").view(kind)
 
-    def lanes(self, mask: Any) -> Any:
+    def _lanes(self, mask: Any) -> Any:
         return self.tid if mask is None else np.nonzero(mask)[0]
 
-    def load(self, shared: bool, mask: Any, address: Any, kind: Any, count: int) -> Any:
-        """`count` neighbouring numbers for each thread: [count, threads]."""
-        lanes, size = self.lanes(mask), np.dtype(kind).itemsize * count
-        out = np.zeros((count, self.threads), kind)
+    def load(self, memory: Memory, mask: Any, address: Any, kind: Any, count: int) -> Any:
+        """`count` neighbouring numbers for each thread: [count, threads], or [threads] if it is one."""
+        lanes, out = self._lanes(mask), np.zeros((count, self.threads), kind)
         if len(lanes):
-            self.clock.tick()
-            where = address if mask is None else address[lanes]
-            for region, part in [(self.shared, slice(None))] if shared else self.memory.parts(where, size):
-                items = region.load(where[part], size, lanes[part], self.clock)
-                out[:, lanes[part]] = items.view(kind).reshape(-1, count).T
-            if not shared:
-                self.memory.bytes_read += size * len(np.unique(where))
-        return out
+            items = memory.load(address[lanes], np.dtype(kind).itemsize * count, lanes)
+            out[:, lanes] = items.view(kind).reshape(-1, count).T
+        return out if count > 1 else out[0]
 
-    def store(self, shared: bool, mask: Any, address: Any, values: list[Any]) -> None:
-        lanes = self.lanes(mask)
+    def store(self, memory: Memory, mask: Any, address: Any, values: list[Any]) -> None:
+        lanes = self._lanes(mask)
         if len(lanes):
-            self.clock.tick()
-            size = values[0].itemsize * len(values)
-            items = np.stack(values, 1)[lanes].reshape(-1).view(f"V{size}")
-            where = address[lanes]
-            for region, part in [(self.shared, slice(None))] if shared else self.memory.parts(where, size):
-                region.store(where[part], items[part], lanes[part], self.clock)
-            if not shared:
+            memory.store(
+                address[lanes],
+                np.stack(values, 1)[lanes].reshape(-1).view(f"V{values[0].itemsize * len(values)}"),
+                lanes,
+            )
+            if memory is self.memory:
                 self.stores += 1
-                self.memory.bytes_written += size * len(np.unique(where))
+                self.unpublished.update((lanes // 32).tolist())
 
-    def atomic(self, shared: bool, mask: Any, name: str, address: Any, values: list[Any]) -> Any:
-        """One thread after the other reads the number at its address and writes a new one; returns what each read."""
-        lanes, kind = self.lanes(mask), values[0].dtype
-        out = np.zeros(self.threads, kind)
+    def atomic(self, memory: Memory, mask: Any, how: str, address: Any, values: list[Any], releases: bool) -> Any:
+        """Returns for each thread what was there before it came. releases: tells other CTAs that all is written."""
+        lanes, before = self._lanes(mask), np.zeros_like(values[0])
+        if releases and len(lanes) and self.unpublished - set((lanes // 32).tolist()):
+            raise PtxError("race: this tells other CTAs of writes that other warps may not have done, no barrier")
+
+        def change(lane: int, old: Any) -> Any:
+            thread = lanes[lane]
+            before[thread] = old
+            if how == "cas":
+                return values[1][thread] if old == values[0][thread] else old
+            return CHANGES[how](old, values[0][thread])
+
         if len(lanes):
-            self.clock.tick()
-            where = address[lanes]
-            for region, part in [(self.shared, slice(None))] if shared else self.memory.parts(where, kind.itemsize):
-                numbers, at = region.atomic(where[part], kind.itemsize, lanes[part], self.clock)
-                numbers = numbers.view(kind)
-                for lane, i in zip(lanes[part].tolist(), at.tolist(), strict=True):
-                    old = out[lane] = numbers[i]
-                    if name == "cas":
-                        numbers[i] = values[1][lane] if old == values[0][lane] else old
-                    else:
-                        numbers[i] = ATOMICS[name](old, values[0][lane]) if name in ATOMICS else values[0][lane]
-            if not shared:
-                self.stores += 1
-                self.memory.bytes_read += kind.itemsize * len(np.unique(where))
-                self.memory.bytes_written += kind.itemsize * len(np.unique(where))
-        return out
+            memory.atomic(address[lanes], before.dtype, change)
+            self.stores += memory is self.memory
+        return before
 
     def barrier(self, mask: Any) -> None:
-        if mask is not None and not (mask == (self.place < len(self.kernel.program.blocks))).all():
+        if mask is not None and not (mask == (self.at < self.end)).all():
             raise PtxError("some threads wait at a barrier that the others are not at")
-        self.clock.sync()
+        self.memory.sync()
+        self.shared.sync()
+        self.unpublished.clear()
 
     def warp_barrier(self, mask: Any) -> None:
-        self.whole_warps(mask)
+        """Orders 32 threads, which Triton asks for where they are the whole CTA."""
+        self._whole(mask)
         if self.threads == 32:
-            self.clock.sync()
+            self.barrier(mask)
 
-    def copy(self, mask: Any, to: Any, source: Any, size: int, taken: Any) -> None:
-        """cp.async: global memory to shared memory, past the registers. It arrives when it is waited for, not before."""
-        lanes = self.lanes(mask)
+    def copy(self, mask: Any, to: Any, source: Any, size: int, real: Any) -> None:
+        """cp.async: global to shared memory, past the registers. It arrives when it is waited for, not before."""
+        lanes = self._lanes(mask)
+        items, full = np.zeros(len(lanes), f"V{size}"), real[lanes]
+        if full.any():
+            items[full] = self.memory.load(source[lanes][full], size, lanes[full])
         if len(lanes):
             self.shared.forget(to[lanes], size)
-            items = np.zeros((len(lanes), size), np.uint8)
-            real = np.ones(len(lanes), bool) if taken is None else taken[lanes] > 0  # the others are filled with 0
-            if real.any():
-                self.clock.tick()
-                where = source[lanes][real]
-                for region, part in self.memory.parts(where, size):
-                    chosen = np.nonzero(real)[0][part]
-                    items[chosen] = (
-                        region.load(where[part], size, lanes[chosen], self.clock).view(np.uint8).reshape(-1, size)
-                    )
-                self.memory.bytes_read += size * len(np.unique(where))
-            self.copies[-1].append((to[lanes], items.reshape(-1).view(f"V{size}"), lanes))
+            self.copies[-1].append((to[lanes], items, lanes))
 
-    def commit_copies(self) -> None:
-        self.copies.append([])
-
-    def wait_for_copies(self, newest: int, everything: bool) -> None:
-        """All but the newest groups have arrived."""
-        if everything:
-            self.copies.append([])
-        while len(self.copies) - 1 > newest:
-            for to, items, lanes in self.copies.pop(0):
-                self.clock.tick()
-                self.shared.store(to, items, lanes, self.clock)
+    def wait_for_copies(self, newest: int) -> None:
+        """All groups but the newest have arrived; -1: those not yet committed too."""
+        while len(self.copies) - 1 > newest and self.copies:
+            for copy in self.copies.pop(0):
+                self.shared.store(*copy)
+        self.copies = self.copies or [[]]
 
     # What the 32 lanes of a warp do together.
 
-    def whole_warps(self, mask: Any) -> None:
-        if mask is not None and (mask.reshape(-1, 32).any(1) != mask.reshape(-1, 32).all(1)).any():
+    def _whole(self, mask: Any) -> Any:
+        """The threads in whole warps, as [threads] bool."""
+        if mask is None:
+            return self.everybody
+        if (_warps(mask).any(1) != _warps(mask).all(1)).any():
             raise PtxError("the lanes of a warp have branched apart, and this instruction needs all of them")
+        return mask
 
-    def shuffle(self, mask: Any, how: str, value: Any, lane: Any, clamp: Any) -> tuple[Any, Any]:
-        self.whole_warps(mask)
+    def shuffle(self, mask: Any, how: str, value: Any, lane: Any) -> Any:
+        self._whole(mask)
         mine, lane = self.tid % 32, lane.astype(np.int64)
         source = {"bfly": mine ^ lane, "up": mine - lane, "down": mine + lane, "idx": lane}[how]
-        inside = (source >= 0) & (source <= 31)
-        return value[self.tid - mine + np.where(inside, source, mine)], inside
+        return value[self.tid - mine + np.where((source >= 0) & (source < 32), source, mine)]
 
-    def reduce(self, mask: Any, name: str, value: Any) -> Any:
-        self.whole_warps(mask)
-        return ATOMICS[name].reduce(value.reshape(-1, 32), axis=1, dtype=value.dtype).repeat(32)
+    def reduce(self, mask: Any, how: str, value: Any) -> Any:
+        self._whole(mask)
+        return CHANGES[how].reduce(_warps(value), axis=1, dtype=value.dtype).repeat(32)  # type: ignore[attr-defined]
 
     def vote(self, mask: Any, how: str, value: Any) -> Any:
-        votes = (value if mask is None else value & mask).reshape(-1, 32)
-        if how == "ballot":
-            return (votes.astype(np.uint32) << LANE.astype(np.uint32)).sum(1, dtype=np.uint32).repeat(32)
-        all_, any_ = votes.all(1), votes.any(1)
-        return {"all": all_, "any": any_, "uni": all_ | ~any_}[how].repeat(32)
-
-    def match(self, mask: Any, value: Any) -> Any:
-        """For each lane the set of lanes with its value."""
-        self.whole_warps(mask)
-        rows = value.reshape(-1, 32)
-        same = (rows[:, :, None] == rows[:, None, :]).astype(np.uint32)
-        return (same << LANE.astype(np.uint32)).sum(2, dtype=np.uint32).reshape(-1)
+        votes = _warps(value & self._whole(mask))
+        found = (
+            (votes << LANE).sum(1, dtype=np.uint32) if how == "ballot" else {"all": votes.all, "any": votes.any}[how](1)
+        )
+        return found.repeat(32)
 
     def load_matrices(self, mask: Any, address: Any, count: int, transposed: bool) -> list[Any]:
         """ldmatrix: matrices of 8 rows of 8 halves. Lanes 8 i to 8 i + 7 name the rows of matrix i; lane 4 r + c then
         holds elements 2 c and 2 c + 1 of row r."""
-        self.whole_warps(mask)
-        self.clock.tick()
-        loaded = []
+        taking, loaded = self._whole(mask), []
         for i in range(count):
-            rows = (self.tid // 8 % 4 == i) & (True if mask is None else mask)
-            halves = self.shared.load(address[rows], 16, self.tid[rows], self.clock).view(np.uint16).reshape(-1, 8, 8)
-            spread = (
-                np.ascontiguousarray(halves.transpose(0, 2, 1) if transposed else halves).view(np.uint32).reshape(-1)
+            rows = (self.tid // 8 % 4 == i) & taking
+            matrix = self.shared.load(address[rows], 16, self.tid[rows]).view(np.uint16).reshape(-1, 8, 8)
+            loaded.append(np.zeros(self.threads, np.uint32))
+            loaded[-1][taking] = (
+                np.ascontiguousarray(matrix.transpose(0, 2, 1) if transposed else matrix).view(np.uint32).ravel()
             )
-            out = np.zeros(self.threads, np.uint32)
-            out[slice(None) if mask is None else mask] = spread
-            loaded.append(out)
         return loaded
 
     def store_matrices(self, mask: Any, address: Any, values: list[Any], transposed: bool) -> None:
-        self.whole_warps(mask)
-        self.clock.tick()
+        taking = self._whole(mask)
         for i, value in enumerate(values):
-            rows = (self.tid // 8 % 4 == i) & (True if mask is None else mask)
-            halves = (value if mask is None else value[mask]).view(np.uint16).reshape(-1, 8, 8)
-            halves = np.ascontiguousarray(halves.transpose(0, 2, 1) if transposed else halves)
-            self.shared.store(address[rows], halves.reshape(-1).view("V16"), self.tid[rows], self.clock)
+            rows, matrix = (self.tid // 8 % 4 == i) & taking, value[taking].view(np.uint16).reshape(-1, 8, 8)
+            matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1) if transposed else matrix)
+            self.shared.store(address[rows], matrix.reshape(-1).view("V16"), self.tid[rows])
 
-    def multiply(self, mask: Any, kind: str, a: list[Any], b: list[Any], sums: list[Any]) -> list[Any]:
-        """mma: A [16, k] @ B [k, 8] + C [16, 8] in fp32, for each warp. Lane 4 g + q holds of A the rows g and g + 8, of B
-        the column g, and of C the columns 2 q and 2 q + 1 of rows g and g + 8."""
-        self.whole_warps(mask)
-        warps, per = self.threads // 32, 1 if kind == "tf32" else 2  # numbers in a register
-        A, B = (np.zeros((warps, *size), np.float32) for size in ((16, 4 * per * len(a) // 2), (4 * per * len(b), 8)))
-        for registers, matrix in ((a, A), (b, B)):
-            for i, register in enumerate(registers):
-                parts = [(register & np.uint32(0xFFFFE000)).view(np.float32)] if per == 1 else halves(register, kind)
-                for h, part in enumerate(parts):
+    def multiply(self, mask: Any, kind: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+        """mma: A [16, K] @ B [K, 8] + C [16, 8] for each warp, in fp32. Lane 4 g + q holds rows g, g + 8 of A, column
+        g of B, and columns 2 q and 2 q + 1 of rows g and g + 8 of C; a register holds two halves, or one tf32."""
+        self._whole(mask)
+        warps, per = self.threads // 32, 1 if kind == "tf32" else 2
+        A, B = np.zeros((warps, 16, 2 * per * len(a)), np.float32), np.zeros((warps, 4 * per * len(b), 8), np.float32)
+        for matrix, registers in ((A, a), (B, b)):
+            for i, x in enumerate(registers):
+                for h, part in enumerate(
+                    [(x & np.uint32(0xFFFFE000)).view(np.float32)] if per == 1 else halves(x, kind)
+                ):
                     k = per * MEMBER + h + 4 * per * (i // 2 if matrix is A else i)
                     index = (GROUP + 8 * (i % 2), k) if matrix is A else (k, GROUP)
-                    matrix[:, index[0], index[1]] = part.reshape(warps, 32)
-        C = np.stack(sums, 1).reshape(warps, 32, 4)
+                    matrix[:, index[0], index[1]] = _warps(part)
         product = A @ B
-        at = [(GROUP + 8 * (i // 2), 2 * MEMBER + i % 2) for i in range(4)]
-        return [(C[:, :, i] + product[:, row, column]).reshape(-1) for i, (row, column) in enumerate(at)]
+        return [x + product[:, GROUP + 8 * (i // 2), 2 * MEMBER + i % 2].ravel() for i, x in enumerate(c)]
+
+
+def _warps(x: Any) -> Any:
+    return x.reshape(-1, 32)

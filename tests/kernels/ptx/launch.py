@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 import struct
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,93 +18,83 @@ from typing import Any
 import numpy as np
 import torch
 
+import minem.kernels
 from tests.kernels.ptx.cta import Cta, Kernel
-from tests.kernels.ptx.memory import Clock, Memory
-
-OPERATIONS = ("attention", "cross_entropy", "gating", "norm", "rope", "sampling")
+from tests.kernels.ptx.memory import Memory, Region
 
 
 @dataclass
 class Launch:
-    """What one launch did. instructions: PTX instructions times the warps that executed them, over all CTAs."""
+    """What one launch did. warp_instructions: PTX instructions times the warps that executed them, over its CTAs."""
 
     kernel: str
-    ctas: int = 0
-    idle_ctas: int = 0  # stored nothing
-    instructions: int = 0
-    bytes_read: int = 0  # an address that several threads read in one instruction counts once
+    variant: str  # hash of the compilation
+    ctas: int
+    idle_ctas: int = 0  # wrote nothing to global memory
+    warp_instructions: int = 0
+    bytes_read: int = 0
     bytes_written: int = 0
 
 
-@dataclass
-class Launches:
-    each: list[Launch] = field(default_factory=list)
-    variants: Counter[str] = field(default_factory=Counter)  # launches by kernel and hash of the compilation
-    only: Any = None  # (place of a CTA in the grid) -> whether to run it
-
-
-LAUNCHES = Launches()
+LAUNCHES: list[Launch] = []
+EVERY: dict[str, int] = {}  # of these kernels only every n-th CTA is run, and counts for n
 
 
 def install(target: str) -> None:
-    """Let every Triton kernel run on its PTX from now on. TRITON_INTERPRET must not have been set when it was made."""
+    """Let every Triton kernel run on its PTX for the target. TRITON_INTERPRET must not be set before; afterwards it is,
+    which lets the kernels take CPU tensors."""
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
 
-    for name in OPERATIONS:
-        importlib.import_module(f"minem.kernels.{name}")
+    for module in pkgutil.iter_modules(minem.kernels.__path__):
+        importlib.import_module(f"minem.kernels.{module.name}")
     gpu = triton.backends.compiler.GPUTarget("cuda", int(target[3:]), 32)
     current = {"target": lambda: gpu, "device": lambda: 0, "stream": lambda device: 0}
     triton.runtime.driver.set_active(SimpleNamespace(**{f"get_current_{name}": get for name, get in current.items()}))
     CUDABackend.make_cubin = lambda *_: b""  # so these compilations need a cache of their own
     triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / "ptx")
-    compile_only, kernels = JITFunction.run, {}
+    compile_only = JITFunction.run
+    kernels: dict[str, Kernel] = {}
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
-        if compiled.hash not in kernels:
-            kernels[compiled.hash] = Kernel(compiled.asm["ptx"])
+        kernel = kernels.get(compiled.hash) or kernels.setdefault(compiled.hash, Kernel(compiled.asm["ptx"]))
         named = dict(zip((p.name for p in self.params), args, strict=False)) | options
-        values = [named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"]
-        names = [name for name, kind in compiled.src.signature.items() if kind != "constexpr"]
-        size = grid({**named}) if callable(grid) else grid
-        launch(kernels[compiled.hash], dict(zip(names, values, strict=True)), tuple(size), compiled.metadata.shared)
-        LAUNCHES.variants[f"{self.fn.__name__} {compiled.hash}"] += 1
+        values = {name: named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"}
+        size = grid(named) if callable(grid) else grid
+        done = launch(kernel, values, tuple(size), compiled.metadata.shared)
+        done.variant = compiled.hash
+        LAUNCHES.append(done)
         return compiled
 
     JITFunction.run = run
-    os.environ["TRITON_INTERPRET"] = "1"  # what lets backend="triton" take a tensor on the CPU
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN and the largest integer
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty: NaN and the largest integer
 
 
-def launch(kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], shared_bytes: int) -> Launch:
+def launch(kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], shared_bytes: int = 0) -> Launch:
     """Run all CTAs of a launch, one after the other."""
     grid = (*grid, 1, 1)[:3]
-    tensors = {name: _span(x) for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel()}
-    memory, clock = Memory(tensors), Clock()
-    numbers = [_number(x) for x in arguments.values()]
-    parameters = kernel.program.parameters
-    numbers += [0] * (len(parameters) - len(numbers))  # scratch memory that these kernels do not ask for
-    about = {name: number for (_, name), number in zip(parameters, numbers, strict=True)}
-    done = Launch(kernel.program.name)
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel()}
+    memory = Memory([Region(name, *_span(x)) for name, x in tensors.items()])
+    numbers = [_number(x) for x in arguments.values()] + [0, 0]  # and Triton's scratch memory, which is not asked for
+    parameters = dict(zip(kernel.program.parameters, numbers, strict=False))
     places = [place[::-1] for place in np.ndindex(*grid[::-1])]
+    done, every = Launch(kernel.program.name, "", len(places)), EVERY.get(kernel.program.name, 1)
     with np.errstate(all="ignore"):
-        for place in places if kernel.launches % 2 == 0 else places[::-1]:
-            if LAUNCHES.only is None or LAUNCHES.only(place):
-                cta = Cta(kernel, memory, clock, about, place, grid, shared_bytes)
-                cta.run()
-                done.ctas += 1
-                done.idle_ctas += cta.stores == 0
-                done.instructions += cta.instructions
+        for place in places[:: every * (-1 if kernel.launches % 2 else 1)]:
+            cta = Cta(kernel, memory, parameters, place, grid, shared_bytes)
+            cta.run()
+            done.idle_ctas += every * (cta.stores == 0)
+            done.warp_instructions += every * cta.instructions
     kernel.launches += 1
-    done.bytes_read, done.bytes_written = memory.bytes_read, memory.bytes_written
-    LAUNCHES.each.append(done)
+    done.bytes_read, done.bytes_written = every * memory.bytes_read, every * memory.bytes_written
     return done
 
 
 def _span(x: torch.Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and of the one after its last: what lies between belongs to it or its base."""
+    """The addresses of a tensor's first byte and of the one after its last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 

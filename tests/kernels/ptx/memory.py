@@ -1,19 +1,22 @@
-"""Memory as the threads of a CTA see it: every access is inside a tensor, aligned, and in order with the others.
+"""Memory as threads see it: every access must be inside a tensor, aligned, and ordered against the other threads'.
 
-A GPU promises nothing about the order in which two threads touch memory, but for a barrier: what threads did before
-it, all threads see after it. Two accesses of different threads to one byte, one of them a write and no barrier between
-them, are a race: the result depends on luck. So each byte remembers when it was last written and read, and by whom, as
-one number: time * 2048 + thread. A barrier makes all earlier times harmless.
+A GPU promises nothing about the order in which two threads reach memory, but for a barrier: what was done before it,
+all threads of the CTA see after it. Two accesses of different threads to one byte, one of them a write and no barrier
+between them, are a *race*: the result is a matter of luck. So each byte remembers when and by whom it was last written
+and read, as one number, time * 2048 + thread. A barrier makes all earlier times harmless. In global memory the warp is
+what counts, whose lanes execute an instruction together; in shared memory Triton itself asks for order among them.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 ATOMIC, SEVERAL = 2046, 2047  # in the place of a thread; atomic accesses do not race with each other
+SHARED = "shared memory"  # the name of its region
 WATCHED = 1 << 22  # bytes; in larger tensors races are not looked for
 
 
@@ -24,130 +27,103 @@ class PtxError(Exception):
 class Region:
     """Bytes from `start` to `stop`: of a tensor, at their real address, or of shared memory, from 0."""
 
-    def __init__(self, name: str, start: int, stop: int, shared: bool = False):
-        self.name, self.start, self.stop, self.shared = name, start, stop, shared
-        self.base = start & ~15  # accesses of 16 bytes are aligned: this makes each one item of an array
-        length = (stop - self.base + 15) & ~15
-        if shared:
-            self.bytes = np.full(length, 0xCD, np.uint8)
-        else:
-            self.bytes = np.frombuffer((ctypes.c_uint8 * length).from_address(self.base), np.uint8)
-        watched = shared or length <= WATCHED
-        self.written, self.read = (np.zeros(length if watched else 0, np.int64) for _ in range(2))
-
-    def _places(self, address: Any, size: int) -> Any:
-        if (address & np.uint64(size - 1)).any():
-            raise PtxError(f"an access of {size} bytes is not aligned")
-        low, high = int(address.min()), int(address.max()) + size
-        if low < self.start or high > self.stop:
-            raise PtxError(f"bytes {low - self.start} to {high - self.start} of {self.name}, which has "
-                           f"{self.stop - self.start}")  # fmt: skip
-        return (address - np.uint64(self.base)).astype(np.int64) // size
-
-    def load(self, address: Any, size: int, threads: Any, clock: Clock) -> Any:
-        """The `size` bytes at each address: an array of items of that size."""
-        at = self._places(address, size)
-        if len(self.read):
-            written, read = self.written.reshape(-1, size), self.read.reshape(-1, size)
-            last = written[at]
-            if self.shared and not last.all():
-                raise PtxError("shared memory is read that nobody wrote, or that a cp.async not waited for will write")
-            mine = clock.stamp(threads)[:, None]
-            clock.race(last, mine, "read what another thread wrote")
-            read[at] = np.where(clock.unordered(read[at], mine), mine | SEVERAL, mine)
-            shared = (read[at] != mine).any(1)  # by several threads in this very instruction
-            read[at[shared]] |= SEVERAL
-        return self.bytes.view(f"V{size}")[at]
-
-    def store(self, address: Any, values: Any, threads: Any, clock: Clock) -> None:
-        """values: items of the size that is written at each address."""
-        size = values.dtype.itemsize
-        at = self._places(address, size)
-        items = self.bytes.view(f"V{size}")
-        if len(self.read):
-            written, read = self.written.reshape(-1, size), self.read.reshape(-1, size)
-            mine = clock.stamp(threads)[:, None]
-            clock.race(written[at], mine, "write what another thread wrote")
-            clock.race(read[at], mine, "write what another thread read")
-            written[at] = mine
-        items[at] = values
-        if (items[at] != values).any():
-            raise PtxError("race: two threads write different values to one address in one instruction")
-
-    def atomic(self, address: Any, size: int, threads: Any, clock: Clock) -> tuple[Any, Any]:
-        """The memory as numbers of that size, and the place of each address in it: the caller reads and writes it."""
-        at = self._places(address, size)
-        if len(self.read):
-            mine = clock.stamp(threads)[:, None]
-            for before in (self.written.reshape(-1, size), self.read.reshape(-1, size)):
-                clock.race(before[at], mine, "change atomically what another thread used", ATOMIC)
-            self.written.reshape(-1, size)[at] = clock.stamp(ATOMIC)
-        return self.bytes.view(f"u{size}"), at
-
-    def forget(self, address: Any, size: int) -> None:
-        """These bytes are written later, by a cp.async: until then they hold nothing."""
-        at = self._places(address, size)
-        self.bytes.view(f"V{size}")[at] = np.full(size, 0xCD, np.uint8).view(f"V{size}")
-        self.written.reshape(-1, size)[at] = 0
-
-
-class Clock:
-    """Time in memory accesses of the whole launch, and the time of the last barrier."""
-
-    def __init__(self) -> None:
-        self.now = self.barrier = 0
-
-    def tick(self) -> None:
-        self.now += 1
-
-    def sync(self) -> None:
-        self.barrier = (self.now << 11) | SEVERAL
-
-    def stamp(self, threads: Any) -> Any:
-        return threads | (self.now << 11)
-
-    def unordered(self, before: Any, mine: Any, allowed: int | None = None) -> Any:
-        """Where an access since the last barrier was another thread's."""
-        who = before & SEVERAL
-        other = (before > self.barrier) & (who != (mine & SEVERAL))
-        return other if allowed is None else other & (who != allowed)
-
-    def race(self, before: Any, mine: Any, what: str, allowed: int | None = None) -> None:
-        bad = self.unordered(before, mine, allowed)
-        if bad.any():
-            lane, byte = np.argwhere(bad)[0]
-            who = int(before[lane, byte]) & SEVERAL
-            other = {SEVERAL: "several threads", ATOMIC: "an atomic access"}.get(who, f"thread {who}")
-            raise PtxError(
-                f"race: thread {int(mine[lane, 0]) & SEVERAL} would {what} ({other}), and no barrier is between"
-            )
+    def __init__(self, name: str, start: int, stop: int):
+        self.name, self.start, self.stop, self.base = name, start, stop, start & ~15
+        length = (stop - self.base + 15) & ~15  # whole items of 16 bytes, the largest access
+        real = name != SHARED
+        self.bytes = np.frombuffer(
+            (ctypes.c_uint8 * length).from_address(self.base) if real else bytearray(length), "u1"
+        )
+        self.written, self.read = (np.zeros(length if length <= WATCHED else 0, np.int64) for _ in range(2))
 
 
 class Memory:
-    """Global memory: the tensors of one launch, and the bytes that went to and fro."""
+    """The tensors of a launch, or the shared memory of a CTA."""
 
-    def __init__(self, tensors: dict[str, tuple[int, int]]):
-        """tensors: for each name the addresses of its first byte and of the one after its last."""
-        self.regions = [Region(name, *span) for name, span in tensors.items()]
-        self.bytes_read = self.bytes_written = 0
+    def __init__(self, regions: list[Region]):
+        self.regions, self.now, self.barrier = regions, 0, 0
+        self.bytes_read = self.bytes_written = 0  # an address that several threads name in one instruction counts once
 
-    def find(self, address: Any, size: int) -> Region:
-        low, high = int(address.min()), int(address.max()) + size
-        for region in self.regions:
-            if region.start <= low and high <= region.stop:
-                return region
-        near = min(self.regions, key=lambda r: max(r.start - low, high - r.stop), default=None)
-        if near is None:
-            raise PtxError("the kernel has no tensors")
-        return near  # which refuses it and says so
+    def sync(self) -> None:
+        """A barrier: everything up to now is in order with everything from now on."""
+        self.barrier = (self.now << 11) | SEVERAL
 
-    def parts(self, address: Any, size: int) -> list[tuple[Region, Any]]:
-        """(tensor, lanes that point into it); nearly always one."""
-        region = self.find(address, size)
-        if len(address) == 1 or (region.start <= int(address.min()) and int(address.max()) + size <= region.stop):
-            return [(region, slice(None))]
-        lanes: dict[int, tuple[Region, list[int]]] = {}
-        for lane in range(len(address)):
-            region = self.find(address[lane : lane + 1], size)
-            lanes.setdefault(id(region), (region, []))[1].append(lane)
-        return list(lanes.values())
+    def load(self, address: Any, size: int, threads: Any) -> Any:
+        """The `size` bytes at each thread's address, as items of that size."""
+        items = np.empty(len(address), f"V{size}")
+        for region, lanes, at in self._parts(address, size):
+            self._note(region, at, size, threads[lanes], reads=True)
+            items[lanes] = region.bytes.view(items.dtype)[at]
+        self.bytes_read += size * len(np.unique(address))
+        return items
+
+    def store(self, address: Any, items: Any, threads: Any) -> None:
+        for region, lanes, at in self._parts(address, items.itemsize):
+            self._note(region, at, items.itemsize, threads[lanes], writes=True)
+            there = region.bytes.view(items.dtype)
+            there[at] = items[lanes]
+            if (there[at] != items[lanes]).any():
+                raise PtxError("race: two threads write different values to one address in one instruction")
+        self.bytes_written += items.itemsize * len(np.unique(address))
+
+    def atomic(self, address: Any, kind: Any, change: Any) -> None:
+        """One thread after the other: change(thread, number at its address) is the new number there."""
+        size = np.dtype(kind).itemsize
+        for region, lanes, at in self._parts(address, size):
+            self._note(region, at, size, np.full(len(lanes), ATOMIC), reads=True, writes=True)
+            numbers = region.bytes.view(kind)
+            for lane, place in zip(lanes.tolist(), at.tolist(), strict=True):
+                numbers[place] = change(lane, numbers[place])
+        self.bytes_read += size * len(np.unique(address))
+        self.bytes_written += size * len(np.unique(address))
+
+    def forget(self, address: Any, size: int) -> None:
+        """Until a cp.async arrives nobody knows what is in its place."""
+        for region, _, at in self._parts(address, size):
+            region.written.reshape(-1, size)[at] = 0
+
+    def _parts(self, address: Any, size: int) -> Iterator[tuple[Region, Any, Any]]:
+        """(region, lanes whose address is in it, the address as a number of items); nearly always just one."""
+        self.now += 1
+        if (address & np.uint64(size - 1)).any():
+            raise PtxError(f"an access of {size} bytes is not aligned")
+        lanes, ends = np.arange(len(address)), address + np.uint64(size)
+        while len(lanes):
+            first = int(address[lanes[0]])
+            region = next((r for r in self.regions if r.start <= first and first + size <= r.stop), None)
+            if region is None:
+                near = min(
+                    self.regions, key=lambda r: max(r.start - first, first - r.stop), default=Region("nothing", 0, 0)
+                )
+                raise PtxError(f"byte {first - near.start} of {near.name}, which has {near.stop - near.start}")
+            inside = (address[lanes] >= region.start) & (ends[lanes] <= region.stop)
+            yield region, lanes[inside], (address[lanes[inside]] - np.uint64(region.base)).astype(np.int64) // size
+            lanes = lanes[~inside]
+
+    def _note(self, region: Region, at: Any, size: int, who: Any, reads: bool = False, writes: bool = False) -> None:
+        """Remember an access, and refuse it if it races with another since the last barrier."""
+        if not len(region.written):
+            return
+        who = who if region.name == SHARED or who[0] == ATOMIC else who // 32
+        written, read = region.written.reshape(-1, size), region.read.reshape(-1, size)
+        mine = (who | self.now << 11)[:, None]
+        before = written[at]
+        if reads and region.name == SHARED and not before.all():
+            raise PtxError("shared memory is read that nobody wrote, or that a cp.async not yet waited for will write")
+        for what, last in (("wrote", before), ("read", read[at]))[: 2 if writes else 1]:
+            recent = last > self.barrier
+            if recent.any() and (bad := recent & (last & SEVERAL != who[:, None])).any():
+                lane, byte = np.argwhere(bad)[0]
+                one = "thread" if region.name == SHARED else "warp"
+                raise PtxError(
+                    f"race: {one} {who[lane]} uses what {one} {last[lane, byte] & SEVERAL} {what}, no barrier"
+                )
+        if writes:
+            written[at] = mine
+        else:
+            last = read[at]
+            recent = last > self.barrier
+            read[at] = (
+                np.where(recent & (last & SEVERAL != who[:, None]), mine | SEVERAL, mine) if recent.any() else mine
+            )
+            read[at[(read[at] & SEVERAL != who[:, None]).any(1)]] |= SEVERAL  # several threads in this very instruction

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
+JUMPS = ("bra", "ret", "exit")
+
 
 class Instruction(NamedTuple):
     """guard: the predicate register that decides whether a thread takes part, or ""; unless: it must be false."""
@@ -21,56 +23,43 @@ class Instruction(NamedTuple):
     text: str
 
 
-class Program(NamedTuple):
-    """One kernel. blocks: in the order of the text; labels: the block that each begins."""
+class Program:
+    """One kernel: its parameters, its threads, the types of its registers, its blocks in the order of the text."""
 
-    name: str
-    parameters: list[tuple[str, str]]  # (type, name)
-    threads: int
-    registers: dict[str, str]  # prefix of the register's name, as %rd: its type
-    blocks: list[list[Instruction]]
-    labels: dict[str, int]
+    def __init__(self, ptx: str):
+        head, body = ptx[ptx.index(".entry") :].split("\n{", 1)
+        self.name = head.split()[1].rstrip("(")
+        self.parameters: list[str] = re.findall(r"\w+_param_\d+", head)
+        self.threads = int(head.split(".reqntid")[1].split()[0].rstrip(","))
+        self.registers: dict[str, str] = {}  # by the prefix of their names: {"%rd": "b64"}
+        self.blocks: list[list[Instruction]] = [[]]
+        self.labels: dict[str, int] = {}  # the block that each begins
+        body = re.sub(r"//[^\n]*", "", body.split("// -- End function")[0])
+        body = re.sub(r"^\s*\.(loc|file|section|pragma)\b[^\n]*", "", body, flags=re.M)
+        targets = set(re.findall(r"\bbra(?:\.uni)?\s+([\w$]+)", body))
+        for statement in body.split(";"):
+            text = statement.lstrip("{} \t\n").rstrip()  # braces around statements are a scope of names
+            while label := re.match(r"([\w$]+):[\s{}]*", text):
+                text = text[label.end() :]
+                if label[1] in targets:
+                    self._begin_block()
+                    self.labels[label[1]] = len(self.blocks) - 1
+            if text.startswith(".reg"):
+                _, kind, names = text.split(None, 2)
+                self.registers |= {name.strip().split("<")[0]: kind[1:] for name in names.split(",")}
+            elif text:
+                self.blocks[-1].append(_instruction(" ".join(text.split())))
+                if self.blocks[-1][-1].op[0] in JUMPS:
+                    self._begin_block()
 
-
-def parse(ptx: str) -> Program:
-    head, body = ptx[ptx.index(".entry") :].split("\n{", 1)
-    body = body[:found] if (found := body.find("// -- End function")) >= 0 else body
-    body = re.sub(r"//[^\n]*", "", body)
-    body = re.sub(r"^\s*\.(loc|file|section|pragma)\b[^\n]*", "", body, flags=re.M)
-    targets = set(re.findall(r"\bbra(?:\.uni)?\s+([\w$]+)", body))
-    registers: dict[str, str] = {}
-    blocks: list[list[Instruction]] = [[]]
-    labels: dict[str, int] = {}
-    for statement in body.split(";"):
-        text = statement.strip().lstrip("{} \t\n")  # braces around a statement open and close a scope of names
-        while label := re.match(r"([\w$]+):\s*", text):
-            text = text[label.end() :].lstrip("{} \t\n")
-            if label[1] in targets:
-                if blocks[-1]:
-                    blocks.append([])
-                labels[label[1]] = len(blocks) - 1
-        if text.startswith(".reg"):
-            _, kind, names = text.split(None, 2)
-            registers |= {name.strip().split("<")[0]: kind[1:] for name in names.split(",")}
-        elif text:
-            blocks[-1].append(_instruction(" ".join(text.split())))
-            if blocks[-1][-1].op[0] in ("bra", "ret", "exit"):
-                blocks.append([])
-    return Program(
-        re.search(r"\.entry\s+(\w+)", head)[1],  # type: ignore[index]
-        re.findall(r"\.param\s+\.(\w+)[^,\n]*?(\w+_param_\d+)", head),
-        int(re.search(r"\.reqntid\s+(\d+)", head)[1]),  # type: ignore[index]
-        registers,
-        blocks,
-        labels,
-    )
+    def _begin_block(self) -> None:
+        if self.blocks[-1]:
+            self.blocks.append([])
 
 
 def _instruction(text: str) -> Instruction:
-    guard, unless, rest = re.match(r"(?:@(!)?(%\w+)\s+)?(.*)", text).group(2, 1, 3)  # type: ignore[union-attr]
-    op, _, operands = rest.partition(" ")
-    arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", operands)
-    return Instruction(guard or "", bool(unless), op.split("."), arguments, text)
+    unless, guard, op, operands = re.fullmatch(r"(?:@(!)?(%\w+) )?(\S+) ?(.*)", text).groups()  # type: ignore[union-attr]
+    return Instruction(guard or "", bool(unless), op.split("."), re.findall(r"[{[][^]}]*[]}]|[^\s,]+", operands), text)
 
 
 def members(argument: str) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ import minem
 from minem import Request, SamplingParams
 from minem.device import out_of_memory
 from minem.errors import Interrupted, UserError
-from minem.generation.engine import Engine, _bucket
-from minem.generation.kv_cache import PackedAttention
+from minem.generation.engine import Engine, _bucket, record
+from minem.generation.kv_cache import Decode, Groups, KVCache, PackedAttention
+from minem.kernels import attention
 from tests.minem.generation.draws import (
     GREEDY,
     POSITION,
@@ -59,6 +62,25 @@ def test_graphs_come_in_few_sizes_that_fit():
         assert all(n <= size <= slots for n, size in enumerate(sizes, start=1))
         assert all(size <= 1.25 * n + 8 for n, size in enumerate(sizes, start=1))
         assert len(set(sizes)) <= 30
+
+
+def test_nearly_all_programs_of_the_attention_have_work(monkeypatch):
+    """Qwen2.5-3B's heads, 256 sequences, eight of each prompt, 256 + 256 positions in use of 512 + 1,024; and 250."""
+    monkeypatch.setattr(attention, "pick", lambda backend, tensor: "triton")
+    heads = SimpleNamespace(num_attention_heads=16, num_key_value_heads=2, head_dim=128, num_hidden_layers=1)
+    cache = KVCache(heads, 256, 512, 1024, torch.device("cpu"), torch.bfloat16)
+    cache.prefix_lengths[:32] = 256
+    for used in (256, 250):
+        groups = Groups.fixed(cache, 256, list(range(used)), [slot // 8 for slot in range(used)])
+        drawn = torch.full((256,), 255).masked_fill_(groups.slots == 256, 0)
+        work = Decode(cache, groups, drawn, (cache.prefix, cache.suffix), (0, 0)).work
+        assert work.number == used // 2 + 256  # of two siblings each, then of one sequence
+        programs = attention.programs(work, 2)
+        assert sum(program < 2 * work.number for program in range(programs)) >= 0.85 * programs
+        pieces = work.pieces[: work.number]
+        assert pieces[:, 3].sub(pieces[:, 2]).sum() == 256 * (used // 2 + used) + 256 - used
+        assert work.parts[:used].eq(torch.tensor([1, 2])).all()
+        assert work.parts[used:].eq(torch.tensor([0, 1])).all()
 
 
 def test_crowded_prompts_draw_the_same(loaded):
@@ -156,6 +178,44 @@ def test_an_exception_drops_all_requests_and_the_generator_can_be_used_again(loa
         assert generator.idle_slots == 1
         assert generator.step() == []
         assert_same_draws(expected, generator.generate(asked, GREEDY))
+
+
+def test_a_capture_that_runs_out_of_memory_says_so_and_leaves_no_graph(loaded, monkeypatch):
+    """Such a capture may fail to end as well, in words that are not about memory."""
+
+    class Capture:
+        def __enter__(self):
+            self.entered = True
+
+        def __exit__(self, *raised):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    calls = itertools.count()
+
+    def function():
+        if next(calls) == 1:  # not the first time, which warms up
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        return torch.zeros(1)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stand_in in (
+        ("current_stream", lambda: stream),
+        ("stream", lambda stream: contextlib.nullcontext()),
+        ("CUDAGraph", SimpleNamespace),
+        ("graph", lambda graph, pool, stream: Capture()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        record(function, None, stream)
+    assert out_of_memory(caught.value)
+    generator = minem.Generator(*loaded, slots=2)
+    engine = generator._make_room()
+    engine.graphs, engine._pool, engine._stream = {}, None, stream
+    monkeypatch.setattr(Engine, "_decode", lambda *_: function())
+    calls = itertools.count()
+    with pytest.raises(Interrupted, match="out of memory while drawing in 2 slots"):
+        generator.generate(prompts([5]), GREEDY)
+    assert engine.graphs == {}
 
 
 def test_released_memory_is_taken_again(loaded):

@@ -39,9 +39,9 @@ class Recorded(PackedAttention):
         super().__init__([length], "cpu")
         self.seen = []
 
-    def __call__(self, layer, q, k, v):
+    def packed(self, q, k, v):
         self.seen.append((k, v))
-        return super().__call__(layer, q, k, v)
+        return super().packed(q, k, v)
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-head-dim", "llama-llama3", "llama-linear", "qwen2-yarn", "qwen3"])
@@ -59,7 +59,7 @@ def test_keys_and_values_are_those_of_a_whole_forward_pass(tmp_path, monkeypatch
     for prompt, row in rows.items():
         n = len(prompt) - 1
         attend = Recorded(n + 1)
-        model.hidden(torch.tensor(prompt), torch.arange(n + 1), attend)
+        model.hidden(torch.tensor(prompt), model.rotation(torch.arange(n + 1)), attend)
         for cache in (together.cache, later.cache):
             assert cache.prefix_lengths[row] == n
             for layer, (k, v) in enumerate(attend.seen):

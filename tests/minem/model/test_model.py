@@ -64,7 +64,7 @@ def test_packed_attention_and_its_gradients_equal_the_definition(sequences, grou
     lengths, starts = zip(*sequences, strict=True)
     q, k, v, grad = heads(lengths, starts=starts, groups=groups)
     attention = PackedAttention(lengths, "cpu", starts)
-    got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
+    got = outputs_and_gradients(lambda *qkv: attention.packed(*qkv), q, k, v, grad)
     expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths, starts), q, k, v, grad)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
@@ -74,10 +74,10 @@ def test_packed_attention_and_its_gradients_equal_the_definition(sequences, grou
 @given(st.lists(st.integers(1, 300), min_size=2, max_size=6))
 def test_a_sequence_is_attended_to_the_bit_as_if_alone(lengths):
     q, k, v, _ = heads(lengths, dtype=torch.float32)
-    together = PackedAttention(lengths, "cpu")(0, q, k, v).split(lengths)
+    together = PackedAttention(lengths, "cpu").packed(q, k, v).split(lengths)
     each = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
     for length, one, qkv in zip(lengths, together, each, strict=True):
-        assert torch.equal(one, PackedAttention([length], "cpu")(0, *qkv))
+        assert torch.equal(one, PackedAttention([length], "cpu").packed(*qkv))
 
 
 def fake_varlen(seen):
@@ -137,12 +137,12 @@ def test_both_signatures_of_varlen_attention_get_their_arguments(fresh, monkeypa
     monkeypatch.setattr(minem.model.decoder, "takes_varlen", lambda q: True)
     q, k, v, grad = heads(LENGTHS, starts=starts, groups=groups)
     attention = PackedAttention(LENGTHS, "cpu", starts)
-    got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
-    attention(1, q, k, v)
+    got = outputs_and_gradients(lambda *qkv: attention.packed(*qkv), q, k, v, grad)
+    attention.packed(q, k, v)
     assert len(seen) == 2
     assert seen[0] is seen[1]  # uploaded once, not once a layer
     monkeypatch.undo()
-    expected = outputs_and_gradients(lambda *qkv: PackedAttention(LENGTHS, "cpu", starts)(0, *qkv), q, k, v, grad)
+    expected = outputs_and_gradients(lambda *qkv: PackedAttention(LENGTHS, "cpu", starts).packed(*qkv), q, k, v, grad)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
@@ -160,7 +160,16 @@ def test_without_the_kernel_the_exact_path_is_taken(monkeypatch):
         assert minem.model.decoder.takes_varlen(on_gpu) == built
     q, k, v, _ = heads(LENGTHS)
     assert not minem.model.decoder.takes_varlen(q)
-    torch.testing.assert_close(PackedAttention(LENGTHS, "cpu")(0, q, k, v), defined(q, k, v, LENGTHS))
+    torch.testing.assert_close(PackedAttention(LENGTHS, "cpu").packed(q, k, v), defined(q, k, v, LENGTHS))
+
+
+@pytest.mark.gpu
+def test_grouped_attention_in_float32_never_holds_all_scores():
+    q, k, v, _ = heads([4096], groups=(16, 2), channels=64, dtype=torch.float32, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    PackedAttention([4096], "cuda").packed(q, k, v)
+    assert torch.cuda.max_memory_allocated() - before < 16 * 4096 * 4096 * 4 / 4
 
 
 @pytest.mark.gpu
@@ -174,12 +183,12 @@ def test_the_flash_kernel_against_the_exact_path(groups, channels, dtype, starts
     q, k, v, grad = heads(lengths, starts=starts, groups=groups, channels=channels, dtype=dtype, device="cuda")
     attention = PackedAttention(lengths, "cuda", starts)
     assert minem.model.decoder.takes_varlen(q)
-    got = outputs_and_gradients(lambda *qkv: attention(0, *qkv), q, k, v, grad)
+    got = outputs_and_gradients(lambda *qkv: attention.packed(*qkv), q, k, v, grad)
 
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     assert not minem.model.decoder.takes_varlen(exact[0])
     expected = outputs_and_gradients(lambda *qkv: defined(*qkv, lengths, starts), *exact, grad.double())
-    ours = outputs_and_gradients(lambda *qkv: attention(0, *qkv), *exact, grad.double())
+    ours = outputs_and_gradients(lambda *qkv: attention.packed(*qkv), *exact, grad.double())
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
