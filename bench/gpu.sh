@@ -1,24 +1,37 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU: the tests, then the benchmarks. One folder holds all output.
+# Everything that needs a GPU, in steps of less than eight minutes: first what is right, then what is fast.
 #
-#     bench/gpu.sh [FOLDER]                      # from the source tree, nothing installed; runs/gpu by default
-#     SHAPES=qwen2.5-3b LIMIT=300 bench/gpu.sh   # one shape, at most 300 seconds for each benchmark
+#     bench/gpu.sh                               # from the source tree, nothing installed; into runs/gpu
+#     bench/gpu.sh runs/gpu tests.kernels        # one step
+#     bench/gpu.sh runs/gpu kernels.sample generate.qwen2.5-3b
+#
+# Every row is written to STEP.txt when it is measured, so a step that is cut off has lost nothing; STEP.json is its end.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 out=${1:-runs/gpu}
+shift || true
 mkdir -p "$out"
-status=0
 
-python3 -m pytest -q tests/kernels tests/minem/model/test_model.py tests/minem/generation tests/minem/em/test_scoring.py \
-  -m "not slow" \
-  2>&1 | tee "$out/tests.txt" || status=1
-timeout "${LIMIT:-600}" python3 bench/kernels.py --json 2>"$out/kernels.txt" >"$out/kernels.json" || status=1
-for shape in ${SHAPES:-qwen2.5-3b llama-3.2-3b qwen2.5-0.5b llama-3.2-1b}; do
-  timeout "${LIMIT:-600}" python3 bench/generate.py --shape "$shape" --json \
-    2>"$out/generate.$shape.txt" >"$out/generate.$shape.json" || status=1
-  timeout "${LIMIT:-600}" python3 bench/train.py --shape "$shape" --profile --json \
-    2>"$out/train.$shape.txt" >"$out/train.$shape.json" || status=1
+steps=(tests.kernels tests.engine kernels.sample kernels.linear_cross_entropy kernels.decode_attention kernels.rows)
+for shape in qwen2.5-3b llama-3.2-3b qwen2.5-0.5b llama-3.2-1b; do
+  steps+=("generate.$shape" "train.$shape")
 done
-tail -n 40 "$out"/*.txt
+
+status=0
+for step in "${@:-${steps[@]}}"; do
+  part=${step#*.}
+  case $step in
+    tests.kernels) command=(pytest -q -m "not slow" tests/kernels) ;;
+    tests.engine) command=(pytest -q -m "not slow" tests/minem/model/test_model.py tests/minem/generation tests/minem/em/test_scoring.py) ;;
+    kernels.*) command=("bench/kernels.py" --only "$part" --no-compile --json) ;;
+    generate.*) command=("bench/generate.py" --shape "$part" --json) ;;
+    train.*) command=("bench/train.py" --shape "$part" --profile --json) ;;
+    *) echo "bench/gpu.sh: no step $step; the steps are ${steps[*]}" >&2 && exit 2 ;;
+  esac
+  [[ ${command[0]} == pytest ]] && command=(-m "${command[@]}")
+  echo "$step: python3 ${command[*]}"
+  timeout 470 python3 "${command[@]}" > "$out/$step.json" 2> >(tee "$out/$step.txt" >&2) || { status=1; echo "$step failed"; }
+  [[ $step == tests.* ]] && tail -n 15 "$out/$step.json"
+done
 exit $status

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from minem.kernels import decode_attention, linear_cross_entropy, rms_norm, rota
 
 TINY = Shape("tiny", 256, 8, 2, 32, 704, 16_384)  # for the CPU
 
+COMPILED = "torch.compile"
 PEERS = ("triton", "liger-kernel", "cut-cross-entropy", "flashinfer-python")  # their versions are recorded
 
 
@@ -50,7 +52,7 @@ class Case:
     def add_compiled(self, name: str) -> None:
         """Add torch.compile of one of the contestants (on a GPU; on a CPU it would need a C++ compiler)."""
         if torch.cuda.is_available():
-            self.contestants["torch.compile"] = torch.compile(self.contestants[name], dynamic=False)
+            self.contestants[COMPILED] = torch.compile(self.contestants[name], dynamic=False)
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ def loss_cases(on: Setting) -> Iterator[Case]:
             )
         case.contestants = {name: partial(backward, loss) for name, loss in losses.items()}
         if on.device == "cuda":
-            case.contestants["torch.compile"] = partial(backward, torch.compile(losses["PyTorch"], dynamic=False))
+            case.contestants[COMPILED] = partial(backward, torch.compile(losses["PyTorch"], dynamic=False))
         yield case
 
 
@@ -280,7 +282,7 @@ def row_case(
     case = Case(f"{operation}{', forward + backward' if leaves else ''}", shape, moved, 0, check)
     case.contestants = {"minem": partial(run, ours), "PyTorch": partial(run, theirs)}
     if on.device == "cuda":
-        case.contestants["torch.compile"] = partial(run, torch.compile(theirs, dynamic=False))
+        case.contestants[COMPILED] = partial(run, torch.compile(theirs, dynamic=False))
     return case
 
 
@@ -292,11 +294,13 @@ CASES = {
 }
 
 
-def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
+def measure(case: Case, bandwidth: float, rate: float, compiled: bool) -> dict[str, Any]:
     case.check()
     row: dict[str, Any] = {"operation": case.operation, "shape": case.shape}
     row["floor_s"] = case.bytes / bandwidth + case.operations / rate
     row["failed"] = {}
+    if not compiled:
+        case.contestants.pop(COMPILED, None)
     for name, contestant in case.contestants.items():
         try:
             contestant()
@@ -305,6 +309,7 @@ def measure(case: Case, bandwidth: float, rate: float) -> dict[str, Any]:
                 raise
             row["failed"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     row["seconds"] = medians({name: run for name, run in case.contestants.items() if name not in row["failed"]})
+    print(json.dumps(row), file=sys.stderr, flush=True)  # a run that is cut off has lost nothing
     return row
 
 
@@ -336,8 +341,9 @@ def table(rows: list[dict[str, Any]]) -> rich.table.Table:
 
 @click.command()
 @click.option("--only", type=click.Choice(list(CASES)), multiple=True, help="Measure only these; all by default.")
+@click.option("--compile/--no-compile", "compiled", default=True, help="Compile PyTorch's way, too: minutes on a GPU.")
 @click.option("--json", "as_json", is_flag=True, help="After the table, one JSON object on one line.")
-def main(only: tuple[str, ...], as_json: bool) -> None:
+def main(only: tuple[str, ...], compiled: bool, as_json: bool) -> None:
     """Time each kernel beside PyTorch and other libraries."""
     torch.manual_seed(time.time_ns() % 2**31)  # fresh inputs every time; the checks must hold on any
     on = GPU if torch.cuda.is_available() else CPU
@@ -352,7 +358,7 @@ def main(only: tuple[str, ...], as_json: bool) -> None:
     for name, fact in about.items():
         console.print(f"{name}: {fact}")
     console.print(f"ceilings measured here: {bandwidth / 1e9:,.0f} GB/s, {rate / 1e12:,.2f} TFLOP/s")
-    rows = [measure(case, bandwidth, rate) for name in only or CASES for case in CASES[name](on)]
+    rows = [measure(case, bandwidth, rate, compiled) for name in only or CASES for case in CASES[name](on)]
     console.print(table(rows))
     if as_json:
         print(json.dumps({**about, "bandwidth": bandwidth, "operations_per_s": rate, "rows": rows}))
