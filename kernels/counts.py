@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import click
@@ -31,14 +32,12 @@ def main(target: str, as_json: bool) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise click.UsageError("unset TRITON_INTERPRET: the interpreter compiles nothing")
     sys.path[:0] = [str(root), str(root / "bench")]
-    from tests.kernels import counting
-    from tests.kernels.ptx.launch import install
-
+    counting = import_module("tests.kernels.counting")
     launches = {
         shape.name: {batch: counting.launches_of_a_step(shape, batch).total() for batch in BATCHES}
         for shape in counting.SHAPES
     }
-    install(target)
+    import_module("tests.kernels.ptx.launch").install(target)
     cases = list(counting.cases())
     kernels = [counting.count(case) for case in cases]
     if as_json:
