@@ -132,23 +132,25 @@ def _loss_calls(shape: Shape, dtype: torch.dtype) -> Calls:
 
 
 def _sample_calls(shape: Shape, dtype: torch.dtype) -> Calls:
-    logits, floats, ints = _empty(256, shape.vocabulary, dtype=dtype), _empty(256, dtype=torch.float32), _empty(256)
-    draw = partial(sample, logits, floats, ints, floats, floats, ints, ints, backend="triton")
-    yield "", draw
-    yield "stop tokens", partial(draw, stop_ids=_empty(2), min_tokens=ints)
+    for rows, stops in ((256, 2), (1, 1)):  # a number that is 1 compiles to other code
+        logits, floats = _empty(rows, shape.vocabulary, dtype=dtype), _empty(rows, dtype=torch.float32)
+        ints = _empty(rows)
+        draw = partial(sample, logits, floats, ints, floats, floats, ints, ints, backend="triton")
+        yield f"B={rows}", draw
+        yield f"B={rows}, stop tokens: {stops}", partial(draw, stop_ids=_empty(stops), min_tokens=ints)
 
 
 def _attention_calls(shape: Shape, dtype: torch.dtype) -> Calls:
-    qkv, index = _empty(256, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype), _empty(256)
-    prefix, suffix = (_empty(257, shape.kv_heads, length, shape.head_dim, dtype=dtype) for length in (320, 1024))
-    siblings = _empty(256, max(1, ROWS * shape.kv_heads // shape.heads))
-    arguments = (qkv, prefix, prefix, _empty(257), siblings, index, suffix, suffix, index)
-    angle, norm = _empty(256, shape.head_dim // 2, dtype=dtype), _empty(shape.head_dim, dtype=dtype)
-    turn = {"heads": shape.heads, "cos": angle, "sin": angle}
-    attend = partial(decode_attention, *arguments, **turn, suffix_rows=index, backend="triton")
-    yield "", attend
-    yield "slots", partial(attend, prefix_rows=index)  # as the generator calls it
-    yield "slots norms", partial(attend, prefix_rows=index, q_norm=norm, k_norm=norm)
+    for rows, n in ((256, max(1, ROWS * shape.kv_heads // shape.heads)), (1, 1)):
+        qkv, index = _empty(rows, shape.heads + 2 * shape.kv_heads, shape.head_dim, dtype=dtype), _empty(rows)
+        prefix, suffix = (_empty(rows + 1, shape.kv_heads, n, shape.head_dim, dtype=dtype) for n in (320, 1024))
+        arguments = (qkv, prefix, prefix, _empty(rows + 1), _empty(rows, n), index, suffix, suffix, index)
+        angle, norm = _empty(rows, shape.head_dim // 2, dtype=dtype), _empty(shape.head_dim, dtype=dtype)
+        turn = {"heads": shape.heads, "cos": angle, "sin": angle}
+        attend = partial(decode_attention, *arguments, **turn, suffix_rows=index, backend="triton")
+        yield f"B={rows} n={n}", attend
+        yield f"B={rows} n={n} slots", partial(attend, prefix_rows=index)  # as the generator calls it
+        yield f"B={rows} n={n} slots norms", partial(attend, prefix_rows=index, q_norm=norm, k_norm=norm)
 
 
 def _norm_calls(shape: Shape, dtype: torch.dtype) -> Calls:

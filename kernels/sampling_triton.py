@@ -258,15 +258,14 @@ def _draw_kernel(
             masses = tl.load(blocks_ptr + 3 * of_kind + place, mask=inside, other=0.0)
             masses *= tl.exp((peaks - q_peak) / divisor)
         running = tl.cumsum(masses.to(tl.float64), 0)
-        q_total = tl.max(running, 0)
         token = _token(
             row_ptr, vocabulary, stop_ids_ptr, stops, seeds_ptr + row, positions_ptr + row, running, peaks == q_peak,
             q_peak, divisor, threshold, log_min_p, greedy, nothing,
         )  # fmt: skip
         z_token = tl.load(row_ptr + token).to(tl.float32)
         total = tl.where(nothing, 1.0, tl.load(numbers_ptr + TOTAL))
-        q_total = tl.where(greedy | nothing, 1.0, q_total)
-        proposal = tl.where(greedy, 0.0, (z_token - q_peak) / divisor - tl.log(q_total.to(tl.float32)))
+        q_total = tl.where(greedy | nothing, 1.0, tl.max(running, 0)).to(tl.float32)
+        proposal = tl.where(greedy, 0.0, (z_token - q_peak) / divisor - tl.log(q_total))
         tl.store(tokens_ptr + row, token)
         logprob = z_token - tl.load(numbers_ptr + PEAK) - tl.log(total)
         tl.store(logprobs_ptr + row, tl.where(nothing, -float("inf"), logprob))
