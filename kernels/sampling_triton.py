@@ -106,7 +106,7 @@ def _statistics_kernel(
     of_kind = tl.num_programs(1).to(tl.int64) * TILES * BLOCKS
     divisor, greedy = _divisor(temperature_ptr + row)
     stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
-    for part in range(0, BLOCKS, PART):
+    for part in range(0, _blocks(vocabulary), PART):
         block, column = _columns(part)
         z = tl.load(row_ptr + column, mask=column < vocabulary, other=-float("inf"))
         peaks, shifted = _shifted(z)
@@ -122,7 +122,7 @@ def _statistics_kernel(
 
     if _is_last(state_ptr + COUNTERS, TILES):
         place = tl.arange(0, PLACES)
-        inside = place < TILES * BLOCKS
+        inside = place < tl.cdiv(vocabulary, BLOCK)
         peak, total, _ = _row_statistics(blocks_ptr, of_kind, 1.0, place, inside)
         q_peak, q_total, q_peaks = _row_statistics(blocks_ptr + 2 * of_kind, of_kind, divisor, place, inside)
         goal, low, needed = _begin(
@@ -188,7 +188,7 @@ def _histogram_kernel(
         ones = tl.full((PART // 2 * BLOCK,), 1, bins_ptr.dtype.element_ty)
         stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
         peaks_ptr = blocks_ptr + (2 * tl.num_programs(1) + row) * TILES * BLOCKS
-        for part in range(0, BLOCKS, PART // 2):
+        for part in range(0, _blocks(vocabulary), PART // 2):
             block = tl.program_id(0) * BLOCKS + part
             peak = -float("inf")
             for i in tl.static_range(PART // 2):
@@ -239,7 +239,7 @@ def _draw_kernel(
     filtered = ((threshold > -float("inf")) | (log_min_p > -float("inf"))) & (greedy == 0)
     draws = tl.program_id(0) == 0
     if filtered:
-        for part in range(0, BLOCKS, PART):
+        for part in range(0, _blocks(vocabulary), PART):
             block, column = _columns(part)
             largest = tl.load(blocks_ptr + 2 * of_kind + block)
             read = _kept(largest, q_peak, divisor, threshold, log_min_p) > 0.0  # blocks that have something to keep
@@ -250,7 +250,7 @@ def _draw_kernel(
         draws = _is_last(state_ptr + COUNTERS + 5, TILES)
     if draws:
         place = tl.arange(0, PLACES)
-        inside = place < TILES * BLOCKS
+        inside = place < tl.cdiv(vocabulary, BLOCK)
         peaks = tl.load(blocks_ptr + 2 * of_kind + place, mask=inside, other=-float("inf"))
         if filtered:
             masses = tl.load(blocks_ptr + of_kind + place, mask=inside, other=0.0)
@@ -295,6 +295,12 @@ def _token(
     last = tl.max(tl.where(kept > 0.0, inner, 0), 0)  # where rounding left no hit
     first = tl.min(tl.where(z.to(tl.float32) == q_peak, inner, vocabulary - 1), 0)
     return tl.where(nothing, 0, tl.where(greedy, first, tl.minimum(hit, last)))
+
+
+@jit
+def _blocks(vocabulary):
+    """How many blocks of the row this program has: fewer at its end."""
+    return tl.minimum(tl.cdiv(vocabulary, BLOCK) - tl.program_id(0) * BLOCKS, BLOCKS)
 
 
 @jit

@@ -29,7 +29,8 @@ def compile_ahead(*arguments: str) -> str:
 
 def test_no_kernel_spills_at_the_shapes_of_two_models() -> None:
     rows = [Resources(*row) for row in eval(compile_ahead("-c", QUICK))]
-    forward = {"row_pass", "sample", "attention", "plan", "begin", "end", "norm_forward", "swiglu_forward", "rotary"}
+    forward = {"row_pass", "attention", "plan", "begin", "end", "norm_forward", "swiglu_forward", "rotary"}
+    forward |= {"statistics", "histogram", "draw"}
     assert {row.kernel for row in rows} == forward | {"norm_backward", "swiglu_backward"}
     for row in rows:
         assert row.spills == 0, row
