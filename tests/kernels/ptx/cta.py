@@ -1,241 +1,221 @@
-"""One CTA (a Triton program): its threads are lanes of numpy arrays, and all of them execute an instruction at once.
-
-Threads. A CTA of a kernel with num_warps=4 has 128 threads. 32 neighbours are a *warp*, for which a GPU issues one
-instruction. Where threads branch apart, those at the lowest place of the text go on, until all meet again.
-Barriers. `bar.sync` waits for all threads of the CTA. Here nobody has to wait, so what is left of it is order:
-memory.py refuses accesses that need a barrier between them and have none.
-Warps talk without memory: a *shuffle* hands each lane another lane's register, `redux` and `vote` combine 32 lanes, and
-an *mma* multiplies two small matrices whose elements are spread over the registers of the warp.
+"""One CTA: its threads are lanes of numpy arrays, and all of them execute an instruction at once. Accesses to memory
+must be inside a tensor, aligned, and ordered: each byte remembers when and by whom it was last written and read, as
+time * 2048 + thread, and a barrier makes all earlier times harmless. In global memory the warp is what counts.
 """
 
 from __future__ import annotations
 
-import linecache
-import traceback
+import ctypes
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from tests.kernels.ptx.memory import SHARED, Memory, PtxError, Region
-from tests.kernels.ptx.numbers import halves
-from tests.kernels.ptx.parse import JUMPS, Program
-from tests.kernels.ptx.translate import NAMES, SPECIAL, Translator
+from tests.kernels.ptx.kernel import Kernel, joined
 
-LANE = np.arange(32, dtype=np.uint32)
-GROUP, MEMBER = LANE // 4, LANE % 4  # as PTX's tables of fragments call them
-CHANGES = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
-           "xor": np.bitwise_xor, "exch": lambda old, new: new}  # fmt: skip
+ATOMIC, SEVERAL = 2046, 2047  # in the place of a thread; atomic accesses do not race with each other
+SHARED = "shared memory"  # the name of its region
+WATCHED = 1 << 22  # bytes; in larger tensors races are not looked for
+GROUP, MEMBER = np.divmod(np.arange(32), 4)  # as PTX's tables of fragments call them
+CHANGES: dict[str, Any] = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
+                           "or": np.bitwise_or, "xor": np.bitwise_xor, "exch": lambda old, new: new}  # fmt: skip
 
 
-class Kernel:
-    """A program whose blocks become functions when they are first reached."""
+class PtxError(Exception):
+    """The kernel did what a GPU would punish, or reward with garbage."""
 
-    def __init__(self, ptx: str):
-        self.program = Program(ptx)
-        self.translator = Translator(self.program)
-        self.functions: dict[tuple[int, bool], Any] = {}
-        self.launches = 0
 
-    def function(self, number: int, masked: bool) -> Any:
-        if (number, masked) not in self.functions:
-            source, names = self.translator.block(number, masked), dict(NAMES)
-            file = f"<{self.program.name} {id(self)} block {number} {masked}>"
-            linecache.cache[file] = (len(source), None, source.splitlines(True), file)  # for what a traceback shows
-            exec(compile(source, file, "exec"), names)
-            self.functions[number, masked] = names["block"]
-        return self.functions[number, masked]
+class Region:
+    """Bytes from `start` to `stop`: of a tensor, at their real address, or of shared memory, from 0."""
+
+    def __init__(self, name: str, start: int, stop: int):
+        self.name, self.start, self.stop, self.base = name, start, stop, start & ~15
+        length = (stop - self.base + 15) & ~15  # whole items of 16 bytes, the largest access
+        source = bytearray(length) if name == SHARED else (ctypes.c_uint8 * length).from_address(self.base)
+        self.bytes = np.frombuffer(source, "u1")
+        self.written, self.read = (np.zeros(length if length <= WATCHED else 0, np.int64) for _ in range(2))
+
+
+class Memory:
+    """The tensors of a launch, or the shared memory of a CTA."""
+
+    def __init__(self, regions: list[Region]):
+        self.regions, self.now, self.barrier = regions, 0, 0
+        self.bytes_read = self.bytes_written = 0  # an address that several threads name in one instruction counts once
+
+    def load(self, address: Any, size: int, threads: Any) -> Any:
+        """The `size` bytes at each thread's address, as items of that size."""
+        items = np.empty(len(address), f"V{size}")
+        for there, lanes, at in self.access(address, size, threads, "read"):
+            items[lanes] = there[at]
+        return items
+
+    def store(self, address: Any, items: Any, threads: Any) -> None:
+        for there, lanes, at in self.access(address, items.itemsize, threads, "write"):
+            there[at] = items[lanes]
+            if (there[at] != items[lanes]).any():
+                raise PtxError("race: two threads write different values to one address in one instruction")
+
+    def access(self, address: Any, size: int, threads: Any, how: str) -> Iterator[tuple[Any, Any, Any]]:
+        """Check and count an access; yield, nearly always once, the items of a tensor, which lanes name one of them,
+        and which they name. how: read, write, both, or neither, when a cp.async is under way to that place."""
+        self.now += 1
+        if (address & np.uint64(size - 1)).any():
+            raise PtxError(f"an access of {size} bytes is not aligned")
+        reads, writes, touched = "read" in how, "write" in how, size * len(np.unique(address))
+        self.bytes_read += touched * reads
+        self.bytes_written += touched * writes
+        lanes = np.arange(len(address))
+        while len(lanes):
+            first = int(address[lanes[0]])
+            region = next((r for r in self.regions if r.start <= first and first + size <= r.stop), None)
+            if region is None:
+                near = min(self.regions, key=lambda r: max(r.start - first, first - r.stop))
+                raise PtxError(f"byte {first - near.start} of {near.name}, which has {near.stop - near.start}")
+            inside = (address[lanes] >= region.start) & (address[lanes] <= region.stop - size)
+            at = (address[lanes[inside]] - np.uint64(region.base)).astype(np.int64) // size
+            if len(region.written):
+                self.note(region, at, size, threads[lanes[inside]], reads, writes)
+            yield region.bytes.view(f"V{size}"), lanes[inside], at
+            lanes = lanes[~inside]
+
+    def note(self, region: Region, at: Any, size: int, who: Any, reads: bool, writes: bool) -> None:
+        """Remember an access, and refuse it if it races with another since the last barrier."""
+        one = "thread" if region.name == SHARED else "warp"
+        who = (who if region.name == SHARED or who[0] == ATOMIC else who // 32)[:, None]
+        written, read = region.written.reshape(-1, size), region.read.reshape(-1, size)
+        before, mine = written[at], who | self.now << 11
+        if reads and region.name == SHARED and not before.all():
+            raise PtxError("shared memory is read that nobody wrote, or that a cp.async not yet waited for will write")
+        for what, last in (("wrote", before), ("read", read[at]))[: reads + 2 * writes]:
+            recent = last > self.barrier
+            if recent.any() and (bad := recent & (last & SEVERAL != who)).any():
+                lane, byte = np.argwhere(bad)[0]
+                raise PtxError(f"race: {one} {who[lane, 0]} uses what {last[lane, byte] & SEVERAL} {what}, no barrier")
+        if reads and not writes:
+            last = read[at]
+            read[at] = np.where((last > self.barrier) & (last & SEVERAL != who), mine | SEVERAL, mine)
+            read[at[(read[at] & SEVERAL != who).any(1)]] |= SEVERAL  # several threads in this very instruction
+        else:
+            written[at] = mine if writes else 0
 
 
 class Cta:
-    def __init__(self, kernel: Kernel, memory: Memory, parameters: dict[str, int], place: tuple[int, ...],
-                 grid: tuple[int, ...], shared_bytes: int):  # fmt: skip
-        self.kernel, self.memory, self.parameters = kernel, memory, parameters
-        self.threads, self.end = kernel.program.threads, len(kernel.program.blocks)
+    def __init__(self, kernel: Kernel, memory: Memory, shared_bytes: int, parameters: dict[str, int]):
+        """parameters: of the kernel, and where the CTA is in its grid, as %ctaid.x."""
+        self.kernel, self.memory, self.threads = kernel, memory, kernel.threads
         self.shared = Memory([Region(SHARED, 0, shared_bytes)])
         self.tid, self.everybody = np.arange(self.threads), np.ones(self.threads, bool)
-        self.at: Any = np.zeros(self.threads, np.int64)  # the block that each thread is at
+        self.at = np.zeros(self.threads, np.int64)  # the block that each thread is at
         self.copies: list[list[Any]] = [[]]  # groups of cp.async that are under way, the last one not yet committed
-        self.instructions = self.stores = 0
         self.unpublished: set[int] = set()  # warps that wrote to global memory since the last barrier
-        self.registers = [np.full(self.threads, x, np.uint32) for x in (0, 0, 0, *place, *grid, 0)]
-        self.registers[0], self.registers[len(SPECIAL) - 1] = (x.astype(np.uint32) for x in (self.tid, self.tid % 32))
-        memory.sync()  # no order between CTAs is looked for
+        given = {n: np.full_like(kernel.registers[n], x) for n, x in parameters.items() if n in kernel.registers}
+        self.registers = kernel.registers | given
+        self.barrier(self.everybody)  # no order between CTAs is looked for
 
-    def run(self) -> None:
-        R, translator = self.registers, self.kernel.translator
-        at, mask = 0, None  # the block to execute, and which threads do; None: all
-        while at < self.end:
-            block = self.kernel.program.blocks[at]
-            function = self.kernel.function(at, mask is not None)
-            R += [np.zeros(self.threads, kind) for kind in list(translator.types.values())[len(R) :]]
-            try:
-                function(self, R, translator.constants, mask)
-            except Exception as error:
-                error.add_note(
-                    [f.line or "" for f in traceback.extract_tb(error.__traceback__) if f.name == "block"][-1]
-                )
-                raise
-            self.instructions += len(block) * (self.threads // 32 if mask is None else int(_warps(mask).any(1).sum()))
-            at, mask = self._next(at, mask, block[-1] if block else None)
-
-    def _next(self, at: int, mask: Any, last: Any) -> tuple[int, Any]:
-        """Move the threads on that executed the block; return the lowest block at which threads are, and which."""
-        jumps, target = last is not None and last.op[0] in JUMPS, at + 1
-        if jumps:
-            target = self.kernel.program.labels[last.arguments[0]] if last.op[0] == "bra" else self.end
-        if mask is None and not (jumps and last.guard):
-            return target, None
-        taken = (
-            self.registers[self.kernel.translator.register(last.guard)] ^ last.unless if jumps and last.guard else True
-        )
-        if mask is None and (taken.all() or not taken.any()):
-            return (target if taken[0] else at + 1), None
-        before = np.full(self.threads, at) if mask is None else self.at
-        self.at = np.where(True if mask is None else mask, np.where(taken, target, at + 1), before)
-        lowest = int(self.at.min())
-        return lowest, None if (self.at == lowest).all() else self.at == lowest
-
-    # Memory. `mask`: the threads that take part; None: all.
-
-    def parameter(self, name: str, kind: Any) -> Any:
-        size = np.dtype(kind).itemsize
-        return np.full(self.threads, self.parameters[name] & (1 << 8 * size) - 1, f"u{size}").view(kind)
-
-    def _lanes(self, mask: Any) -> Any:
-        return self.tid if mask is None else np.nonzero(mask)[0]
+    def run(self) -> int:
+        """Returns the instructions times the warps that executed them."""
+        at, mask, instructions = 0, self.everybody, 0  # the block to execute, and which threads do
+        while at < len(self.kernel.blocks):
+            to = self.kernel.function(at, mask is not self.everybody)(self, self.registers, mask)
+            instructions += len(self.kernel.blocks[at]) * int(mask.reshape(-1, 32).any(1).sum())
+            if mask is not self.everybody or not isinstance(to, int):
+                self.at = np.where(mask, to, self.at)
+                to = int(self.at.min())
+                mask = self.everybody if (self.at == to).all() else self.at == to
+            at = to
+        return instructions
 
     def load(self, memory: Memory, mask: Any, address: Any, kind: Any, count: int) -> Any:
         """`count` neighbouring numbers for each thread: [count, threads], or [threads] if it is one."""
-        lanes, out = self._lanes(mask), np.zeros((count, self.threads), kind)
-        if len(lanes):
-            items = memory.load(address[lanes], np.dtype(kind).itemsize * count, lanes)
-            out[:, lanes] = items.view(kind).reshape(-1, count).T
+        lanes, out = np.flatnonzero(mask), np.zeros((count, self.threads), kind)
+        out[:, lanes] = memory.load(address[lanes], out.itemsize * count, lanes).view(kind).reshape(-1, count).T
         return out if count > 1 else out[0]
 
     def store(self, memory: Memory, mask: Any, address: Any, values: list[Any]) -> None:
-        lanes = self._lanes(mask)
-        if len(lanes):
-            memory.store(
-                address[lanes],
-                np.stack(values, 1)[lanes].reshape(-1).view(f"V{values[0].itemsize * len(values)}"),
-                lanes,
-            )
-            if memory is self.memory:
-                self.stores += 1
-                self.unpublished.update((lanes // 32).tolist())
+        lanes = np.flatnonzero(mask)
+        memory.store(address[lanes], joined(values, f"V{values[0].itemsize * len(values)}")[lanes], lanes)
+        if memory is self.memory:
+            self.unpublished.update((lanes // 32).tolist())
 
-    def atomic(self, memory: Memory, mask: Any, how: str, address: Any, values: list[Any], releases: bool) -> Any:
-        """Returns for each thread what was there before it came. releases: tells other CTAs that all is written."""
-        lanes, before = self._lanes(mask), np.zeros_like(values[0])
-        if releases and len(lanes) and self.unpublished - set((lanes // 32).tolist()):
+    def atomic(self, memory: Memory, mask: Any, op: list[str], address: Any, value: Any) -> Any:
+        """One thread after the other changes the number at its address, and gets what was there before it came."""
+        lanes, before = np.flatnonzero(mask), np.zeros_like(value)
+        change = next(CHANGES[how] for how in CHANGES if how in op)
+        who, releases = np.full(len(lanes), ATOMIC), "acq_rel" in op and memory is self.memory and len(lanes)
+        if releases and self.unpublished - set((lanes // 32).tolist()):
             raise PtxError("race: this tells other CTAs of writes that other warps may not have done, no barrier")
-
-        def change(lane: int, old: Any) -> Any:
-            thread = lanes[lane]
-            before[thread] = old
-            if how == "cas":
-                return values[1][thread] if old == values[0][thread] else old
-            return CHANGES[how](old, values[0][thread])
-
-        if len(lanes):
-            memory.atomic(address[lanes], before.dtype, change)
-            self.stores += memory is self.memory
+        for items, here, at in memory.access(address[lanes], value.itemsize, who, "read, write"):
+            numbers = items.view(value.dtype)
+            for lane, place in zip(lanes[here].tolist(), at.tolist(), strict=True):
+                before[lane] = numbers[place]
+                numbers[place] = change(before[lane], value[lane])
         return before
 
     def barrier(self, mask: Any) -> None:
-        if mask is not None and not (mask == (self.at < self.end)).all():
+        if mask is not self.everybody and not (mask == (self.at < len(self.kernel.blocks))).all():
             raise PtxError("some threads wait at a barrier that the others are not at")
-        self.memory.sync()
-        self.shared.sync()
+        self.memory.barrier, self.shared.barrier = (m.now << 11 | SEVERAL for m in (self.memory, self.shared))
         self.unpublished.clear()
 
-    def warp_barrier(self, mask: Any) -> None:
-        """Orders 32 threads, which Triton asks for where they are the whole CTA."""
-        self._whole(mask)
-        if self.threads == 32:
-            self.barrier(mask)
-
     def copy(self, mask: Any, to: Any, source: Any, size: int, real: Any) -> None:
-        """cp.async: global to shared memory, past the registers. It arrives when it is waited for, not before."""
-        lanes = self._lanes(mask)
-        items, full = np.zeros(len(lanes), f"V{size}"), real[lanes]
-        if full.any():
-            items[full] = self.memory.load(source[lanes][full], size, lanes[full])
-        if len(lanes):
-            self.shared.forget(to[lanes], size)
-            self.copies[-1].append((to[lanes], items, lanes))
+        """cp.async: global to shared memory, zeros where `real` is 0. It arrives when it is waited for, not before."""
+        lanes = np.flatnonzero(mask)
+        items, full = np.zeros(len(lanes), f"V{size}"), real[lanes] > 0
+        items[full] = self.memory.load(source[lanes][full], size, lanes[full])
+        list(self.shared.access(to[lanes], size, lanes, ""))
+        self.copies[-1].append((to[lanes], items, lanes))
 
     def wait_for_copies(self, newest: int) -> None:
-        """All groups but the newest have arrived; -1: those not yet committed too."""
-        while len(self.copies) - 1 > newest and self.copies:
+        """All groups but the newest have arrived."""
+        while len(self.copies) - 1 > newest:
             for copy in self.copies.pop(0):
                 self.shared.store(*copy)
-        self.copies = self.copies or [[]]
 
-    # What the 32 lanes of a warp do together.
-
-    def _whole(self, mask: Any) -> Any:
-        """The threads in whole warps, as [threads] bool."""
-        if mask is None:
-            return self.everybody
-        if (_warps(mask).any(1) != _warps(mask).all(1)).any():
+    def whole(self, mask: Any) -> Any:
+        """The threads that take part, in whole warps: [threads] bool."""
+        warps = mask.reshape(-1, 32)
+        if mask is not self.everybody and (warps.any(1) != warps.all(1)).any():
             raise PtxError("the lanes of a warp have branched apart, and this instruction needs all of them")
         return mask
 
-    def shuffle(self, mask: Any, how: str, value: Any, lane: Any) -> Any:
-        self._whole(mask)
-        mine, lane = self.tid % 32, lane.astype(np.int64)
-        source = {"bfly": mine ^ lane, "up": mine - lane, "down": mine + lane, "idx": lane}[how]
-        return value[self.tid - mine + np.where((source >= 0) & (source < 32), source, mine)]
+    def shuffle(self, mask: Any, op: list[str], value: Any, lane: Any) -> Any:
+        self.whole(mask)
+        mine = self.tid % 32
+        source = {"bfly": mine ^ lane, "up": mine - lane, "idx": lane}[op[2]]
+        return value[self.tid - mine + np.where(source >= 0, source, mine)]
 
-    def reduce(self, mask: Any, how: str, value: Any) -> Any:
-        self._whole(mask)
-        return CHANGES[how].reduce(_warps(value), axis=1, dtype=value.dtype).repeat(32)  # type: ignore[attr-defined]
+    def reduce(self, mask: Any, op: list[str], value: Any) -> Any:
+        self.whole(mask)
+        return CHANGES[op[2]].reduce(value.reshape(-1, 32), axis=1, dtype=value.dtype).repeat(32)
 
-    def vote(self, mask: Any, how: str, value: Any) -> Any:
-        votes = _warps(value & self._whole(mask))
-        found = (
-            (votes << LANE).sum(1, dtype=np.uint32) if how == "ballot" else {"all": votes.all, "any": votes.any}[how](1)
-        )
-        return found.repeat(32)
-
-    def load_matrices(self, mask: Any, address: Any, count: int, transposed: bool) -> list[Any]:
+    def load_matrices(self, mask: Any, address: Any, count: int, op: list[str]) -> Any:
         """ldmatrix: matrices of 8 rows of 8 halves. Lanes 8 i to 8 i + 7 name the rows of matrix i; lane 4 r + c then
         holds elements 2 c and 2 c + 1 of row r."""
-        taking, loaded = self._whole(mask), []
+        taking, out = self.whole(mask), np.zeros((count, self.threads), np.uint32)
         for i in range(count):
             rows = (self.tid // 8 % 4 == i) & taking
-            matrix = self.shared.load(address[rows], 16, self.tid[rows]).view(np.uint16).reshape(-1, 8, 8)
-            loaded.append(np.zeros(self.threads, np.uint32))
-            loaded[-1][taking] = (
-                np.ascontiguousarray(matrix.transpose(0, 2, 1) if transposed else matrix).view(np.uint32).ravel()
-            )
-        return loaded
+            matrices = self.shared.load(address[rows], 16, self.tid[rows]).view(np.uint16).reshape(-1, 8, 8)
+            matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1) if "trans" in op else matrices)
+            out[i, taking] = matrices.view(np.uint32).ravel()
+        return out if count > 1 else out[0]
 
-    def store_matrices(self, mask: Any, address: Any, values: list[Any], transposed: bool) -> None:
-        taking = self._whole(mask)
+    def store_matrices(self, mask: Any, address: Any, values: list[Any]) -> None:
+        taking = self.whole(mask)
         for i, value in enumerate(values):
-            rows, matrix = (self.tid // 8 % 4 == i) & taking, value[taking].view(np.uint16).reshape(-1, 8, 8)
-            matrix = np.ascontiguousarray(matrix.transpose(0, 2, 1) if transposed else matrix)
-            self.shared.store(address[rows], matrix.reshape(-1).view("V16"), self.tid[rows])
+            rows = (self.tid // 8 % 4 == i) & taking
+            self.shared.store(address[rows], value[taking].view("V16"), self.tid[rows])
 
-    def multiply(self, mask: Any, kind: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+    def multiply(self, mask: Any, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
         """mma: A [16, K] @ B [K, 8] + C [16, 8] for each warp, in fp32. Lane 4 g + q holds rows g, g + 8 of A, column
         g of B, and columns 2 q and 2 q + 1 of rows g and g + 8 of C; a register holds two halves, or one tf32."""
-        self._whole(mask)
-        warps, per = self.threads // 32, 1 if kind == "tf32" else 2
+        self.whole(mask)
+        per, warps = len(a[0]), self.threads // 32
         A, B = np.zeros((warps, 16, 2 * per * len(a)), np.float32), np.zeros((warps, 4 * per * len(b), 8), np.float32)
-        for matrix, registers in ((A, a), (B, b)):
-            for i, x in enumerate(registers):
-                for h, part in enumerate(
-                    [(x & np.uint32(0xFFFFE000)).view(np.float32)] if per == 1 else halves(x, kind)
-                ):
-                    k = per * MEMBER + h + 4 * per * (i // 2 if matrix is A else i)
-                    index = (GROUP + 8 * (i % 2), k) if matrix is A else (k, GROUP)
-                    matrix[:, index[0], index[1]] = _warps(part)
+        for h in range(per):
+            for i, x in enumerate(a):
+                A[:, GROUP + 8 * (i % 2), per * MEMBER + h + 4 * per * (i // 2)] = x[h].reshape(-1, 32)
+            for i, x in enumerate(b):
+                B[:, per * MEMBER + h + 4 * per * i, GROUP] = x[h].reshape(-1, 32)
         product = A @ B
         return [x + product[:, GROUP + 8 * (i // 2), 2 * MEMBER + i % 2].ravel() for i, x in enumerate(c)]
-
-
-def _warps(x: Any) -> Any:
-    return x.reshape(-1, 32)

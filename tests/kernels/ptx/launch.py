@@ -1,7 +1,5 @@
-"""Triton's launches, executed on the CPU: `install("sm_90")`, then call the kernels with CPU tensors.
-
-What Triton compiles is what it would launch; the assembler, which knows nothing about right or wrong, is left out.
-Every second launch of a kernel runs its CTAs in reverse: results must not depend on their order.
+"""Triton's launches, executed on the CPU: `install("sm_90")`, then call the kernels with CPU tensors. What is compiled
+is what would be launched, but for the assembler. Every second launch of a kernel runs its CTAs in reverse.
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import importlib
 import os
 import pkgutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,19 +16,17 @@ import numpy as np
 import torch
 
 import minem.kernels
-from tests.kernels.ptx.cta import Cta, Kernel
-from tests.kernels.ptx.memory import Memory, Region
+from tests.kernels.ptx.cta import Cta, Memory, Region
+from tests.kernels.ptx.kernel import Kernel
 
 
 @dataclass
 class Launch:
-    """What one launch did. warp_instructions: PTX instructions times the warps that executed them, over its CTAs."""
-
     kernel: str
     variant: str  # hash of the compilation
     ctas: int
     idle_ctas: int = 0  # wrote nothing to global memory
-    warp_instructions: int = 0
+    warp_instructions: int = 0  # PTX instructions times the warps that executed them
     bytes_read: int = 0
     bytes_written: int = 0
 
@@ -41,8 +36,7 @@ EVERY: dict[str, int] = {}  # of these kernels only every n-th CTA is run, and c
 
 
 def install(target: str) -> None:
-    """Let every Triton kernel run on its PTX for the target. TRITON_INTERPRET must not be set before; afterwards it is,
-    which lets the kernels take CPU tensors."""
+    """Let all Triton kernels run on their PTX. TRITON_INTERPRET must not be set; afterwards it is, for CPU tensors."""
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import JITFunction
@@ -59,13 +53,12 @@ def install(target: str) -> None:
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = compile_only(self, *args, grid=grid, warmup=True, **options)
-        kernel = kernels.get(compiled.hash) or kernels.setdefault(compiled.hash, Kernel(compiled.asm["ptx"]))
+        kernel = kernels.get(compiled.hash) or kernels.setdefault(
+            compiled.hash, Kernel(compiled.asm["ptx"], compiled.hash)
+        )
         named = dict(zip((p.name for p in self.params), args, strict=False)) | options
         values = {name: named[name] for name, kind in compiled.src.signature.items() if kind != "constexpr"}
-        size = grid(named) if callable(grid) else grid
-        done = launch(kernel, values, tuple(size), compiled.metadata.shared)
-        done.variant = compiled.hash
-        LAUNCHES.append(done)
+        LAUNCHES.append(launch(kernel, values, grid(named) if callable(grid) else grid, compiled.metadata.shared))
         return compiled
 
     JITFunction.run = run
@@ -75,32 +68,24 @@ def install(target: str) -> None:
 
 def launch(kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], shared_bytes: int = 0) -> Launch:
     """Run all CTAs of a launch, one after the other."""
+    regions, parameters = [], {}
+    for parameter, (name, x) in zip(kernel.parameters, arguments.items(), strict=False):  # Triton adds two, always 0
+        if isinstance(x, torch.Tensor):
+            last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+            regions += [Region(name, x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size())] if x.numel() else []
+            x = x.data_ptr()
+        parameters[parameter] = int(np.float32(x).view(np.uint32)) if isinstance(x, float) else int(x) & (1 << 64) - 1
+    memory = Memory(regions)
     grid = (*grid, 1, 1)[:3]
-    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor) and x.numel()}
-    memory = Memory([Region(name, *_span(x)) for name, x in tensors.items()])
-    numbers = [_number(x) for x in arguments.values()] + [0, 0]  # and Triton's scratch memory, which is not asked for
-    parameters = dict(zip(kernel.program.parameters, numbers, strict=False))
-    places = [place[::-1] for place in np.ndindex(*grid[::-1])]
-    done, every = Launch(kernel.program.name, "", len(places)), EVERY.get(kernel.program.name, 1)
+    places = [place[::-1] for place in np.ndindex(grid[::-1])]
+    done, every = Launch(kernel.name, kernel.variant, len(places)), EVERY.get(kernel.name, 1)
     with np.errstate(all="ignore"):
         for place in places[:: every * (-1 if kernel.launches % 2 else 1)]:
-            cta = Cta(kernel, memory, parameters, place, grid, shared_bytes)
-            cta.run()
-            done.idle_ctas += every * (cta.stores == 0)
-            done.warp_instructions += every * cta.instructions
+            for axis, x, size in zip("xyz", place, grid, strict=True):
+                parameters |= {f"%ctaid.{axis}": x, f"%nctaid.{axis}": size}
+            before = memory.bytes_written
+            done.warp_instructions += every * Cta(kernel, memory, shared_bytes, parameters).run()
+            done.idle_ctas += every * (memory.bytes_written == before)
     kernel.launches += 1
     done.bytes_read, done.bytes_written = every * memory.bytes_read, every * memory.bytes_written
     return done
-
-
-def _span(x: torch.Tensor) -> tuple[int, int]:
-    """The addresses of a tensor's first byte and of the one after its last."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-
-
-def _number(x: Any) -> int:
-    """The bits of an argument: an address, a number, or a float as fp32."""
-    if isinstance(x, torch.Tensor):
-        return x.data_ptr()
-    return struct.unpack("<I", struct.pack("<f", x))[0] if isinstance(x, float) else int(x)
