@@ -31,7 +31,7 @@ class Region:
     def __init__(self, name: str, start: int, stop: int):
         self.name, self.start, self.stop, self.base = name, start, stop, start & ~15
         length = (stop - self.base + 15) & ~15  # whole items of 16 bytes, the largest access
-        source = bytearray(length) if name == SHARED else (ctypes.c_uint8 * length).from_address(self.base)
+        source: Any = bytearray(length) if name == SHARED else (ctypes.c_uint8 * length).from_address(self.base)
         self.bytes = np.frombuffer(source, "u1")
         self.written, self.read = (np.zeros(length if length <= WATCHED else 0, np.int64) for _ in range(2))
 

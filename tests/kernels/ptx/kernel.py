@@ -70,7 +70,7 @@ class Kernel:
         types |= dict.fromkeys(self.parameters, "u8")
         self.registers = {name: np.zeros(self.threads, of) for name, of in types.items()}  # as a CTA finds them
         self.registers["%tid.x"] = np.arange(self.threads, dtype=np.uint32)
-        self.names = {of: np.dtype(of).type for of in (*TYPES.values(), "f2")}  # that the functions see
+        self.names: dict[str, Any] = {of: np.dtype(of).type for of in (*TYPES.values(), "f2")}  # for the functions
         self.names |= {"np": np, "torch": torch, "parts": parts, "joined": joined, "to_integer": to_integer}
         self.functions: dict[tuple[int, bool], Any] = {}
         self.variant, self.launches = variant, 0

@@ -68,7 +68,8 @@ def install(target: str) -> None:
 
 def launch(kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], shared_bytes: int = 0) -> Launch:
     """Run all CTAs of a launch, one after the other."""
-    regions, parameters = [], {}
+    regions: list[Region] = []
+    parameters: dict[str, int] = {}
     for parameter, (name, x) in zip(kernel.parameters, arguments.items(), strict=False):  # Triton adds two, always 0
         if isinstance(x, torch.Tensor):
             last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
@@ -76,12 +77,11 @@ def launch(kernel: Kernel, arguments: dict[str, Any], grid: tuple[int, ...], sha
             x = x.data_ptr()
         parameters[parameter] = int(np.float32(x).view(np.uint32)) if isinstance(x, float) else int(x) & (1 << 64) - 1
     memory = Memory(regions)
-    grid = (*grid, 1, 1)[:3]
-    places = [place[::-1] for place in np.ndindex(grid[::-1])]
+    places = [place[::-1] for place in np.ndindex((*grid, 1, 1)[2::-1])]
     done, every = Launch(kernel.name, kernel.variant, len(places)), EVERY.get(kernel.name, 1)
     with np.errstate(all="ignore"):
         for place in places[:: every * (-1 if kernel.launches % 2 else 1)]:
-            for axis, x, size in zip("xyz", place, grid, strict=True):
+            for axis, x, size in zip("xyz", place, (*grid, 1, 1)[:3], strict=True):
                 parameters |= {f"%ctaid.{axis}": x, f"%nctaid.{axis}": size}
             before = memory.bytes_written
             done.warp_instructions += every * Cta(kernel, memory, shared_bytes, parameters).run()
