@@ -11,27 +11,34 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PYTHONPATH=. PYTHONUNBUFFERED=1
 out=${1:-runs/gpu}
 shift || true
-mkdir -p "$out"
 
 steps=(tests.kernels tests.engine kernels.sample kernels.linear_cross_entropy kernels.decode_attention kernels.rows)
 for shape in qwen2.5-3b llama-3.2-3b qwen2.5-0.5b llama-3.2-1b; do
   steps+=("generate.$shape" "train.$shape")
 done
 
+chosen=("${@:-${steps[@]}}")
+for step in "${chosen[@]}"; do
+  [[ " ${steps[*]} " == *" $step "* ]] || { echo "bench/gpu.sh: no step $step; the steps are ${steps[*]}" >&2; exit 2; }
+done
+[[ " ${steps[*]} " == *" $out "* ]] && { echo "bench/gpu.sh: name a folder before the step $out" >&2; exit 2; }
+mkdir -p "$out"
+
 status=0
-for step in "${@:-${steps[@]}}"; do
+for step in "${chosen[@]}"; do
   part=${step#*.}
   case $step in
-    tests.kernels) command=(pytest -q -m "not slow" tests/kernels) ;;
-    tests.engine) command=(pytest -q -m "not slow" tests/minem/model/test_model.py tests/minem/generation tests/minem/em/test_scoring.py) ;;
-    kernels.*) command=("bench/kernels.py" --only "$part" --no-compile --json) ;;
-    generate.*) command=("bench/generate.py" --shape "$part" --json) ;;
-    train.*) command=("bench/train.py" --shape "$part" --profile --json) ;;
-    *) echo "bench/gpu.sh: no step $step; the steps are ${steps[*]}" >&2 && exit 2 ;;
+    tests.kernels) command=(-m pytest -v -m "not slow" tests/kernels) ;;
+    tests.engine) command=(-m pytest -v -m "not slow" tests/minem/model/test_model.py tests/minem/generation tests/minem/em/test_scoring.py) ;;
+    kernels.*) command=(bench/kernels.py --only "$part" --no-compile --json) ;;
+    generate.*) command=(bench/generate.py --shape "$part" --json) ;;
+    train.*) command=(bench/train.py --shape "$part" --profile --json) ;;
   esac
-  [[ ${command[0]} == pytest ]] && command=(-m "${command[@]}")
   echo "$step: python3 ${command[*]}"
-  timeout 470 python3 "${command[@]}" > "$out/$step.json" 2> >(tee "$out/$step.txt" >&2) || { status=1; echo "$step failed"; }
-  [[ $step == tests.* ]] && tail -n 15 "$out/$step.json"
+  if [[ $step == tests.* ]]; then
+    timeout 470 python3 "${command[@]}" 2>&1 | tee "$out/$step.txt" | tail -n 40 || status=1
+  else
+    timeout 470 python3 "${command[@]}" 2>&1 >"$out/$step.json" | tee "$out/$step.txt" || status=1
+  fi
 done
 exit $status

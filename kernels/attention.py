@@ -20,6 +20,7 @@ R prefixes, T groups of at most n siblings.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -163,8 +164,7 @@ def _plan_triton(
     lengths = (x.contiguous() for x in (prefix[2], suffix[2], members[1]))
     _plan_kernel[(1,)](
         *lengths, *tables, *work, groups, sequences, n, tiles, heads,
-        PREFIX_ROWS=rows[0] is not None, SUFFIX_ROWS=rows[1] is not None, SPLIT=SPLIT, BLOCK=512,
-        num_warps=8,
+        PREFIX_ROWS=rows[0] is not None, SUFFIX_ROWS=rows[1] is not None, SPLIT=SPLIT, BLOCK=512, num_warps=8,
     )  # fmt: skip
     return work
 
@@ -182,7 +182,7 @@ def _splits(segment: Segment) -> int:
     return max(1, -(-segment[0].shape[2] // SPLIT))
 
 
-@jit
+@partial(jit, do_not_specialize=["groups", "sequences"])  # else some batch sizes would compile it again
 def _plan_kernel(  # type: ignore[no-untyped-def]
     prefix_lengths_ptr, held_ptr, sibling_index_ptr, prefix_rows_ptr, suffix_rows_ptr, pieces_ptr, number_ptr,
     parts_ptr, finished_ptr, groups, sequences, n, tiles, heads,

@@ -36,7 +36,7 @@ from minem.kernels.backend import jit, pick, tl
 Options = tuple[int, tuple[bool, bool], Callable[..., Tensor]]
 # Bytes of one chunk of logits. Every chunk reads and writes the whole gradient of W once more, so it is large.
 CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 1280 << 20}
-CHUNK_ROWS = 4096  # on a GPU most rows of a chunk are a multiple of this
+CHUNK_ROWS = 4096  # on a GPU a chunk has at most a multiple of this, and this even if it has more bytes
 
 
 def linear_cross_entropy(
@@ -57,8 +57,9 @@ def linear_cross_entropy(
 
     Returns (loss [], token_logprobs [N], token_entropy [N]) in float32 (float64 for float64 inputs), in nats.
     loss = -sum(token_weights * token_logprobs), undivided; the other two are detached. Gradients flow to hidden and
-    weight, and only once (no second derivatives); the weight's is accumulated in fp32 over chunks and returned in
-    `weight.grad_dtype`. Without gradients (no_grad, or nothing requires them) only the first product is computed.
+    weight, and only once: no second derivatives, and by the Triton kernel no second backward pass through one call. The
+    weight's is accumulated in fp32 over chunks and returned in `weight.grad_dtype`. Without gradients (no_grad, or
+    nothing requires them) only the first product is computed.
 
     Raises ValueError for shapes or dtypes that do not fit. A target outside [0, V) is a RuntimeError in eager mode; the
     Triton kernel, which cannot raise, makes its log-probability and the loss NaN.
@@ -71,7 +72,7 @@ def linear_cross_entropy(
     weights = active.to(wide) if token_weights is None else token_weights.to(wide).masked_fill(~active, 0.0)
     targets = targets.masked_fill(~active, 0)
     if chunk_rows is None:
-        chunk_rows = _chunk_rows(len(hidden), weight.shape[0] * weight.element_size(), hidden.device.type)
+        chunk_rows = chunk_rows_of(len(hidden), weight.shape[0] * weight.element_size(), hidden.device.type)
     grads = torch.is_grad_enabled()
     needs = (grads and hidden.requires_grad, grads and weight.requires_grad)
     row_pass = _row_pass_triton if pick(backend, hidden) == "triton" else _row_pass_eager
@@ -96,7 +97,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | No
         raise ValueError(f"chunk_rows must be at least 1; got {chunk_rows}")
 
 
-def _chunk_rows(rows: int, row_bytes: int, device: str) -> int:
+def chunk_rows_of(rows: int, row_bytes: int, device: str) -> int:
     """Rows of logits in a chunk. On a GPU chunks are equal: a small last one would cost as much for grad_W."""
     if device == "cpu":
         return max(64, CHUNK_BYTES["cpu"] // row_bytes)
@@ -130,7 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_weight = weight.new_zeros(weight.shape, dtype=weights.dtype)
         loss = -(weights * logprobs).sum()
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.scaled = False
+        ctx.in_place, ctx.scaled = row_pass is _row_pass_triton and hidden.is_cuda, False
         # Only a leaf has a `grad_dtype`; asking any other tensor for it raises.
         ctx.weight_grad_dtype = (getattr(weight, "grad_dtype", None) if weight.is_leaf else None) or weight.dtype
         ctx.mark_non_differentiable(logprobs, entropy)
@@ -141,10 +142,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.scaled:
             raise RuntimeError("on a GPU linear_cross_entropy gives its gradients once; call it again")
-        grad_hidden, grad_weight = (None if x is None else _scale(x, grad_loss) for x in ctx.saved_tensors)
-        ctx.scaled = grad_loss.is_cuda
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(ctx.weight_grad_dtype)
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if ctx.in_place:
+            ctx.scaled = True
+            for grad in filter(torch.is_tensor, ctx.saved_tensors):
+                _scale_kernel[(8 * _multiprocessors(grad),)](grad, grad_loss, grad.numel(), BLOCK=4096)
+            return grad_hidden, None if grad_weight is None else grad_weight.to(ctx.weight_grad_dtype), None, None, None
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:  # scaled and cast in one pass over [V, D]
+            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_grad_dtype)
+            grad_weight = torch.mul(grad_weight, grad_loss, out=scaled)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -249,16 +257,9 @@ def _accumulate(grad_weight: Tensor | None, grad_logits: Tensor, hidden: Tensor,
     return torch.addmm(grad_weight, grad_logits.t(), hidden, out_dtype=dtype, out=grad_weight)
 
 
-def _scale(x: Tensor, scale: Tensor) -> Tensor:
-    """x times a number on its device. On a GPU in place, where x is not even read if that is 1, and no host waits."""
-    if not x.is_cuda:
-        return x if scale == 1 else x * scale.to(x.dtype)
-    _scale_kernel[(8 * _multiprocessors(x),)](x, scale, x.numel(), BLOCK=4096)
-    return x
-
-
 @jit
 def _scale_kernel(x_ptr, scale_ptr, size, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale x in place, without reading it if the scale is 1, and without a host that waits to know it."""
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):

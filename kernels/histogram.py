@@ -147,7 +147,7 @@ def advance(
             goal = 0 * goal
         else:
             low = number_at(found, upper, DTYPE)
-            first = found
+            first = tl.where(found == BINS // 2, found - 1, found)  # -0.0 equals 0.0
             needed = 0 * needed  # of the mass of those that top-k keeps
             goal = tl.where((goal == 1) & (p < 1.0), 2, 0).to(tl.int64)
             tl.store(numbers_ptr + THRESHOLD, low)

@@ -31,7 +31,7 @@ def free_memory(device: torch.device) -> int:
 def release_cached_memory(device: torch.device) -> None:
     """Return unused memory to the system, which PyTorch (GPU) and malloc (CPU, half of a run's peak) would keep."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
     elif trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # of glibc alone
         trim(0)

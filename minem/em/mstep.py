@@ -180,7 +180,7 @@ class MStep:
             raise self._not_finite(examples, step, totals.loss, grad_norm)
         self.masters.step(norm, rate)
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()  # or the update would count as a part of the next step
+            torch.cuda.synchronize(self.model.device)  # or the update would count as a part of the next step
         return totals._replace(grad_norm=grad_norm, seconds=time.perf_counter() - started)
 
     def accumulate(self, examples: Sequence[Example], step: Step, divisor: float) -> Totals:

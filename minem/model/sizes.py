@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minem.kernels.cross_entropy import CHUNK_BYTES
+from minem.kernels.cross_entropy import chunk_rows_of
 from minem.model.hf_config import ModelConfig
 
 SAFE_SHARE = 0.9  # the share of free memory to plan with: allocators leave gaps
@@ -57,11 +57,11 @@ def activation_bytes(
 def loss_bytes(config: ModelConfig, supervised: int, dtype: torch.dtype, device: str, trained: bool) -> int:
     """Bytes at the peak of `linear_cross_entropy`. trained: the head gets a gradient; under LoRA it does not."""
     vocabulary, size = config.vocab_size, dtype.itemsize
-    rows = min(supervised, max(64, CHUNK_BYTES[device] // (vocabulary * size)))  # of one chunk of logits
+    rows = min(supervised, chunk_rows_of(supervised, vocabulary * size, device))  # of one chunk of logits
     # Eager: shifted logits and their exponentials in float32, and the logits themselves if these are narrower.
     chunk = rows * vocabulary * (size if device == "cuda" else 8 + (size if size < 4 else 0))
     weight = vocabulary * config.hidden_size if trained else 0
-    # The weight's gradient in float32, then its scaled copy in the dtype of the weight.
+    # The weight's gradient in float32, then its copy in the dtype of the weight.
     return weight * 4 + max(chunk, weight * size)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minem.kernels import linear_cross_entropy
-from minem.kernels.cross_entropy import _chunk_rows, _row_pass_eager, _row_pass_triton, _scale_kernel
+from minem.kernels.cross_entropy import _row_pass_eager, _row_pass_triton, _scale_kernel, chunk_rows_of
 from tests.kernels.cases import both
 
 
@@ -265,6 +265,12 @@ def test_scaling_in_place(scale: float, device: str) -> None:
 
 def test_rows_of_a_chunk() -> None:
     qwen, small = 151_936 * 2, 278 * 2
-    assert [_chunk_rows(rows, qwen, "cuda") for rows in (1, 4096, 4097, 8192, 12_288)] == [128, 4096, 2176, 4096, 4096]
-    assert _chunk_rows(100_000, small, "cuda") == 100_096  # one chunk
-    assert _chunk_rows(8192, qwen, "cpu") == 441
+    assert [chunk_rows_of(rows, qwen, "cuda") for rows in (1, 4096, 4097, 8192, 12_288)] == [
+        128,
+        4096,
+        2176,
+        4096,
+        4096,
+    ]
+    assert chunk_rows_of(100_000, small, "cuda") == 100_096  # one chunk
+    assert chunk_rows_of(8192, qwen, "cpu") == 441

@@ -310,6 +310,12 @@ def test_triton_stop_tokens(device: str) -> None:
     assert_triton_equals_eager(logits, device, **arguments, **stops)
 
 
+def test_triton_zeros_of_both_signs_at_the_threshold(device: str) -> None:
+    """Top-p takes its share of all that top-k keeps, and that is every zero."""
+    logits = torch.tensor([[1.0, 0.0] + [-0.0] * 100]).bfloat16()
+    assert_triton_equals_eager(logits, device, **plain(1, top_k=2, top_p=0.5, seeds=3))
+
+
 @pytest.mark.parametrize("scale", [1e4, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e-4, 1e38))])
 def test_triton_extreme_logits(scale: float, device: str) -> None:
     """Slow: numbers with all bit patterns of small ones between them, and numbers that overflow."""

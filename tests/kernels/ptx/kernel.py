@@ -51,8 +51,8 @@ EXPRESSIONS = {
     "bar.warp": "c.barrier(k) if c.threads == 32 else c.whole(k)",  # Triton asks for it if the warp is the whole CTA
     "shfl": "c.shuffle(k, {op}, {1}, {2:s32})", "redux": "c.reduce(k, {op}, {1})",
     "vote": "np.packbits({1:pred} & c.whole(k), bitorder='little').view(u4).repeat(32)",
-    "ldmatrix": "c.load_matrices(k, {@1}, {n}, {op})", "stmatrix": "c.store_matrices(k, {@0}, {*1:b32})",
-    "mma.bf16": "c.multiply(k, {*1:bf16x2}, {*2:bf16x2}, {*3})",
+    "ldmatrix": "c.load_matrices(k, {@1}, {n}, {op})", "mma.bf16": "c.multiply(k, {*1:bf16x2}, {*2:bf16x2}, {*3})",
+    "stmatrix": "c.store_matrices(k, {@0}, {*1:b32}, *{op}[7:])",  # one argument too many for a transposed one
     "mma.f16": "c.multiply(k, {*1:f16x2}, {*2:f16x2}, {*3})", "mma.tf32": "c.multiply(k, {*1:tf32}, {*2:tf32}, {*3})",
 }  # fmt: skip
 
