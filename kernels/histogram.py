@@ -11,8 +11,8 @@ from minem.kernels.backend import constexpr, jit, tl
 
 BINS = constexpr(1 << 16)  # of a row's histogram
 UNIT = constexpr(38)  # masses are counted in whole numbers, of 2^-UNIT: these sum to the same in any order
-# What is known of a row, int64: what is searched for next (0: nothing, 1: top-k, 2: top-p), the upper half of the
-# threshold's key (-1: not found yet), how many logits or how much mass the kept set needs (0: top_p of what is found),
+# What is known of a row, int64: what is searched for next (0: nothing, 1: top-k, 2: top-p), the place of the upper half
+# of the threshold (-1: not found yet), how many logits or how much mass the kept set needs (0: top_p of what is found),
 # and counters of the programs that are done.
 GOAL, UPPER, NEEDED, COUNTERS, STATE = map(constexpr, (0, 1, 2, 3, 9))
 # And fp32: the largest logit and the mass, raw and as drawn from; no logit below `LOW` can be the threshold.
@@ -44,6 +44,7 @@ def place_of(x, DTYPE: tl.constexpr):
 def places(low, high, DTYPE: tl.constexpr):
     """The places from that of `low`, or one below however it is rounded, to that of `high`."""
     lowest = place_of(tl.minimum(high, -float("inf")), DTYPE)
+    high = tl.where(high == 0.0, 0.0, high)  # of -0.0 and 0.0, the upper place
     return tl.maximum(place_of(low, DTYPE) - 1, lowest), place_of(high, DTYPE)
 
 

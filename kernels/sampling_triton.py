@@ -61,9 +61,8 @@ def sample_triton(
         stops, stop_count = (tokens, tokens), 0  # not read
     else:
         stops, stop_count = (stop_ids.contiguous(), min_tokens.contiguous()), len(stop_ids)
-    state = torch.zeros(count, STATE.value, dtype=torch.int64, device=logits.device)
     scratch = (
-        state,
+        torch.zeros(count, STATE.value, dtype=torch.int64, device=logits.device),
         new(4, count, tiles * BLOCKS.value),
         new(count, NUMBERS.value),
         new(count, 1 << 16, dtype=torch.int64 if wide else torch.int32),

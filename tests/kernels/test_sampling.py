@@ -311,9 +311,9 @@ def test_triton_stop_tokens(device: str) -> None:
 
 
 def test_triton_zeros_of_both_signs_at_the_threshold(device: str) -> None:
-    """Top-p takes its share of all that top-k keeps, and that is every zero."""
-    logits = torch.tensor([[1.0, 0.0] + [-0.0] * 100]).bfloat16()
-    assert_triton_equals_eager(logits, device, **plain(1, top_k=2, top_p=0.5, seeds=3))
+    """Top-p takes its share of all that top-k keeps, and that is every zero; so, too, where zeros are the largest."""
+    logits = torch.tensor([[1.0, 0.0] + [-0.0] * 100, [-0.0, 0.0] * 50 + [-0.0, -9.0]]).bfloat16()
+    assert_triton_equals_eager(logits, device, **plain(2, top_k=2, top_p=0.5, seeds=3))
 
 
 @pytest.mark.parametrize("scale", [1e4, *(pytest.param(x, marks=pytest.mark.slow) for x in (1e-4, 1e38))])
