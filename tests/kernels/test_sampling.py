@@ -357,6 +357,21 @@ def test_triton_rows_far_apart(device: str) -> None:
     assert sample(far, **arguments, backend="triton")[0].tolist() == near[0].tolist()
 
 
+def test_one_compilation_serves_all_batches(request: pytest.FixtureRequest, device: str) -> None:
+    """Rows of tables, as the engine passes them, whose places in memory change with the batch; one stop id or two."""
+    if request.config.getoption("ptx") is None:
+        pytest.skip("only PTX has variants")
+    from tests.kernels.ptx.launch import LAUNCHES
+
+    before = len(LAUNCHES)
+    for rows in (1, 2, 3, 16):
+        whole, real = torch.zeros(4, rows, dtype=torch.int64), torch.ones(3, rows)
+        stops = {"stop_ids": torch.arange(1 + rows % 2), "min_tokens": whole[3]}
+        logits = random_logits(rows, 512).bfloat16()
+        sample(logits, real[1], whole[1], *real[1:], *whole[1:3], **stops, backend="triton")
+    assert len({launch.variant for launch in LAUNCHES[before:]}) == 3
+
+
 def test_triton_row_does_not_depend_on_its_batch(device: str) -> None:
     logits, arguments = random_logits(11, 300).bfloat16().to(device), {k: v.to(device) for k, v in mixed(11).items()}
     whole = sample(logits, **arguments, backend="triton")
