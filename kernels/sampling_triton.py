@@ -39,7 +39,6 @@ from minem.kernels.histogram import (
 )
 
 BLOCK, BLOCKS = constexpr(512), constexpr(16)  # logits of a block, and blocks of a program
-PART = constexpr(8)  # blocks that a program holds in registers
 LOG2_E = constexpr(1.4426950408889634)
 
 
@@ -75,6 +74,7 @@ def sample_triton(
         "WIDE": wide,
         "num_warps": 4,
         "CHUNK": 4096 if wide else 512,
+        "PART": 4 if wide else 8,  # blocks that a program holds in registers
     }
     _statistics_kernel[(tiles, count)](*row, *scratch, **options)
     for number in range(4 if wide else 1):  # of wide logits top-k, then top-p, each by two halves of their bits
@@ -94,7 +94,7 @@ compiled_once = partial(jit, do_not_specialize=SCALARS, do_not_specialize_on_ali
 def _statistics_kernel(
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr,
-    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Largest logit and mass of each block, raw and as drawn from. A row's last program begins the search."""
     row = tl.program_id(1).to(tl.int64)
@@ -106,7 +106,7 @@ def _statistics_kernel(
     divisor, greedy = _divisor(temperature_ptr + row)
     stops = _stops(positions_ptr + row, min_tokens_ptr + row, stop_count)
     for part in range(0, _blocks(vocabulary), PART):
-        block, column = _columns(part)
+        block, column = _columns(part, PART)
         z = tl.load(row_ptr + column, mask=column < vocabulary, other=-float("inf"))
         peaks, shifted = _shifted(z)
         sums = tl.sum(tl.exp(shifted), 1)
@@ -169,7 +169,7 @@ def _begin(
 def _histogram_kernel(
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, number,
-    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """Count the logits by their bits, or weigh them. A row's last program finds the threshold, and what is next."""
     row = tl.program_id(1).to(tl.int64)
@@ -221,8 +221,9 @@ def _draw_kernel(
     logits_ptr, row_stride, vocabulary, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, positions_ptr, stop_ids_ptr,
     min_tokens_ptr, stop_count, state_ptr, blocks_ptr, numbers_ptr, bins_ptr, seeds_ptr, tokens_ptr, logprobs_ptr,
     proposal_ptr, TILES: tl.constexpr, PLACES: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    PART: tl.constexpr,
 ):  # fmt: skip
-    """Weigh what is kept of each block, if not all is. One program of a row draws: the block, then the token in it."""
+    """Weigh what is kept of each block over its raw mass, if not all is. One program of a row draws block and token."""
     row = tl.program_id(1).to(tl.int64)
     row_ptr = logits_ptr + row * row_stride
     state_ptr += row * STATE
@@ -239,13 +240,12 @@ def _draw_kernel(
     draws = tl.program_id(0) == 0
     if filtered:
         for part in range(0, _blocks(vocabulary), PART):
-            block, column = _columns(part)
+            block, column = _columns(part, PART)
             largest = tl.load(blocks_ptr + 2 * of_kind + block)
             read = _kept(largest, q_peak, divisor, threshold, log_min_p) > 0.0  # blocks that have something to keep
             tile = tl.load(row_ptr + column, mask=read[:, None] & (column < vocabulary), other=-float("inf"))
             tile = _stopped(tile, column, stop_ids_ptr, stops)
-            sums = tl.sum(_kept(tile, q_peak, divisor, threshold, log_min_p), 1)
-            tl.store(blocks_ptr + of_kind + block, sums)  # in place of the raw ones, which are in the total by now
+            tl.store(blocks_ptr + of_kind + block, tl.sum(_kept(tile, q_peak, divisor, threshold, log_min_p), 1))
         draws = _is_last(state_ptr + COUNTERS + 5, TILES)
     if draws:
         place = tl.arange(0, PLACES)
@@ -303,7 +303,7 @@ def _blocks(vocabulary):
 
 
 @jit
-def _columns(part):
+def _columns(part, PART: tl.constexpr):
     """The PART blocks of this program from its block `part`, and their columns."""
     block = tl.program_id(0) * BLOCKS + part + tl.arange(0, PART)
     return block, block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
